@@ -1,0 +1,319 @@
+"""Reads a PEFT model: its LoRA layers, what can be fused and measured, and its fingerprint.
+
+The only file that knows PEFT's attribute names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora import layer as lora_layer
+from torch import nn
+
+from .errors import UcanError
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# These hold lora_A and lora_B, but no y = x Aᵀ Bᵀ path whose inputs could be measured.
+_NO_LINEAR_PATH = tuple(
+    getattr(lora_layer, name)
+    for name in ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
+    if hasattr(lora_layer, name)
+)
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One LoRA layer of one adapter: ``y = base(x) + s (x Aᵀ) Bᵀ``."""
+
+    name: str
+    module: nn.Module
+    adapter: str
+
+    @property
+    def a_module(self) -> nn.Module:
+        """The module that computes ``z = x Aᵀ``."""
+        return self.module.lora_A[self.adapter]
+
+    @property
+    def a(self) -> nn.Parameter:
+        """A, ``[r, K]``."""
+        return self.module.lora_A[self.adapter].weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """B, ``[N, r]``."""
+        return self.module.lora_B[self.adapter].weight
+
+    @property
+    def scaling(self) -> float:
+        """s as it is now (PEFT changes it at run time), never recomputed from alpha / r."""
+        return self.module.scaling[self.adapter]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and ``DistributedDataParallel`` wrappers."""
+    while True:
+        # Not hasattr: PeftModel forwards unknown attributes to the model inside.
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether PEFT put LoRA weights into this module."""
+    return isinstance(module, lora.LoraLayer)
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module that carries LoRA weights of any adapter, by name."""
+    return [(name, m) for name, m in unwrap(model).named_modules() if is_lora_layer(m)]
+
+
+def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
+    """The one adapter that a call is about.
+
+    Raises:
+        UcanError: the model has no LoRA layer, the adapter is unknown, not active, disabled or
+            merged, or several are active and none was named.
+    """
+    layers = tuner_layers(model)
+    if not layers:
+        raise UcanError(
+            f"{type(unwrap(model)).__name__} has no LoRA layer; wrap it with peft.get_peft_model "
+            "or load an adapter with peft.PeftModel.from_pretrained first."
+        )
+    known = sorted({key for _, m in layers for key in _adapters_of(m)})
+    if not known:
+        raise UcanError("the model's LoRA layers hold no adapter; load one first.")
+    active = sorted({key for _, m in layers for key in m.active_adapters if key in known})
+    if adapter is None:
+        if len(active) != 1:
+            raise UcanError(
+                f"{len(active)} adapters are active ({', '.join(active) or 'none'}); say which one "
+                f"is meant with adapter=. Known: {', '.join(known)}."
+            )
+        adapter = active[0]
+    elif adapter not in known:
+        raise UcanError(f"there is no adapter {adapter!r}; known: {', '.join(known)}.")
+    elif adapter not in active:
+        raise UcanError(
+            f"adapter {adapter!r} is not active (active: {', '.join(active) or 'none'}); call "
+            "model.set_adapter first: only what runs can be measured."
+        )
+    for name, module in layers:
+        if module.merged:
+            raise UcanError(
+                f"{name}: adapter {', '.join(module.merged_adapters)} is merged into the base "
+                "weights; call model.unmerge_adapter() first."
+            )
+        if module.disable_adapters:
+            raise UcanError(f"{name}: adapters are disabled; enable them first.")
+    return adapter
+
+
+def find_layers(model: nn.Module, adapter: str) -> list[LoraLayer]:
+    """The adapter's layers, in module order.
+
+    Raises:
+        UcanError: a layer has no ``x Aᵀ Bᵀ`` path whose neurons could be measured (embedding,
+            convolution, fused attention, expert weights), is sharded over processes, or is not
+            on a real device. The layer is named.
+    """
+    layers = []
+    for name, module in tuner_layers(model):
+        if adapter not in _adapters_of(module):
+            continue
+        reason = unmeasurable(module, adapter)
+        if reason:
+            raise UcanError(
+                f"{name} ({type(module).__name__}): {reason}; activation statistics have no "
+                "meaning there. Leave this module out of the adapter's target_modules."
+            )
+        layers.append(LoraLayer(name, module, adapter))
+    return layers
+
+
+def unmeasurable(module: nn.Module, adapter: str) -> str | None:
+    """Why neuron statistics cannot be taken on this layer, or None."""
+    if isinstance(module, _NO_LINEAR_PATH) or adapter not in module.lora_A:
+        return "it is not a linear LoRA layer"
+    if type(module).__name__ == "LoraParallelLinear":
+        return "Megatron tensor-parallel layers are not supported"
+    for weight in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
+        reason = _unusual_weight(weight)
+        if reason:
+            return reason
+    return None
+
+
+def unfusable(module: nn.Module) -> str | None:
+    """Why the fused forward cannot replace PEFT's own on this layer, or None.
+
+    States that may change from call to call (merged, disabled, dropout, hooks) are not asked
+    here but by :func:`call_obstacle`.
+    """
+    # Subclasses (torchao, INC, quantised bases) change what forward means.
+    if type(module) is not lora.Linear:
+        return f"{type(module).__name__} has its own forward"
+    base = module.base_layer
+    if base is not module.get_base_layer():
+        return "another tuner is nested inside it"
+    for weight in (getattr(base, "weight", None), *_adapter_weights(module)):
+        reason = None if weight is None else _unusual_weight(weight)
+        if reason:
+            return reason
+    if getattr(base, "_hf_tp_plan", None) or getattr(base, "_hf_device_mesh", None):
+        return "its base layer is tensor parallel"
+    if module.lora_variant:
+        names = sorted({type(v).__name__ for v in module.lora_variant.values()})
+        return f"adapter variant {', '.join(names)}"
+    return None
+
+
+def sharded_by(model: nn.Module) -> str | None:
+    """The wrapper that shards this model's weights (FSDP, ZeRO-3), or None."""
+    for module in unwrap(model).modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            return "FSDP"
+    if any(hasattr(p, "ds_id") for p in unwrap(model).parameters()):
+        return "DeepSpeed ZeRO-3"
+    return None
+
+
+def call_obstacle(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> str | None:
+    """Why this very call must take PEFT's own forward, or None. Asked at every call."""
+    if args or kwargs:
+        return "extra arguments (adapter_names, alora_offsets)"
+    if module.disable_adapters or module.merged:
+        return "merged or disabled"
+    if not getattr(module, "cast_input_dtype_enabled", True):
+        return "input dtype casting is disabled"
+    if x.dtype not in _FLOATS:
+        return f"input dtype {x.dtype}"
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A:
+            continue
+        if adapter in module.lora_variant:
+            return "adapter variant"
+        if module.training and not _is_identity(module.lora_dropout[adapter]):
+            return "dropout is active"
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return "lora_A or lora_B was replaced"
+        if _has_hooks(a) or _has_hooks(b) or _has_hooks(module.lora_dropout[adapter]):
+            return "hooks on lora_A or lora_B"
+        if a.weight.device != x.device or b.weight.device != x.device:
+            return "adapter weights on another device"
+        if a.weight.dtype != b.weight.dtype:
+            return "lora_A and lora_B differ in dtype"
+        # One type test covers DTensor and parametrised weights that appeared since.
+        if type(a.weight) not in (nn.Parameter, torch.Tensor):
+            return _unusual_weight(a.weight)
+    return None
+
+
+def fingerprint(model: nn.Module, adapter: str) -> str:
+    """SHA-256 over one adapter: names, values and scaling of its layers.
+
+    Of the base only its configuration and the layers' shapes enter: a base that was trained on is
+    not noticed. Values are hashed as fp32 (fp64 where they are), so the dtype an adapter is
+    loaded in does not matter as long as its values survive it.
+    """
+    model = unwrap(model)
+    digest = hashlib.sha256(json.dumps(_base_identity(model), sort_keys=True).encode())
+    for name, module in tuner_layers(model):
+        if adapter not in _adapters_of(module):
+            continue
+        digest.update(f"{name}|{float(module.scaling.get(adapter, 1.0))!r}".encode())
+        for key, weight in _weights_of(module, adapter):
+            value = weight.detach()
+            value = value.to(torch.promote_types(value.dtype, torch.float32)).contiguous().cpu()
+            digest.update(f"|{key}{tuple(value.shape)}".encode())
+            digest.update(value.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def base_config(model: nn.Module) -> object | None:
+    """The Hugging Face configuration of the base model, if it has one."""
+    model = unwrap(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "config", None)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside the PEFT model (adapters still in it)."""
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def module_device(model: nn.Module) -> torch.device:
+    """Where batches must go: the device of the first parameter."""
+    parameter = next(unwrap(model).parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _adapters_of(module: nn.Module) -> Iterable[str]:
+    keys = [*module.lora_A.keys(), *getattr(module, "lora_embedding_A", {}).keys()]
+    return dict.fromkeys(keys)
+
+
+def _adapter_weights(module: nn.Module) -> list[torch.Tensor]:
+    return [m.weight for d in (module.lora_A, module.lora_B) for m in d.values()]
+
+
+def _weights_of(module: nn.Module, adapter: str) -> list[tuple[str, torch.Tensor]]:
+    found = []
+    for attribute in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        holder = getattr(module, attribute, {})
+        if adapter in holder:
+            found += [(f"{attribute}.{k}", v) for k, v in holder[adapter].named_parameters()]
+    for attribute in ("lora_embedding_A", "lora_embedding_B"):
+        holder = getattr(module, attribute, {})
+        if adapter in holder:
+            found.append((attribute, holder[adapter]))
+    return found
+
+
+def _base_identity(model: nn.Module) -> dict:
+    config = base_config(model)
+    identity = {}
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "d_model"):
+        value = getattr(config, key, None)
+        if isinstance(value, (int, str)):
+            identity[key] = value
+    return identity
+
+
+def _unusual_weight(weight: torch.Tensor) -> str | None:
+    if hasattr(weight, "ds_id"):
+        return "its weights are sharded (DeepSpeed ZeRO-3)"
+    if weight.device.type == "meta":
+        return "its weights are on the meta device (offloaded)"
+    if type(weight) not in (nn.Parameter, torch.Tensor):
+        return f"its weights are of type {type(weight).__name__}"
+    if weight.dtype not in _FLOATS:
+        return f"its weights are {weight.dtype}"
+    return None
+
+
+def _is_identity(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Identity) or getattr(dropout, "p", None) == 0.0
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hasattr(module, "_hf_hook")
+    )

@@ -1,0 +1,158 @@
+"""Batches: what the model takes, and which group every token belongs to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import base_config, module_device
+from .errors import UcanError, UcanWarning
+
+FORGET, RETAIN, IGNORED = 0, 1, -1
+GROUPS = {"forget": FORGET, "retain": RETAIN}
+_OURS = ("token_groups", "decoder_token_groups")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, checked.
+
+    Attributes:
+        inputs: keyword arguments for the model, on its device; ours are taken out.
+        groups: int8 ``[B, T]`` of the (encoder's) tokens: 0 forget, 1 retain, -1 ignored.
+        decoder_groups: the same for the decoder's tokens of an encoder-decoder model.
+    """
+
+    inputs: dict[str, Any]
+    groups: torch.Tensor
+    decoder_groups: torch.Tensor | None = None
+
+
+def group_index(group: str) -> int:
+    """0 for ``"forget"``, 1 for ``"retain"``.
+
+    Raises:
+        UcanError: any other word.
+    """
+    if group not in GROUPS:
+        raise UcanError(f"group must be 'forget' or 'retain', not {group!r}.")
+    return GROUPS[group]
+
+
+def reusable(batches: Iterable[Mapping[str, Any]], what: str) -> Iterable[Mapping[str, Any]]:
+    """The same batches, in a form that can be run through more than once.
+
+    A one-shot iterator is read into a list, with a notice; it would be silently empty the second
+    time.
+    """
+    if isinstance(batches, (Mapping, torch.Tensor, str)):
+        raise UcanError(f"{what} must be an iterable of batches, not one {type(batches).__name__}.")
+    if isinstance(batches, Iterator):
+        kept = list(batches)
+        warnings.warn(
+            f"{what} is a one-shot iterator and is needed more than once: its {len(kept)} batches "
+            "were read into memory. Pass a list or a DataLoader to avoid that.",
+            UcanWarning,
+            stacklevel=3,
+        )
+        return kept
+    return batches
+
+
+def read_batches(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], group: str
+) -> Iterator[Batch]:
+    """Check every batch and find the group of every token.
+
+    Raises:
+        UcanError: a batch is no mapping, lacks input_ids, or its masks or groups do not fit. The
+            batch is named by its index.
+    """
+    if isinstance(batches, (Mapping, torch.Tensor, str)):
+        raise UcanError(f"batches must be an iterable of batches, not {type(batches).__name__}.")
+    default = group_index(group)
+    device = module_device(model)
+    encoder_decoder = bool(getattr(base_config(model), "is_encoder_decoder", False))
+    for index, batch in enumerate(batches):
+        yield _read(batch, f"batch {index}", default, device, encoder_decoder)
+
+
+def _read(
+    batch: Mapping[str, Any], where: str, default: int, device: torch.device, encoder_decoder: bool
+) -> Batch:
+    if not isinstance(batch, Mapping):
+        raise UcanError(f"{where} is a {type(batch).__name__}; a batch is a dict of tensors.")
+    tokens = batch.get("input_ids")
+    if tokens is None and batch.get("inputs_embeds") is not None:
+        tokens = batch["inputs_embeds"][..., 0]
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
+        shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise UcanError(f"{where}: input_ids must be a tensor [batch, tokens], not {shape}.")
+    groups = _groups(
+        batch.get("token_groups"), batch.get("attention_mask"), tokens.shape, default, where, ""
+    )
+    decoder_groups = None
+    if encoder_decoder:
+        decoder_tokens = batch.get("decoder_input_ids", batch.get("labels"))
+        if not isinstance(decoder_tokens, torch.Tensor) or decoder_tokens.dim() != 2:
+            raise UcanError(
+                f"{where}: an encoder-decoder model needs decoder_input_ids or labels "
+                "[batch, tokens]."
+            )
+        mask = batch.get("decoder_attention_mask")
+        if mask is None and batch.get("labels") is not None:
+            mask = batch["labels"] != -100
+        decoder_groups = _groups(
+            batch.get("decoder_token_groups"),
+            mask,
+            decoder_tokens.shape,
+            default,
+            where,
+            "decoder_",
+        ).to(device)
+    elif batch.get("decoder_token_groups") is not None:
+        raise UcanError(f"{where}: decoder_token_groups, but the model has no decoder of its own.")
+    inputs = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+        if key not in _OURS
+    }
+    return Batch(inputs, groups.to(device), decoder_groups)
+
+
+def _groups(
+    given: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    shape: torch.Size,
+    default: int,
+    where: str,
+    prefix: str,
+) -> torch.Tensor:
+    if mask is not None and tuple(mask.shape) != tuple(shape):
+        raise UcanError(
+            f"{where}: {prefix}attention_mask is {tuple(mask.shape)}, the tokens are "
+            f"{tuple(shape)}; pass the plain 2-D mask."
+        )
+    if given is None:
+        groups = torch.full(tuple(shape), default, dtype=torch.int8)
+    else:
+        if not isinstance(given, torch.Tensor) or tuple(given.shape) != tuple(shape):
+            got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+            raise UcanError(
+                f"{where}: {prefix}token_groups is {got}, but the tokens are {tuple(shape)}; "
+                "every token needs its own group."
+            )
+        if given.is_floating_point() or given.min() < -1 or given.max() > 1:
+            raise UcanError(
+                f"{where}: {prefix}token_groups must be integers 0 (forget), 1 (retain) or "
+                f"-1 (ignored), not {given.dtype} in [{given.min()}, {given.max()}]."
+            )
+        groups = given.to(torch.int8)
+    if mask is not None:
+        groups = torch.where(mask.to(groups.device).bool(), groups, IGNORED)
+    return groups

@@ -1,0 +1,365 @@
+"""collect: one forward pass over a data set, and the moments of every LoRA layer."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from . import ops
+from .accelerate import FusedLoraLinear
+from .adapter import (
+    LoraLayer,
+    base_config,
+    base_model,
+    find_layers,
+    fingerprint,
+    resolve_adapter,
+    unwrap,
+)
+from .batches import Batch, group_index, read_batches
+from .errors import UcanError
+from .marks import check_is_origin
+from .neurons import gated_mlps
+from .ops.expand import delta_reference
+from .progress import Progress, track
+from .stats import ActivationStats, Moments
+
+#: ``"layer"`` is the whole output of a layer, for ``UcanConfig(output_signal="layer")``.
+MEASURABLE = ("input", "rank", "output", "layer")
+DEFAULT_SITES = ("input", "rank", "output")
+
+# Where cross-attention modules sit in a decoder: T5, BART and its kin, BLIP and BERT style.
+_CROSS_ATTENTION = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
+_KEY_VALUE = ("k", "v", "k_proj", "v_proj", "key", "value")
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    group: str = "retain",
+    sites: Iterable[str] | None = None,
+    adapter: str | None = None,
+    progress: Progress = None,
+) -> ActivationStats:
+    """Run the model over the batches, forward only, and sum up what its neurons did.
+
+    Args:
+        model: a model with PEFT LoRA layers, plain or accelerated.
+        batches: dicts of what the model takes (``input_ids [B, T]``, ``attention_mask``, ...), plus
+            optionally ``token_groups [B, T]``: 0 forget, 1 retain, -1 ignored. Padding is ignored
+            whatever it says. Encoder-decoder models also take ``decoder_token_groups``.
+        group: the group of every attended token in batches without ``token_groups``.
+        sites: any of ``"input"``, ``"rank"``, ``"output"``, ``"layer"``, ``"mlp"`` (which reads the
+            input moments); default: input, rank and output.
+        adapter: which adapter is measured, needed when several are active.
+        progress: True for a progress bar, or a function ``(done, total, text)``.
+
+    Returns:
+        fp64 sums per layer, site and group. The model's training mode, the gradient mode and the
+        random number generators are afterwards as they were.
+
+    Raises:
+        UcanError: no LoRA layers, a merged or disabled adapter, an attenuated adapter (statistics
+            belong to the origin), a layer without measurable neurons, a site the model does not
+            have, a malformed batch, no token at all, a layer whose token count does not fit, or
+            NaN/Inf activations (the layer is named). Nothing is recorded then.
+    """
+    group_index(group)
+    model = unwrap(model)
+    adapter = resolve_adapter(model, adapter)
+    origin = fingerprint(model, adapter)
+    check_is_origin(model, adapter, origin)
+    layers = find_layers(model, adapter)
+    wanted = _measured_sites(model, layers, sites)
+    pass_ = _Pass(model, layers, wanted)
+    options = _forward_options(model, layers)
+    with _quiet(model), pass_.attached():
+        for batch in track(read_batches(model, batches, group), batches, progress, "collect"):
+            pass_.begin(batch)
+            model(**{**_without_labels(batch), **options})
+            pass_.end()
+    stats = pass_.finish()
+    stats.fingerprint = origin
+    return stats
+
+
+class _Pass:
+    """One run over the data: the totals of all layers, and the groups of the current batch."""
+
+    def __init__(self, model: nn.Module, layers: list[LoraLayer], sites: tuple[str, ...]) -> None:
+        self.sites = sites
+        two_sided = bool(getattr(base_config(model), "is_encoder_decoder", False))
+        self.recorders = [
+            _Recorder(self, layer, _role(layer.name) if two_sided else "encoder")
+            for layer in layers
+        ]
+        self.counts: dict[str, torch.Tensor] = {}
+        self.groups: dict[str, torch.Tensor] = {}
+        # q, k and v read the same tensor: its moments are taken once per forward.
+        self.shared: tuple[torch.Tensor, int, str, torch.Tensor] | None = None
+
+    def begin(self, batch: Batch) -> None:
+        self.groups = {"encoder": batch.groups}
+        if batch.decoder_groups is not None:
+            self.groups["decoder"] = batch.decoder_groups
+        # One count per batch, not per layer: it is the same for every layer of a role.
+        self.counts = {
+            role: torch.stack([(g == 0).sum(), (g == 1).sum()]).to("cpu", torch.float64)
+            for role, g in self.groups.items()
+        }
+
+    def end(self) -> None:
+        self.shared = None
+        self.groups = {}
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = []
+        try:
+            for recorder in self.recorders:
+                module = recorder.layer.module
+                if isinstance(module, FusedLoraLinear):
+                    module.__dict__["_ucan_recorder"] = recorder
+                else:
+                    handles += recorder.hook(module)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for recorder in self.recorders:
+                recorder.layer.module.__dict__.pop("_ucan_recorder", None)
+
+    def finish(self) -> ActivationStats:
+        stats = ActivationStats()
+        for recorder in self.recorders:
+            stats.layers[recorder.layer.name] = {
+                site: Moments(recorder.count.clone(), *total.cpu().unbind(0))
+                for site, total in recorder.totals.items()
+            }
+        idle = [r.layer.name for r in self.recorders if not r.calls]
+        if not self.counts:
+            raise UcanError("there was no batch; nothing was recorded.")
+        if idle:
+            raise UcanError(
+                f"{idle[0]} was never called with its adapter while the model ran"
+                f"{f' ({len(idle)} such layers)' if idle[1:] else ''}; it cannot be measured."
+            )
+        stats.check_finite()
+        empty = [r.layer.name for r in self.recorders if not r.count.any()]
+        if empty:
+            raise UcanError(
+                f"no token of {empty[0]} was counted: every token is padding or ignored "
+                "(attention_mask and token_groups)."
+            )
+        return stats
+
+
+class _Recorder:
+    """The totals of one layer. Fused layers call it; others are hooked."""
+
+    def __init__(self, pass_: _Pass, layer: LoraLayer, role: str) -> None:
+        self.pass_ = pass_
+        self.layer = layer
+        self.role = role
+        self.calls = 0
+        self.count = torch.zeros(2, dtype=torch.float64)
+        rank, inputs = layer.a.shape
+        outputs = layer.b.shape[0]
+        sizes = {"input": inputs, "rank": rank, "output": outputs, "layer": outputs}
+        self.totals = {
+            site: torch.zeros(2, 2, sizes[site], dtype=torch.float64, device=layer.a.device)
+            for site in pass_.sites
+        }
+
+    def wants(self, adapter: str) -> bool:
+        """Whether this adapter's path is the one being measured, in this call."""
+        return adapter == self.layer.adapter and _recording()
+
+    def fused_step(
+        self,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: torch.Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """shrink and expand with moments, for the fused forward."""
+        groups = self._begin_call(x)
+        known = self._shared_input(x)
+        total = self.totals.get("input")
+        fresh = torch.zeros_like(total) if total is not None and known is None else None
+        z = ops.shrink(
+            x,
+            a,
+            dtype=dtype,
+            groups=groups,
+            input_moments=fresh,
+            rank_moments=self.totals.get("rank"),
+        )
+        if fresh is not None:
+            self._share_input(x, fresh)
+        if total is not None:
+            total += known if fresh is None else fresh
+        return ops.expand(
+            result,
+            z,
+            b,
+            scaling,
+            bias=bias,
+            groups=groups,
+            delta_moments=self.totals.get("output"),
+        )
+
+    def layer_output(self, y: torch.Tensor) -> None:
+        """The whole output of the layer, for the ``layer`` site."""
+        if "layer" in self.totals and _recording():
+            ops.accumulate_moments(y.detach(), self._flat_groups(y), self.totals["layer"])
+
+    def hook(self, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Record from PEFT's own forward."""
+        handles = [self.layer.a_module.register_forward_hook(self._after_a)]
+        if "layer" in self.totals:
+            handles.append(module.register_forward_hook(lambda _m, _x, y: self.layer_output(y)))
+        return handles
+
+    @contextlib.contextmanager
+    def hooked(self, module: nn.Module) -> Iterator[None]:
+        """For one call in which a fused layer falls back to PEFT's own forward."""
+        handles = self.hook(module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _after_a(self, _module: nn.Module, args: tuple, z: torch.Tensor) -> None:
+        if not _recording():
+            return
+        x = args[0]
+        groups = self._begin_call(x)
+        if "input" in self.totals:
+            known = self._shared_input(x)
+            if known is None:
+                known = torch.zeros_like(self.totals["input"])
+                ops.accumulate_moments(x, groups, known)
+                self._share_input(x, known)
+            self.totals["input"] += known
+        if "rank" in self.totals:
+            ops.accumulate_moments(z, groups, self.totals["rank"])
+        if "output" in self.totals:
+            delta = delta_reference(z, self.layer.b, self.layer.scaling)
+            ops.accumulate_moments(delta, groups, self.totals["output"])
+
+    def _begin_call(self, x: torch.Tensor) -> torch.Tensor:
+        groups = self._flat_groups(x)
+        self.calls += 1
+        self.count += self.pass_.counts[self.role]
+        return groups
+
+    def _flat_groups(self, h: torch.Tensor) -> torch.Tensor:
+        groups = self.pass_.groups[self.role]
+        tokens = tuple(h.shape[:-1])
+        if tokens not in (tuple(groups.shape), (groups.numel(),)):
+            raise UcanError(
+                f"{self.layer.name} sees tokens of shape {tokens}, but the batch's are "
+                f"{tuple(groups.shape)} ({self.role} tokens); its neurons cannot be matched with "
+                "token groups. Leave this module out of the adapter's target_modules."
+            )
+        return groups.reshape(-1)
+
+    def _shared_input(self, x: torch.Tensor) -> torch.Tensor | None:
+        shared = self.pass_.shared
+        if shared is None or shared[0] is not x or shared[1:3] != (_version(x), self.role):
+            return None
+        return shared[3]
+
+    def _share_input(self, x: torch.Tensor, moments: torch.Tensor) -> None:
+        self.pass_.shared = (x, _version(x), self.role, moments)
+
+
+def _recording() -> bool:
+    # Inside a backward pass we are a checkpoint's recompute: those tokens were counted before.
+    return torch._C._current_graph_task_id() == -1
+
+
+def _version(x: torch.Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _measured_sites(
+    model: nn.Module, layers: list[LoraLayer], sites: Iterable[str] | None
+) -> tuple[str, ...]:
+    names = DEFAULT_SITES if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+    unknown = [s for s in names if s not in (*MEASURABLE, "mlp")]
+    if unknown or not names:
+        raise UcanError(
+            f"unknown site {', '.join(map(repr, unknown)) or '(none given)'}; "
+            f"known: {', '.join(MEASURABLE)}, mlp."
+        )
+    if "mlp" in names:
+        gated_mlps(model, layers)
+    return tuple(s for s in MEASURABLE if s in names or (s == "input" and "mlp" in names))
+
+
+def _role(name: str) -> str:
+    parts = name.lower().split(".")
+    if "decoder" not in parts:
+        return "encoder" if "encoder" in parts else "decoder"
+    crosses = any(part in _CROSS_ATTENTION for part in parts)
+    return "encoder" if crosses and parts[-1] in _KEY_VALUE else "decoder"
+
+
+def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any]:
+    """No cache, and no full-vocabulary logits where nothing in the head is measured."""
+    base = base_model(model)
+    try:
+        accepted = inspect.signature(base.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+    options: dict[str, Any] = {}
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    measured = {id(layer.module) for layer in layers}
+    if "logits_to_keep" in accepted and head is not None:
+        inside_head = any(id(m) in measured for m in head.modules())
+        if not inside_head:
+            options["logits_to_keep"] = 1
+    return options
+
+
+def _without_labels(batch: Batch) -> dict[str, Any]:
+    inputs = dict(batch.inputs)
+    # Encoder-decoder models build their decoder's input from the labels.
+    if batch.decoder_groups is None or inputs.get("decoder_input_ids") is not None:
+        inputs.pop("labels", None)
+    return inputs
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and every mode and random state back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
+    indices = sorted({d.index for d in devices if d.index is not None})
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(indices, enabled=True):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)

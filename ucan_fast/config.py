@@ -1,0 +1,162 @@
+"""UcanConfig: every choice that the method leaves open, validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UcanError
+
+SITES = ("input", "rank", "output", "mlp")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("attenuate",),
+    "site": SITES,
+    "statistic": ("mean_abs", "rms"),
+    "contrast": ("symmetric", "difference", "ratio", "zscore", "none"),
+    "normalization": ("none", "layer", "global"),
+    "fusion": ("protect", "subtract"),
+    "decay": ("exponential", "inverse", "linear", "hard"),
+    "output_signal": ("delta", "layer"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "utility_weight": (0.0, math.inf),
+    "fraction": (0.0, 1.0),
+    "floor": (0.0, 1.0),
+    "max_retain_loss_increase": (0.0, math.inf),
+    "max_strength": (0.0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class UcanConfig:
+    """All choices of the method. The paper (arXiv 2602.23400) gives none of the values below:
+    the defaults are *ours*, the best of those tried on a small recommender.
+
+    Attributes:
+        method: ``"attenuate"``, the paper's soft attenuation.
+        site: which neurons are measured and scaled. ``"input"``: the K inputs of a layer
+            (column j of A). ``"rank"``: the r rank dimensions (column j of B). ``"output"``: the
+            N outputs (row j of B). ``"mlp"``: the intermediate neurons of a gated MLP (column j
+            of A of ``down_proj``, row j of B of ``gate_proj`` and ``up_proj``).
+        statistic: a_g = mean of ``|h|`` (``"mean_abs"``) or sqrt of the mean of h² (``"rms"``).
+        contrast: ``"symmetric"`` (a_f - a_r)/(a_f + a_r); ``"difference"`` a_f - a_r;
+            ``"ratio"`` a_f/a_r - 1; ``"zscore"`` the difference over its standard error;
+            ``"none"`` a_f over the layer's maximum (the paper's ablation w/o C).
+        normalization: risk as it is, or divided by the maximum of its layer or of all layers.
+        fusion: score S = R (1 - U)^λ (``"protect"``) or R - λ U (``"subtract"``).
+        utility_weight: λ. 0 is the paper's ablation w/o F.
+        fraction: the share of all neurons of the plan that may be selected.
+        risk_threshold: a fixed threshold t on the score, instead of the quantile.
+        min_score: t is never below this. ``None``: 0.05 for the symmetric contrast, else 0.
+        decay: γ(u) = exp(-βu), 1/(1+βu), max(1-βu, 0), or 0 (``"hard"``, the ablation w/o H).
+        strength: β, or ``"auto"``: the largest β whose retain loss stays within the budget.
+        floor: γ is never below this.
+        max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
+            rise, relative to its value before (0.05 = 5 %).
+        max_strength: ``"auto"`` searches β in [0, max_strength].
+        output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
+            ``"layer"``, the whole output of the layer.
+        seed: for the random control and for drawing calibration batches.
+
+    Raises:
+        UcanError: a value is of the wrong type or out of its range; the field is named.
+    """
+
+    method: str = "attenuate"
+    site: str = "input"
+    statistic: str = "mean_abs"
+    contrast: str = "symmetric"
+    normalization: str = "none"
+    fusion: str = "protect"
+    utility_weight: float = 1.0
+    fraction: float = 0.15
+    risk_threshold: float | None = None
+    min_score: float | None = None
+    decay: str = "exponential"
+    strength: float | str = "auto"
+    floor: float = 0.0
+    max_retain_loss_increase: float = 0.05
+    max_strength: float = 32.0
+    output_signal: str = "delta"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                _refuse(name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not _is_number(value) or not low <= value <= high:
+                _refuse(name, value, f"a number in [{low:g}, {high:g}]")
+        for name in ("risk_threshold", "min_score"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                _refuse(name, value, "a finite number or None")
+        if self.strength != "auto" and (not _is_number(self.strength) or self.strength < 0):
+            _refuse("strength", self.strength, "'auto' or a number >= 0")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            _refuse("seed", self.seed, "an integer")
+        if self.decay == "hard" and self.auto_strength and self.risk_threshold is not None:
+            raise UcanError(
+                "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "
+                "nothing to search over; give strength a number or drop risk_threshold."
+            )
+
+    @property
+    def auto_strength(self) -> bool:
+        """Whether β (for ``decay="hard"``: the fraction) is searched for."""
+        return self.strength == "auto"
+
+    @property
+    def effective_min_score(self) -> float:
+        """``min_score`` with its default filled in."""
+        if self.min_score is not None:
+            return float(self.min_score)
+        return 0.05 if self.contrast == "symmetric" else 0.0
+
+    def replace(self, **changes: Any) -> UcanConfig:
+        """A copy with some fields changed, validated again."""
+        self._check_keys(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> UcanConfig:
+        """The inverse of :meth:`to_json`; missing fields take their defaults.
+
+        Raises:
+            UcanError: not a JSON object, an unknown field, or a value out of range.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise UcanError(f"UcanConfig: not valid JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise UcanError("UcanConfig: the JSON must be an object of fields.")
+        cls._check_keys(fields)
+        return cls(**fields)
+
+    @classmethod
+    def _check_keys(cls, fields: dict[str, Any]) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise UcanError(
+                f"UcanConfig: unknown field {', '.join(map(repr, unknown))}; "
+                f"known are {', '.join(known)}."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _refuse(name: str, value: Any, wanted: str) -> None:
+    raise UcanError(f"UcanConfig: {name} must be {wanted}, not {value!r}.")

@@ -1,0 +1,19 @@
+"""The operators, one a file. They know tensors only: nothing of PEFT, nothing of models."""
+
+from .attenuate import attenuate_
+from .backend import BACKENDS, backends_in_use
+from .expand import expand
+from .moments import accumulate_moments
+from .scores import attenuation_factors, contrastive_scores
+from .shrink import shrink
+
+__all__ = [
+    "BACKENDS",
+    "accumulate_moments",
+    "attenuate_",
+    "attenuation_factors",
+    "backends_in_use",
+    "contrastive_scores",
+    "expand",
+    "shrink",
+]

@@ -1,0 +1,137 @@
+"""attenuate_: multiply the rows or columns of many small matrices by their factors, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import UcanError
+from .backend import LIBRARY, use_native
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def attenuate_(
+    weights: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+    offsets: Sequence[int],
+    axes: Sequence[int],
+) -> None:
+    """Scale each row (axis 0) or column (axis 1) of each weight by its factor, in place.
+
+    The product is taken in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype;
+    where the factor is 1 the stored bits stay as they are.
+
+    Args:
+        weights: matrices ``[rows, cols]`` of fp32, bf16, fp16 or fp64, on one device.
+        factors: the factors of all matrices in one flat fp32 tensor, on the same device.
+        offsets: where the factors of each weight begin; several weights may share a range.
+        axes: 0 or 1 per weight.
+
+    Raises:
+        UcanError: a wrong shape, dtype or device, an offset out of range, weights that overlap in
+            memory, or gradients being recorded. No weight was changed.
+    """
+    _check(weights, factors, offsets, axes)
+    if weights:
+        torch.ops.ucan_fast.attenuate_(list(weights), factors, list(offsets), list(axes))
+
+
+def attenuate_reference_(
+    weights: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+    offsets: Sequence[int],
+    axes: Sequence[int],
+) -> None:
+    """The definition."""
+    for weight, offset, axis in zip(weights, offsets, axes, strict=True):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        factor = factors[offset : offset + weight.shape[axis]].to(wide).unsqueeze(1 - axis)
+        scaled = (weight.to(wide) * factor).to(weight.dtype)
+        # where keeps the bits of untouched neurons, a NaN's payload included.
+        weight.copy_(torch.where(factor == 1, weight, scaled))
+
+
+def _check(
+    weights: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+    offsets: Sequence[int],
+    axes: Sequence[int],
+) -> None:
+    if not len(weights) == len(offsets) == len(axes):
+        raise UcanError(
+            f"attenuate_: {len(weights)} weights, {len(offsets)} offsets and {len(axes)} axes; "
+            "there must be one of each per weight."
+        )
+    if factors.dim() != 1 or factors.dtype != torch.float32:
+        raise UcanError(
+            f"attenuate_: factors must be one flat float32 tensor, "
+            f"not {factors.dtype} {tuple(factors.shape)}."
+        )
+    for index, (weight, offset, axis) in enumerate(zip(weights, offsets, axes, strict=True)):
+        which = f"attenuate_: weight {index}"
+        if weight.dim() != 2 or weight.dtype not in _DTYPES:
+            raise UcanError(
+                f"{which} must be a floating matrix, not {weight.dtype} {tuple(weight.shape)}."
+            )
+        if axis not in (0, 1):
+            raise UcanError(f"{which}: axis must be 0 (rows) or 1 (columns), not {axis}.")
+        if weight.device != factors.device:
+            raise UcanError(f"{which} is on {weight.device}, the factors on {factors.device}.")
+        if offset < 0 or offset + weight.shape[axis] > factors.numel():
+            raise UcanError(
+                f"{which} needs factors [{offset}, {offset + weight.shape[axis]}), "
+                f"but there are {factors.numel()}."
+            )
+        if torch.is_grad_enabled() and weight.requires_grad:
+            raise UcanError(f"{which} requires a gradient; call attenuate_ under torch.no_grad().")
+    _check_overlap(weights)
+
+
+def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    # Sorted by address, two weights overlap exactly if some neighbours do. Interleaved views
+    # (two column ranges of one matrix) span each other without sharing an element: those are
+    # refused as well, since telling them apart costs more than it is worth.
+    spans = []
+    for index, weight in enumerate(weights):
+        if weight.numel() == 0:
+            continue
+        if any(
+            size > 1 and stride == 0
+            for size, stride in zip(weight.shape, weight.stride(), strict=True)
+        ):
+            raise UcanError(f"attenuate_: weight {index} overlaps itself (an expanded tensor).")
+        last = sum((s - 1) * abs(t) for s, t in zip(weight.shape, weight.stride(), strict=True))
+        start = weight.data_ptr()
+        spans.append((start, start + (last + 1) * weight.element_size(), index))
+    spans.sort()
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise UcanError(
+                f"attenuate_: weights {min(first, second)} and {max(first, second)} overlap in "
+                "memory and would be scaled twice; pass shared storage once."
+            )
+
+
+def _dispatch(
+    weights: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+    offsets: Sequence[int],
+    axes: Sequence[int],
+) -> None:
+    if use_native("attenuate_", factors.device):
+        torch.ops.ucan_fast._attenuate_native_(weights, factors, offsets, axes)
+    else:
+        attenuate_reference_(weights, factors, offsets, axes)
+
+
+LIBRARY.define("attenuate_(Tensor(a!)[] weights, Tensor factors, int[] offsets, int[] axes) -> ()")
+LIBRARY.impl("attenuate_", _dispatch, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ucan_fast::attenuate_", lib=LIBRARY)
+def _(weights, factors, offsets, axes) -> None:
+    return None

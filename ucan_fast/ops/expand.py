@@ -1,0 +1,157 @@
+"""expand: ``y = base_out + s z Bᵀ (+ s bias)``, and in the same pass the output-site moments."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UcanError
+from .backend import LIBRARY, requested_backend
+from .moments import check_moments, moments_reference
+
+
+def expand(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
+    delta_moments: torch.Tensor | None = None,
+    layer_moments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The second half of a LoRA layer, added to what the base layer returned.
+
+    The product is taken in z's dtype, the sum in fp32 (fp64 for fp64), rounded once to
+    ``base_out``'s dtype.
+
+    Args:
+        base_out: ``[..., N]``, what the base layer returned.
+        z: ``[..., r]``, from :func:`shrink`.
+        b: the adapter's B, ``[N, r]``.
+        scaling: s.
+        bias: the adapter's own bias ``[N]``, if it has one.
+        groups: one integer per token (0 forget, 1 retain, else ignored); needed for moments.
+        delta_moments: fp64 ``[2, 2, N]``, increased by the moments of δ = s z Bᵀ taken in fp32
+            from the stored z and B (no bias).
+        layer_moments: fp64 ``[2, 2, N]``, increased by the moments of the stored result.
+
+    Returns:
+        y, ``[..., N]`` in ``base_out``'s dtype.
+
+    Differentiable while no moments are asked for.
+
+    Raises:
+        UcanError: shapes, dtypes or devices that do not fit together.
+    """
+    if (
+        b.dim() != 2
+        or z.shape[-1] != b.shape[1]
+        or tuple(base_out.shape) != (*z.shape[:-1], b.shape[0])
+        or (bias is not None and tuple(bias.shape) != (b.shape[0],))
+    ):
+        raise UcanError(
+            f"expand: base_out {tuple(base_out.shape)}, z {tuple(z.shape)}, B {tuple(b.shape)} "
+            "must be [..., N], [..., r], [N, r], and a bias [N]."
+        )
+    if not base_out.device == z.device == b.device:
+        raise UcanError(
+            f"expand: base_out is on {base_out.device}, z on {z.device}, B on {b.device}; "
+            "they must share a device."
+        )
+    requested_backend()
+    if delta_moments is None and layer_moments is None:
+        return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
+    if groups is None:
+        raise UcanError("expand: moments need groups, one integer per token.")
+    for moments in (delta_moments, layer_moments):
+        if moments is not None:
+            check_moments(base_out, groups, moments)
+    return torch.ops.ucan_fast.expand.moments(
+        base_out, z, b, scaling, bias, groups, delta_moments, layer_moments
+    )
+
+
+def delta_reference(z: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """δ = s z Bᵀ in fp32 (fp64 for fp64): the signal of the output site."""
+    wide = torch.promote_types(torch.promote_types(z.dtype, b.dtype), torch.float32)
+    with torch.autocast(z.device.type, enabled=False):
+        return F.linear(z.to(wide), b.to(wide)) * scaling
+
+
+def expand_reference(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The definition of y."""
+    wide = torch.promote_types(torch.promote_types(base_out.dtype, z.dtype), torch.float32)
+    with torch.autocast(z.device.type, enabled=False):
+        delta = F.linear(z, b.to(z.dtype), None if bias is None else bias.to(z.dtype))
+        y = torch.add(base_out.to(wide), delta.to(wide), alpha=scaling)
+    return y.to(base_out.dtype)
+
+
+def _expand_moments(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    groups: torch.Tensor,
+    delta_moments: torch.Tensor | None,
+    layer_moments: torch.Tensor | None,
+) -> torch.Tensor:
+    y = expand_reference(base_out, z, b, scaling, bias)
+    with torch.autocast(z.device.type, enabled=False):
+        if delta_moments is not None:
+            delta_moments += moments_reference(delta_reference(z, b, scaling), groups)
+        if layer_moments is not None:
+            layer_moments += moments_reference(y, groups)
+    return y
+
+
+def _save(ctx, inputs, output) -> None:
+    _, z, b, ctx.scaling, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(z, b)
+
+
+def _backward(ctx, grad_y: torch.Tensor):
+    z, b = ctx.saved_tensors
+    grad_z = grad_b = grad_bias = None
+    with torch.autocast(z.device.type, enabled=False):
+        grad_delta = (grad_y.to(torch.promote_types(grad_y.dtype, z.dtype)) * ctx.scaling).to(
+            z.dtype
+        )
+        rows = grad_delta.reshape(-1, grad_delta.shape[-1])
+        if ctx.needs_input_grad[1]:
+            grad_z = grad_delta @ b.to(z.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_b = (rows.t() @ z.reshape(-1, z.shape[-1])).to(b.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    return grad_y, grad_z, grad_b, None, grad_bias
+
+
+LIBRARY.define("expand(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias) -> Tensor")
+LIBRARY.define(
+    "expand.moments(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias, "
+    "Tensor groups, Tensor(a!)? delta_moments, Tensor(b!)? layer_moments) -> Tensor"
+)
+LIBRARY.impl("expand", expand_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("expand.moments", _expand_moments, "CompositeExplicitAutograd")
+torch.library.register_autograd("ucan_fast::expand", _backward, setup_context=_save, lib=LIBRARY)
+
+
+@torch.library.register_fake("ucan_fast::expand", lib=LIBRARY)
+def _(base_out, z, b, scaling, bias) -> torch.Tensor:
+    return torch.empty_like(base_out)
+
+
+@torch.library.register_fake("ucan_fast::expand.moments", lib=LIBRARY)
+def _(base_out, z, b, scaling, bias, groups, delta_moments, layer_moments) -> torch.Tensor:
+    return torch.empty_like(base_out)

@@ -1,0 +1,87 @@
+"""Moments of one activation per token group: the definition behind every statistic.
+
+``moments`` is one fp64 tensor ``[2, 2, n]``: ``moments[0, g, j] = Σ |h_j|`` and
+``moments[1, g, j] = Σ h_j²`` over the tokens of group g (0 forget, 1 retain). Other groups are
+ignored, whatever their rows hold, NaN included.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UcanError
+from .backend import LIBRARY, requested_backend
+
+#: fp32 partial sums span this many tokens; they are folded into fp64 totals in a fixed order.
+ROWS_PER_PARTIAL = 32
+
+
+def accumulate_moments(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+    """Add the moments of ``h`` to ``moments``, in place.
+
+    Args:
+        h: activations ``[..., n]``, any floating dtype, any strides.
+        groups: one integer per token of ``h``, flattened: 0 forget, 1 retain, else ignored.
+        moments: running totals, fp64 ``[2, 2, n]``.
+
+    Raises:
+        UcanError: shapes, dtypes or devices that do not fit together.
+    """
+    check_moments(h, groups, moments)
+    requested_backend()
+    torch.ops.ucan_fast.accumulate_moments(h, groups, moments)
+
+
+def check_moments(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+    """Refuse arguments that would record nonsense."""
+    if not h.is_floating_point() or h.dim() < 1:
+        raise UcanError(f"moments: h must be floating [..., n], not {h.dtype} {tuple(h.shape)}.")
+    n = h.shape[-1]
+    tokens = h.numel() // n if n else 0
+    if groups.dim() != 1 or groups.numel() != tokens or groups.is_floating_point():
+        raise UcanError(
+            f"moments: groups must hold one integer for each of the {tokens} tokens, "
+            f"not {groups.dtype} {tuple(groups.shape)}."
+        )
+    if tuple(moments.shape) != (2, 2, n) or moments.dtype != torch.float64:
+        raise UcanError(
+            f"moments: the totals must be float64 (2, 2, {n}), "
+            f"not {moments.dtype} {tuple(moments.shape)}."
+        )
+    if not h.device == groups.device == moments.device:
+        raise UcanError(
+            f"moments: h is on {h.device}, groups on {groups.device}, totals on {moments.device}; "
+            "they must share one device."
+        )
+
+
+def moments_reference(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Σ|h| and Σh² per group, fp64 ``[2, 2, n]``: the definition."""
+    n = h.shape[-1]
+    h = h.reshape(-1, n)
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
+    # where, not a product: a NaN in an ignored row must not spread.
+    h = torch.where((groups == 0).logical_or(groups == 1).unsqueeze(1), h, 0.0)
+    chunks = -(-h.shape[0] // ROWS_PER_PARTIAL)
+    padding = chunks * ROWS_PER_PARTIAL - h.shape[0]
+    mask = torch.stack([groups == 0, groups == 1]).to(h.dtype)
+    mask = F.pad(mask, (0, padding)).view(2, chunks, ROWS_PER_PARTIAL).transpose(0, 1)
+    h = F.pad(h, (0, 0, 0, padding)).view(chunks, ROWS_PER_PARTIAL, n)
+    partial = torch.stack([mask @ h.abs(), mask @ (h * h)])
+    return partial.sum(1, dtype=torch.float64)
+
+
+def _accumulate(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+    # Autocast would turn the sums into bf16 products.
+    with torch.autocast(h.device.type, enabled=False):
+        moments += moments_reference(h, groups)
+
+
+LIBRARY.define("accumulate_moments(Tensor h, Tensor groups, Tensor(a!) moments) -> ()")
+LIBRARY.impl("accumulate_moments", _accumulate, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ucan_fast::accumulate_moments", lib=LIBRARY)
+def _(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+    return None

@@ -1,0 +1,190 @@
+"""scores: moments and weight norms of all layers -> risk R, utility U, score S, factors γ.
+
+All neurons of a plan lie in one flat array; ``offsets`` marks where each layer begins. The
+formulas are the package's reading of U-CAN (arXiv 2602.23400), whose text gives the ideas
+(contrast of activations; utility = weight magnitude x retain activation norm; soft decay) but
+not every form; each reading is a choice of ``UcanConfig``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UcanError
+from .backend import LIBRARY, requested_backend
+
+#: Keeps the ratio contrast finite where a neuron never fires on the retain set.
+TINY = torch.finfo(torch.float32).tiny
+
+
+def contrastive_scores(
+    moments: torch.Tensor,
+    counts: torch.Tensor,
+    weight_norms: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    statistic: str,
+    contrast: str,
+    normalization: str,
+    fusion: str,
+    utility_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Risk, utility and score of every neuron.
+
+    Args:
+        moments: fp64 ``[2, 2, n]``: Σ|h| and Σh² per group (0 forget, 1 retain).
+        counts: fp64 ``[L, 2]``: tokens per layer and group, all > 0.
+        weight_norms: fp64 ``[n]``: L2 norm of each neuron's own parameters.
+        offsets: int64 ``[L + 1]``: layer l holds neurons ``offsets[l] .. offsets[l + 1]``.
+        statistic, contrast, normalization, fusion, utility_weight: see ``UcanConfig``.
+
+    Returns:
+        R >= 0, U in [0, 1] and S, fp64 ``[n]`` each.
+
+    Raises:
+        UcanError: shapes or dtypes that do not fit together.
+    """
+    n, layers = weight_norms.numel(), offsets.numel() - 1
+    if (
+        tuple(moments.shape) != (2, 2, n)
+        or tuple(counts.shape) != (layers, 2)
+        or int(offsets[-1]) != n
+        or int(offsets[0]) != 0
+    ):
+        raise UcanError(
+            f"scores: moments {tuple(moments.shape)}, counts {tuple(counts.shape)}, "
+            f"{n} weight norms and offsets up to {int(offsets[-1])} do not describe one plan."
+        )
+    if not moments.dtype == counts.dtype == weight_norms.dtype == torch.float64:
+        raise UcanError("scores: moments, counts and weight norms must be float64.")
+    requested_backend()
+    return torch.ops.ucan_fast.contrastive_scores(
+        moments,
+        counts,
+        weight_norms,
+        offsets,
+        statistic,
+        contrast,
+        normalization,
+        fusion,
+        utility_weight,
+    )
+
+
+def attenuation_factors(
+    score: torch.Tensor, threshold: float, *, decay: str, strength: float, floor: float
+) -> torch.Tensor:
+    """γ of every neuron: 1 where S <= t, else a decay of u = (S - t) / (S_max - t).
+
+    ``"exponential"`` exp(-βu), ``"inverse"`` 1/(1 + βu), ``"linear"`` max(1 - βu, 0), ``"hard"``
+    0; never below ``floor``.
+
+    Args:
+        score: S, fp64 ``[n]``, of the whole plan (S_max is taken over it).
+        threshold: t.
+        decay, strength, floor: see ``UcanConfig``; ``strength`` is a number here.
+
+    Returns:
+        fp32 ``[n]``.
+    """
+    requested_backend()
+    return torch.ops.ucan_fast.attenuation_factors(score, threshold, decay, strength, floor)
+
+
+def scores_reference(
+    moments: torch.Tensor,
+    counts: torch.Tensor,
+    weight_norms: torch.Tensor,
+    offsets: torch.Tensor,
+    statistic: str,
+    contrast: str,
+    normalization: str,
+    fusion: str,
+    utility_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition."""
+    layer_of = torch.repeat_interleave(
+        torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff()
+    )
+    count_f, count_r = counts[layer_of].unbind(1)
+    mean_abs_f, mean_abs_r = moments[0, 0] / count_f, moments[0, 1] / count_r
+    mean_sq_f, mean_sq_r = moments[1, 0] / count_f, moments[1, 1] / count_r
+    if statistic == "mean_abs":
+        a_f, a_r = mean_abs_f, mean_abs_r
+    else:
+        a_f, a_r = mean_sq_f.sqrt(), mean_sq_r.sqrt()
+
+    if contrast == "symmetric":
+        c = _ratio_or_zero(a_f - a_r, a_f + a_r)
+    elif contrast == "difference":
+        c = a_f - a_r
+    elif contrast == "ratio":
+        c = a_f / a_r.clamp_min(TINY) - 1
+    elif contrast == "zscore":
+        var_f = (mean_sq_f - mean_abs_f**2).clamp_min(0)
+        var_r = (mean_sq_r - mean_abs_r**2).clamp_min(0)
+        c = _ratio_or_zero(a_f - a_r, (var_f / count_f + var_r / count_r).sqrt())
+    else:
+        c = _over_layer_max(a_f, layer_of)
+    risk = c.clamp_min(0)
+    if normalization == "layer":
+        risk = _over_layer_max(risk, layer_of)
+    elif normalization == "global":
+        risk = _over_layer_max(risk, torch.zeros_like(layer_of))
+
+    utility = _over_layer_max(weight_norms * mean_sq_r.sqrt(), layer_of)
+    if fusion == "protect":
+        score = risk * (1 - utility) ** utility_weight
+    else:
+        score = risk - utility_weight * utility
+    return risk, utility, score
+
+
+def factors_reference(
+    score: torch.Tensor, threshold: float, decay: str, strength: float, floor: float
+) -> torch.Tensor:
+    """The definition."""
+    selected = score > threshold
+    u = torch.where(selected, (score - threshold) / (score.max() - threshold), 0.0)
+    if decay == "exponential":
+        factor = torch.exp(-strength * u)
+    elif decay == "inverse":
+        factor = 1 / (1 + strength * u)
+    elif decay == "linear":
+        factor = (1 - strength * u).clamp_min(0)
+    else:
+        factor = torch.zeros_like(u)
+    return torch.where(selected, factor.clamp_min(floor), 1.0).to(torch.float32)
+
+
+def _ratio_or_zero(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0.0)
+
+
+def _over_layer_max(value: torch.Tensor, layer_of: torch.Tensor) -> torch.Tensor:
+    layers = int(layer_of.max()) + 1 if layer_of.numel() else 0
+    top = value.new_zeros(layers).scatter_reduce(0, layer_of, value, "amax")
+    return _ratio_or_zero(value, top[layer_of])
+
+
+LIBRARY.define(
+    "contrastive_scores(Tensor moments, Tensor counts, Tensor weight_norms, Tensor offsets, "
+    "str statistic, str contrast, str normalization, str fusion, float utility_weight) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "attenuation_factors(Tensor score, float threshold, str decay, float strength, float floor) "
+    "-> Tensor"
+)
+LIBRARY.impl("contrastive_scores", scores_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("attenuation_factors", factors_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ucan_fast::contrastive_scores", lib=LIBRARY)
+def _(moments, counts, weight_norms, *_):
+    return tuple(torch.empty_like(weight_norms) for _ in range(3))
+
+
+@torch.library.register_fake("ucan_fast::attenuation_factors", lib=LIBRARY)
+def _(score, threshold, decay, strength, floor):
+    return torch.empty_like(score, dtype=torch.float32)

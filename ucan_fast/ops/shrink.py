@@ -1,0 +1,117 @@
+"""shrink: ``z = x Aᵀ``, and in the same pass the moments of x and of z."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UcanError
+from .backend import LIBRARY, requested_backend
+from .moments import check_moments, moments_reference
+
+
+def shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    groups: torch.Tensor | None = None,
+    input_moments: torch.Tensor | None = None,
+    rank_moments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first half of a LoRA layer: ``z = x Aᵀ``.
+
+    Args:
+        x: activations ``[..., K]``.
+        a: the adapter's A, ``[r, K]``.
+        dtype: operands are cast to it before the product, and z has it; default: A's dtype.
+        groups: one integer per token (0 forget, 1 retain, else ignored); needed for moments.
+        input_moments: fp64 ``[2, 2, K]``, increased by the moments of x.
+        rank_moments: fp64 ``[2, 2, r]``, increased by the moments of z.
+
+    Returns:
+        z, ``[..., r]`` in ``dtype``.
+
+    Differentiable while no moments are asked for.
+
+    Raises:
+        UcanError: shapes, dtypes or devices that do not fit together.
+    """
+    if a.dim() != 2 or x.dim() < 1 or x.shape[-1] != a.shape[1]:
+        raise UcanError(
+            f"shrink: x {tuple(x.shape)} and A {tuple(a.shape)} must be [..., K] and [r, K]."
+        )
+    if x.device != a.device:
+        raise UcanError(f"shrink: x is on {x.device}, A on {a.device}; they must share a device.")
+    requested_backend()
+    dtype = dtype or a.dtype
+    if input_moments is None and rank_moments is None:
+        return torch.ops.ucan_fast.shrink(x, a, dtype)
+    if groups is None:
+        raise UcanError("shrink: moments need groups, one integer per token.")
+    if input_moments is not None:
+        check_moments(x, groups, input_moments)
+    if rank_moments is not None:
+        check_moments(x.new_empty((*x.shape[:-1], a.shape[0])), groups, rank_moments)
+    return torch.ops.ucan_fast.shrink.moments(x, a, dtype, groups, input_moments, rank_moments)
+
+
+def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The definition of z."""
+    # The dtype is given explicitly, so an outer autocast must not cast once more.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), a.to(dtype))
+
+
+def _shrink_moments(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    dtype: torch.dtype,
+    groups: torch.Tensor,
+    input_moments: torch.Tensor | None,
+    rank_moments: torch.Tensor | None,
+) -> torch.Tensor:
+    z = shrink_reference(x, a, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if input_moments is not None:
+            input_moments += moments_reference(x, groups)
+        if rank_moments is not None:
+            rank_moments += moments_reference(z, groups)
+    return z
+
+
+def _save(ctx, inputs, output) -> None:
+    x, a, ctx.dtype = inputs
+    ctx.save_for_backward(x, a)
+
+
+def _backward(ctx, grad_z: torch.Tensor):
+    x, a = ctx.saved_tensors
+    grad_x = grad_a = None
+    with torch.autocast(x.device.type, enabled=False):
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_z @ a.to(ctx.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = grad_z.reshape(-1, grad_z.shape[-1])
+            grad_a = (rows.t() @ x.to(ctx.dtype).reshape(-1, x.shape[-1])).to(a.dtype)
+    return grad_x, grad_a, None
+
+
+LIBRARY.define("shrink(Tensor x, Tensor a, ScalarType dtype) -> Tensor")
+LIBRARY.define(
+    "shrink.moments(Tensor x, Tensor a, ScalarType dtype, Tensor groups, "
+    "Tensor(a!)? input_moments, Tensor(b!)? rank_moments) -> Tensor"
+)
+LIBRARY.impl("shrink", shrink_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("shrink.moments", _shrink_moments, "CompositeExplicitAutograd")
+torch.library.register_autograd("ucan_fast::shrink", _backward, setup_context=_save, lib=LIBRARY)
+
+
+@torch.library.register_fake("ucan_fast::shrink", lib=LIBRARY)
+def _(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("ucan_fast::shrink.moments", lib=LIBRARY)
+def _(x, a, dtype, groups, input_moments, rank_moments) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)

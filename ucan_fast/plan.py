@@ -1,0 +1,343 @@
+"""AttenuationPlan: the factors of every neuron, and how to put them on a model and take them off."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from . import ops
+from .adapter import find_layers, fingerprint, resolve_adapter, unwrap
+from .config import UcanConfig
+from .errors import UcanError, UcanWarning
+from .files import atomic_write
+from .marks import clear_mark, is_attenuated, mark_attenuated
+from .neurons import NeuronGroup, neuron_groups
+from .stats import read_safetensors
+from .weights import WeightEdit
+
+FORMAT = "ucan_fast.plan"
+FORMAT_VERSION = "1"
+_FIELDS = ("factors", "risk", "utility", "score")
+
+
+@dataclass
+class AttenuationPlan:
+    """What will be scaled, by how much, and why.
+
+    Attributes:
+        config: the choices it was made with.
+        fingerprint: of the adapter it is for.
+        factors: name -> γ, fp32 ``[n]``; every layer of the plan is present, 1.0 where untouched.
+            Layers that share a Parameter hold the same factors.
+        risk, utility, score: name -> R, U, S, fp32 ``[n]``.
+        threshold: t; selected is S > t.
+        strength: the β in use.
+        note: what a user must know about it (nothing selected, strength not searched for), or "".
+    """
+
+    config: UcanConfig
+    fingerprint: str
+    groups: list[tuple[str, ...]]
+    flat_factors: torch.Tensor
+    flat_risk: torch.Tensor
+    flat_utility: torch.Tensor
+    flat_score: torch.Tensor
+    sizes: list[int]
+    threshold: float
+    strength: float
+    note: str = ""
+    applied_fingerprint: str | None = None
+    originals: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        return self._by_name(self.flat_factors)
+
+    @property
+    def risk(self) -> dict[str, torch.Tensor]:
+        return self._by_name(self.flat_risk.float())
+
+    @property
+    def utility(self) -> dict[str, torch.Tensor]:
+        return self._by_name(self.flat_utility.float())
+
+    @property
+    def score(self) -> dict[str, torch.Tensor]:
+        return self._by_name(self.flat_score.float())
+
+    @property
+    def neurons(self) -> int:
+        """All neurons of the plan."""
+        return self.flat_factors.numel()
+
+    @property
+    def selected(self) -> int:
+        """Neurons with S > t."""
+        return int((self.flat_score > self.threshold).sum())
+
+    @property
+    def attenuated(self) -> int:
+        """Neurons whose factor is not 1."""
+        return int((self.flat_factors != 1).sum())
+
+    def with_strength(self, strength: float) -> AttenuationPlan:
+        """The same selection at another β (a new plan, not applied)."""
+        if not strength >= 0:
+            raise UcanError(f"strength must be a number >= 0, not {strength!r}.")
+        factors = ops.attenuation_factors(
+            self.flat_score,
+            self.threshold,
+            decay=self.config.decay,
+            strength=float(strength),
+            floor=float(self.config.floor),
+        )
+        return self._derive(flat_factors=factors, strength=float(strength))
+
+    def with_fraction(self, fraction: float) -> AttenuationPlan:
+        """Another share of neurons selected, at the same β (a new plan, not applied)."""
+        config = self.config.replace(fraction=fraction)
+        threshold, note = select(self.flat_score, config)
+        plan = self._derive(config=config, threshold=threshold, note=note)
+        return plan.with_strength(self.strength)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        share = 100 * self.attenuated / max(self.neurons, 1)
+        lines = [
+            f"{self.attenuated} of {self.neurons} neurons attenuated ({share:.1f} %) in "
+            f"{len(self.sizes)} layers, site {self.config.site!r}",
+            f"score: largest {self._largest():.4g}, threshold {self.threshold:.4g}; "
+            f"strength {self.strength:.4g}, smallest factor {self._smallest():.4g}",
+        ]
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+    def apply(self, model: nn.Module, adapter: str | None = None) -> None:
+        """Scale the adapter's weights in place: all of them, or none.
+
+        The overwritten values are kept for :meth:`undo`.
+
+        Raises:
+            UcanError: the model's adapter is not the one the plan was made for, is attenuated
+                already, or the factors do not fit. Every weight is as it was.
+        """
+        model = unwrap(model)
+        adapter = resolve_adapter(model, adapter)
+        now = fingerprint(model, adapter)
+        if is_attenuated(model, adapter, now):
+            raise UcanError(
+                f"adapter {adapter!r} is attenuated already; undo the applied plan first. Plans "
+                "do not stack: each applies to the origin."
+            )
+        if now != self.fingerprint:
+            raise UcanError(
+                f"this plan was made for an adapter with fingerprint {self.fingerprint[:12]}, "
+                f"adapter {adapter!r} has {now[:12]}. Make a plan from statistics of this adapter."
+            )
+        edit = WeightEdit(self.match(model, adapter))
+        edit.write(self.flat_factors)
+        try:
+            self.applied_fingerprint = fingerprint(model, adapter)
+            self.originals = {key: value.cpu() for key, value in edit.originals.items()}
+            if self.applied_fingerprint != self.fingerprint:
+                mark_attenuated(model, adapter, self.applied_fingerprint)
+        except BaseException:
+            edit.restore()
+            raise
+
+    def undo(self, model: nn.Module, adapter: str | None = None) -> None:
+        """Put the overwritten values back, bit exact.
+
+        Raises:
+            UcanError: the plan holds no original values, or the weights are not those that
+                :meth:`apply` left. Nothing is changed.
+        """
+        model = unwrap(model)
+        adapter = resolve_adapter(model, adapter)
+        if self.originals is None or self.applied_fingerprint is None:
+            raise UcanError(
+                "this plan holds no original values: it was never applied, or was saved without "
+                "save(..., include_original=True). Load the original adapter instead."
+            )
+        now = fingerprint(model, adapter)
+        if now != self.applied_fingerprint:
+            state = "is not attenuated" if now == self.fingerprint else "was changed since"
+            raise UcanError(
+                f"cannot undo: adapter {adapter!r} {state} (fingerprint {now[:12]}, the plan left "
+                f"{self.applied_fingerprint[:12]}). Nothing was changed."
+            )
+        edit = WeightEdit(self.match(model, adapter))
+        if set(edit.originals) != set(self.originals):
+            raise UcanError("cannot undo: the model shares parameters differently than before.")
+        current = edit.originals
+        edit.originals = self.originals
+        try:
+            edit.restore()
+            if fingerprint(model, adapter) != self.fingerprint:
+                raise UcanError(
+                    "cannot undo bit exactly: the adapter is loaded in another dtype than the one "
+                    "it was attenuated in. Nothing was changed."
+                )
+        except BaseException:
+            edit.originals = current
+            edit.restore()
+            raise
+        clear_mark(model, adapter)
+
+    def match(self, model: nn.Module, adapter: str) -> list[NeuronGroup]:
+        """The model's neurons, checked to be the plan's.
+
+        Raises:
+            UcanError: layers, sizes or shared parameters differ.
+        """
+        groups = neuron_groups(model, find_layers(model, adapter), self.config.site)
+        if [g.names for g in groups] != self.groups or [g.n for g in groups] != self.sizes:
+            raise UcanError(
+                "the model's LoRA layers are not those of the plan (names, sizes or shared "
+                "parameters differ)."
+            )
+        return groups
+
+    def save(self, path: str | os.PathLike, include_original: bool = False) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            include_original: also write the values that :meth:`apply` overwrote, so that a plan
+                loaded elsewhere can undo.
+
+        Raises:
+            UcanError: the originals are asked for and there are none, or the file could not be
+                written (what stood there before is untouched).
+        """
+        tensors = {
+            "factors": self.flat_factors,
+            "risk": self.flat_risk,
+            "utility": self.flat_utility,
+            "score": self.flat_score,
+        }
+        keys = sorted(self.originals or {}) if include_original else []
+        if include_original and self.originals is None:
+            raise UcanError("there are no original values to save: the plan was not applied.")
+        for index, key in enumerate(keys):
+            tensors[f"original.{index}"] = self.originals[key].contiguous()
+        metadata = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "plan": json.dumps(
+                {
+                    "config": json.loads(self.config.to_json()),
+                    "fingerprint": self.fingerprint,
+                    "applied_fingerprint": self.applied_fingerprint,
+                    "groups": self.groups,
+                    "sizes": self.sizes,
+                    "threshold": self.threshold,
+                    "strength": self.strength,
+                    "note": self.note,
+                    "originals": keys,
+                }
+            ),
+        }
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> AttenuationPlan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UcanError: the file is missing, truncated, corrupt or of another kind.
+        """
+        metadata, tensors = read_safetensors(path, FORMAT, FORMAT_VERSION)
+        try:
+            values = json.loads(metadata["plan"])
+            keys = values["originals"]
+            plan = cls(
+                config=UcanConfig.from_json(json.dumps(values["config"])),
+                fingerprint=values["fingerprint"],
+                groups=[tuple(names) for names in values["groups"]],
+                sizes=values["sizes"],
+                threshold=values["threshold"],
+                strength=values["strength"],
+                note=values["note"],
+                applied_fingerprint=values["applied_fingerprint"],
+                originals={k: tensors[f"original.{i}"] for i, k in enumerate(keys)} or None,
+                **{f"flat_{key}": tensors[key] for key in _FIELDS},
+            )
+            if any(getattr(plan, f"flat_{key}").numel() != sum(plan.sizes) for key in _FIELDS):
+                raise ValueError("the number of neurons does not fit the layers")
+        except UcanError:
+            raise
+        except (KeyError, ValueError, TypeError) as error:
+            raise UcanError(f"{path} is damaged: {error}; make the plan again.") from error
+        return plan
+
+    def warn_if_unusual(self) -> None:
+        """Say aloud that the plan does nothing, or far too much."""
+        if not self.attenuated:
+            warnings.warn(f"this plan changes nothing: {self.note}", UcanWarning, stacklevel=3)
+        elif self.attenuated > self.neurons / 2:
+            warnings.warn(
+                f"this plan attenuates {self.attenuated} of {self.neurons} neurons, more than "
+                f"half: fraction={self.config.fraction:g}, threshold {self.threshold:.4g}, largest "
+                f"score {self._largest():.4g}. It will harm the retain set; lower fraction or "
+                "raise the threshold.",
+                UcanWarning,
+                stacklevel=3,
+            )
+
+    def _derive(self, **changes) -> AttenuationPlan:
+        return dataclasses.replace(self, **changes, applied_fingerprint=None, originals=None)
+
+    def _by_name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = flat.split(self.sizes)
+        return {
+            name: part for names, part in zip(self.groups, parts, strict=True) for name in names
+        }
+
+    def _largest(self) -> float:
+        return float(self.flat_score.max()) if self.neurons else 0.0
+
+    def _smallest(self) -> float:
+        return float(self.flat_factors.min()) if self.neurons else 1.0
+
+
+def select(score: torch.Tensor, config: UcanConfig) -> tuple[float, str]:
+    """The threshold t, and why nothing is selected ("" where something is).
+
+    ``t = max(quantile(S, 1 - fraction) or risk_threshold, min_score)``; the quantile interpolates
+    linearly, as numpy's and torch's do by default.
+    """
+    largest = float(score.max())
+    if config.risk_threshold is not None:
+        wanted, how = float(config.risk_threshold), f"risk_threshold={config.risk_threshold:g}"
+    else:
+        wanted = _quantile(score, 1 - config.fraction)
+        how = f"the quantile of fraction={config.fraction:g}"
+    threshold = max(wanted, config.effective_min_score)
+    if largest > threshold:
+        return threshold, ""
+    if threshold > wanted or largest <= config.effective_min_score:
+        note = (
+            f"nothing is selected: D_f and D_r are indistinguishable to this method (largest score "
+            f"{largest:.4g}, at most min_score={config.effective_min_score:g}). Retraining or a "
+            "gradient-based method can still separate them."
+        )
+    else:
+        note = f"nothing is selected: the largest score {largest:.4g} is not above {how}."
+    return threshold, note
+
+
+def _quantile(score: torch.Tensor, q: float) -> float:
+    # torch.quantile refuses more than 2^24 values.
+    ordered = score.sort().values
+    position = q * (ordered.numel() - 1)
+    low = int(position)
+    high = min(low + 1, ordered.numel() - 1)
+    return float(torch.lerp(ordered[low], ordered[high], position - low))

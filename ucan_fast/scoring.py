@@ -1,0 +1,137 @@
+"""scoring: moments -> risk, utility, score -> AttenuationPlan."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import ops
+from .adapter import find_layers, fingerprint, resolve_adapter, unwrap
+from .batches import FORGET, RETAIN
+from .config import UcanConfig
+from .errors import UcanError
+from .marks import is_attenuated
+from .neurons import NeuronGroup, moments_site, neuron_groups
+from .plan import AttenuationPlan, select
+from .stats import ActivationStats, Moments
+
+#: β where ``strength="auto"`` has no calibration data to search with.
+DEFAULT_STRENGTH = 1.0
+
+
+def make_plan(
+    model: nn.Module,
+    stats: ActivationStats,
+    config: UcanConfig | None = None,
+    *,
+    adapter: str | None = None,
+) -> AttenuationPlan:
+    """Score every neuron of the configured site, select the risky ones, and set their factors.
+
+    The model is only read. With ``strength="auto"`` there is no calibration data here to search
+    with: β = 1 is used and the plan's note says so (``unlearn`` searches).
+
+    Args:
+        model: the model the statistics were taken on.
+        stats: with tokens of both groups.
+        config: all choices; default ``UcanConfig()``.
+        adapter: needed when several adapters are active.
+
+    Raises:
+        UcanError: statistics of another adapter, or without the site, a layer or a group that the
+            plan needs.
+
+    Warns:
+        UcanWarning: the plan changes nothing, or more than half of all neurons.
+    """
+    plan = score_plan(model, stats, config or UcanConfig(), adapter)
+    if plan.config.auto_strength and plan.config.decay != "hard" and not plan.note:
+        plan.note = (
+            f"strength={DEFAULT_STRENGTH:g} was used: 'auto' needs calibration data to search with."
+        )
+    plan.warn_if_unusual()
+    return plan
+
+
+def score_plan(
+    model: nn.Module, stats: ActivationStats, config: UcanConfig, adapter: str | None = None
+) -> AttenuationPlan:
+    """:func:`make_plan` without its notes and warnings, for callers that search the strength."""
+    model = unwrap(model)
+    adapter = resolve_adapter(model, adapter)
+    _check_origin(model, adapter, stats)
+    groups = neuron_groups(model, find_layers(model, adapter), config.site)
+    moments = [_pooled_moments(group, stats, moments_site(config)) for group in groups]
+    offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
+    risk, utility, score = ops.contrastive_scores(
+        torch.stack(
+            [
+                torch.cat([m.abs_sum for m in moments], dim=1),
+                torch.cat([m.sq_sum for m in moments], dim=1),
+            ]
+        ),
+        torch.stack([m.count for m in moments]),
+        torch.cat([g.weight_norm for g in groups]),
+        offsets,
+        statistic=config.statistic,
+        contrast=config.contrast,
+        normalization=config.normalization,
+        fusion=config.fusion,
+        utility_weight=float(config.utility_weight),
+    )
+    threshold, note = select(score, config)
+    plan = AttenuationPlan(
+        config=config,
+        fingerprint=stats.fingerprint,
+        groups=[group.names for group in groups],
+        sizes=[group.n for group in groups],
+        flat_factors=torch.ones(score.numel()),
+        flat_risk=risk,
+        flat_utility=utility,
+        flat_score=score,
+        threshold=threshold,
+        strength=0.0,
+        note=note,
+    )
+    plan = plan.with_strength(DEFAULT_STRENGTH if config.auto_strength else config.strength)
+    if not plan.note and not plan.attenuated:
+        plan.note = f"strength={plan.strength:g} leaves every factor at 1."
+    return plan
+
+
+def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> None:
+    now = fingerprint(model, adapter)
+    if now == stats.fingerprint:
+        return
+    if is_attenuated(model, adapter, now):
+        hint = "A plan is applied to it: call plan.undo(model) first."
+    else:
+        hint = "Collect statistics on this adapter."
+    raise UcanError(
+        f"the statistics were taken on an adapter with fingerprint {stats.fingerprint[:12]}, but "
+        f"adapter {adapter!r} has {now[:12]}. {hint}"
+    )
+
+
+def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Moments:
+    total = Moments.zeros(group.n)
+    for name in group.names:
+        measured = stats.layers.get(name, {})
+        if site not in measured:
+            raise UcanError(
+                f"the statistics hold no {site!r} moments of {name} (they have "
+                f"{', '.join(measured) or 'nothing'}); collect with sites including {site!r}."
+            )
+        if measured[site].n != group.n:
+            raise UcanError(
+                f"{name} has {group.n} neurons, its statistics {measured[site].n}; collect again."
+            )
+        total = total + measured[site]
+    for index, what in ((FORGET, "forget"), (RETAIN, "retain")):
+        if not total.count[index] > 0:
+            raise UcanError(
+                f"the {what} set is empty: {group.names[0]} saw no {what} token. Check "
+                "token_groups and attention_mask"
+                + (", or that the bank holds more than the forget set." if index else ".")
+            )
+    return total

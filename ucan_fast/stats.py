@@ -1,0 +1,309 @@
+"""Moments and ActivationStats: what was measured, and on which adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .batches import FORGET, RETAIN
+from .errors import UcanError
+from .files import atomic_write
+
+FORMAT = "ucan_fast.statistics"
+FORMAT_VERSION = "1"
+
+#: How far a forget sum may exceed the bank's by rounding (bf16 with other batching), relatively.
+_ROUNDING = 1e-2
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens of both groups, fp64 on the CPU; index 0 forget, 1 retain.
+
+    Attributes:
+        count: tokens, ``[2]``.
+        abs_sum: Σ|h_j|, ``[2, n]``.
+        sq_sum: Σ h_j², ``[2, n]``.
+    """
+
+    count: torch.Tensor
+    abs_sum: torch.Tensor
+    sq_sum: torch.Tensor
+
+    @classmethod
+    def zeros(cls, n: int) -> Moments:
+        """No token seen yet, n neurons."""
+        zeros = torch.zeros(2, n, dtype=torch.float64)
+        return cls(torch.zeros(2, dtype=torch.float64), zeros, zeros.clone())
+
+    @property
+    def n(self) -> int:
+        """Number of neurons."""
+        return self.abs_sum.shape[1]
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """count, abs_sum, sq_sum."""
+        return self.count, self.abs_sum, self.sq_sum
+
+    def __add__(self, other: Moments) -> Moments:
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return Moments(*(mine + theirs for mine, theirs in pairs))
+
+    def group(self, index: int) -> Moments:
+        """The same, with the other group emptied."""
+        only = torch.zeros(2, dtype=torch.float64)
+        only[index] = 1
+        return Moments(
+            self.count * only, self.abs_sum * only.unsqueeze(1), self.sq_sum * only.unsqueeze(1)
+        )
+
+
+@dataclass
+class ActivationStats:
+    """Moments of every measured layer and site, additive over tokens and therefore subtractive.
+
+    Attributes:
+        layers: ``layers[name][site] -> Moments``, keyed by ``model.named_modules()`` names.
+        fingerprint: of the adapter the statistics were taken on (the origin).
+    """
+
+    layers: dict[str, dict[str, Moments]] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that were measured."""
+        first = next(iter(self.layers.values()), {})
+        return tuple(first)
+
+    def tokens(self, group: str) -> int:
+        """Tokens of one group (``"forget"`` or ``"retain"``), the largest count of any layer."""
+        index = FORGET if group == "forget" else RETAIN
+        counts = [float(m.count[index]) for _, _, m in self._items()]
+        return int(max(counts, default=0))
+
+    def __add__(self, other: ActivationStats) -> ActivationStats:
+        """Statistics of both token sets together.
+
+        Raises:
+            UcanError: the two describe different adapters, layers or sites.
+        """
+        self._check_same(other, "add")
+        return self._combine(other, lambda mine, theirs, _: mine + theirs)
+
+    def __sub__(self, other: ActivationStats) -> ActivationStats:
+        """Statistics without the tokens of ``other``, group by group.
+
+        Raises:
+            UcanError: different adapters, or ``other`` holds tokens that are not in here.
+        """
+        self._check_same(other, "subtract")
+        return self._combine(other, _subtract)
+
+    def with_forget(self, forget: ActivationStats) -> ActivationStats:
+        """A bank of *all* data, split: ``forget`` as measured, ``retain = bank - forget``.
+
+        Exact when the forget tokens ran in the same context (the same sequences) as in the bank.
+        Tokens that ``forget`` counts as retain are in the bank already and are left out.
+
+        Args:
+            forget: ``collect(model, forget_batches, group="forget")`` on the bank's adapter; for
+                a later request, the sum over all forget sets so far.
+
+        Raises:
+            UcanError: another adapter, an empty forget set, forget tokens inside the bank, or a
+                forget set that is not contained in the bank.
+        """
+        self._check_same(forget, "subtract")
+        if self.tokens("forget"):
+            raise UcanError(
+                "the bank must hold all data as retain tokens, but it already counts "
+                f"{self.tokens('forget')} forget tokens; collect it with group='retain'."
+            )
+        if not forget.tokens("forget"):
+            raise UcanError("the forget statistics hold no forget token; nothing to unlearn.")
+
+        def split(bank: Moments, request: Moments, where: str) -> Moments:
+            request = request.group(FORGET)
+            moved = Moments(*(t.flip(0) for t in request.tensors()))
+            return _subtract(bank, moved, where) + request
+
+        return self._combine(forget, split)
+
+    def forget_only(self) -> ActivationStats:
+        """The forget group alone, to be added to that of a later request."""
+        layers = {
+            name: {site: moments.group(FORGET) for site, moments in sites.items()}
+            for name, sites in self.layers.items()
+        }
+        return ActivationStats(layers, self.fingerprint)
+
+    def all_reduce(self) -> ActivationStats:
+        """The sum over all processes of ``torch.distributed`` (itself where there is none).
+
+        Raises:
+            UcanError: the processes hold different layers or adapters.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        shape = (self.fingerprint, [(n, s, m.n) for n, s, m in self._items()])
+        shapes = [None] * dist.get_world_size()
+        dist.all_gather_object(shapes, shape)
+        if any(s != shapes[0] for s in shapes):
+            raise UcanError("all_reduce: the processes measured different layers or adapters.")
+        flat = torch.cat([t.reshape(-1) for _, _, m in self._items() for t in m.tensors()])
+        if dist.get_backend() == "nccl":
+            flat = flat.cuda()
+        dist.all_reduce(flat)
+        flat = flat.cpu()
+        total, start = ActivationStats({}, self.fingerprint), 0
+        for name, site, moments in self._items():
+            parts = []
+            for tensor in moments.tensors():
+                parts.append(flat[start : start + tensor.numel()].reshape(tensor.shape).clone())
+                start += tensor.numel()
+            total.layers.setdefault(name, {})[site] = Moments(*parts)
+        return total
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            UcanError: it could not be written; what stood there before is untouched.
+        """
+        tensors, names = {}, []
+        for index, (name, site, moments) in enumerate(self._items()):
+            names.append([name, site])
+            for key, tensor in zip(("count", "abs_sum", "sq_sum"), moments.tensors(), strict=True):
+                tensors[f"{index}.{key}"] = tensor.contiguous()
+        metadata = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "layers": json.dumps(names),
+        }
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ActivationStats:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UcanError: the file is missing, truncated, corrupt or of another kind.
+        """
+        metadata, tensors = read_safetensors(path, FORMAT, FORMAT_VERSION)
+        stats = cls({}, metadata.get("fingerprint", ""))
+        try:
+            for index, (name, site) in enumerate(json.loads(metadata["layers"])):
+                parts = [tensors[f"{index}.{key}"] for key in ("count", "abs_sum", "sq_sum")]
+                moments = Moments(*(part.to(torch.float64) for part in parts))
+                n = moments.abs_sum.shape[-1]
+                if [tuple(t.shape) for t in moments.tensors()] != [(2,), (2, n), (2, n)]:
+                    raise ValueError(f"moments of {name} have wrong shapes")
+                if not all(torch.isfinite(t).all() and (t >= 0).all() for t in moments.tensors()):
+                    raise ValueError(f"moments of {name} are not finite and non-negative")
+                stats.layers.setdefault(name, {})[site] = moments
+        except (KeyError, ValueError, TypeError) as error:
+            raise UcanError(f"{path} is damaged: {error}; collect it again.") from error
+        return stats
+
+    def check_finite(self) -> None:
+        """Refuse NaN and Inf.
+
+        Raises:
+            UcanError: names every layer whose activations were not finite (at most five).
+        """
+        bad = [
+            f"{name} ({site})"
+            for name, site, moments in self._items()
+            if not all(torch.isfinite(t).all() for t in moments.tensors())
+        ]
+        if bad:
+            more = f" and {len(bad) - 5} more" if bad[5:] else ""
+            raise UcanError(
+                f"NaN or Inf activations in {', '.join(bad[:5])}{more}; nothing was recorded. "
+                "Check the model's weights and dtype (fp16 overflows beyond 65504)."
+            )
+
+    def _items(self) -> Iterable[tuple[str, str, Moments]]:
+        for name, sites in self.layers.items():
+            for site, moments in sites.items():
+                yield name, site, moments
+
+    def _check_same(self, other: ActivationStats, verb: str) -> None:
+        if self.fingerprint != other.fingerprint:
+            raise UcanError(
+                f"cannot {verb} statistics of different adapters (fingerprints "
+                f"{self.fingerprint[:12]} and {other.fingerprint[:12]}). Statistics belong to the "
+                "adapter before any attenuation: undo the applied plan, then collect again."
+            )
+        mine = {(name, site): m.n for name, site, m in self._items()}
+        theirs = {(name, site): m.n for name, site, m in other._items()}
+        if set(mine) != set(theirs):
+            name, site = sorted(set(mine) ^ set(theirs))[0]
+            raise UcanError(
+                f"cannot {verb} statistics of different layers or sites: {name} ({site}) is only "
+                "in one of them. Collect both with the same sites."
+            )
+        for key, n in mine.items():
+            if n != theirs[key]:
+                raise UcanError(
+                    f"cannot {verb}: {key[0]} has {n} neurons here, {theirs[key]} there."
+                )
+
+    def _combine(self, other: ActivationStats, rule) -> ActivationStats:
+        result = ActivationStats({}, self.fingerprint)
+        for name, site, moments in self._items():
+            combined = rule(moments, other.layers[name][site], f"{name} ({site})")
+            result.layers.setdefault(name, {})[site] = combined
+        return result
+
+
+def _subtract(mine: Moments, theirs: Moments, where: str) -> Moments:
+    parts = []
+    for what, total, part in zip(
+        ("tokens", "sum of |h|", "sum of h²"), mine.tensors(), theirs.tensors(), strict=True
+    ):
+        rest = total - part
+        slack = 0.0 if what == "tokens" else _ROUNDING
+        if (rest < -slack * total).any():
+            raise UcanError(
+                f"{where}: the forget set is not contained in the bank (its {what} exceeds the "
+                "bank's). The bank must cover all data, the forget tokens included, run in the "
+                "same sequences."
+            )
+        parts.append(rest.clamp_min(0))
+    return Moments(*parts)
+
+
+def read_safetensors(
+    path: str | os.PathLike, kind: str, version: str
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of one of our own files.
+
+    Raises:
+        UcanError: the file is missing, truncated, corrupt, of another kind or a newer version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UcanError(f"{path} does not exist.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UcanError(f"{path} is truncated or corrupt: {error}.") from error
+    if metadata.get("format") != kind:
+        raise UcanError(f"{path} is no {kind} file (it says {metadata.get('format')!r}).")
+    if metadata.get("version") != version:
+        raise UcanError(
+            f"{path} has format version {metadata.get('version')}, this ucan_fast reads {version}."
+        )
+    return metadata, tensors
