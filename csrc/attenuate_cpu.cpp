@@ -1,0 +1,106 @@
+// Schema and CPU kernel of ucan_fast::_attenuate_native_, through PyTorch's stable ABI.
+//
+// Row or column j of each weight times its factor: the product in fp32 (fp64 for fp64 weights),
+// rounded once to nearest even; a factor of exactly 1 leaves the stored bits as they are. Different
+// weights must not share memory.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "checks.h"
+
+namespace ucan_fast {
+namespace {
+
+// Elements per task: about what one core scales while a thread wakes up.
+constexpr int64_t kGrain = 32768;
+
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+inline T scaled(T value, float factor) {
+  return static_cast<T>(static_cast<Wide<T>>(value) * static_cast<Wide<T>>(factor));
+}
+
+template <typename T>
+void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
+  const float* __restrict__ factors = matrix.factors;
+  const int64_t length = matrix.length, step = matrix.step;
+  for (int64_t line = first; line < last; ++line) {
+    T* __restrict__ values = static_cast<T*>(matrix.data) + line * matrix.line_stride;
+    if (matrix.factor_per_line) {
+      const float factor = factors[line];
+      if (factor == 1.0f) continue;
+      if (step == 1) {
+        for (int64_t j = 0; j < length; ++j) values[j] = scaled(values[j], factor);
+      } else {
+        for (int64_t j = 0; j < length; ++j) values[j * step] = scaled(values[j * step], factor);
+      }
+    } else if (step == 1) {
+      // A select, not a branch: it vectorises, and 1 * NaN would change the NaN's bits.
+      for (int64_t j = 0; j < length; ++j) {
+        const T product = scaled(values[j], factors[j]);
+        values[j] = factors[j] == 1.0f ? values[j] : product;
+      }
+    } else {
+      for (int64_t j = 0; j < length; ++j) {
+        if (factors[j] != 1.0f) values[j * step] = scaled(values[j * step], factors[j]);
+      }
+    }
+  }
+}
+
+void scale_lines_of(const Matrix& matrix, int64_t first, int64_t last) {
+  switch (matrix.dtype) {
+    case Dtype::float32:
+      return scale_lines<float>(matrix, first, last);
+    case Dtype::float64:
+      return scale_lines<double>(matrix, first, last);
+    case Dtype::bfloat16:
+      return scale_lines<torch::headeronly::BFloat16>(matrix, first, last);
+    case Dtype::float16:
+      return scale_lines<torch::headeronly::Half>(matrix, first, last);
+  }
+}
+
+void attenuate_cpu(
+    const std::vector<Tensor>& weights, const Tensor& factors, const std::vector<int64_t>& offsets,
+    const std::vector<int64_t>& axes) {
+  const std::vector<Matrix> matrices = checked_matrices(weights, factors, offsets, axes);
+  // All elements of all matrices are one range, cut once: many small matrices do not open many
+  // parallel regions. A task takes the lines that begin in its piece of the range.
+  std::vector<int64_t> ends;
+  int64_t total = 0;
+  for (const Matrix& matrix : matrices) ends.push_back(total += matrix.lines * matrix.length);
+
+  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; i < matrices.size(); ++i) {
+      const Matrix& matrix = matrices[i];
+      const int64_t start = i == 0 ? 0 : ends[i - 1];
+      if (start >= end) break;
+      const auto line_at = [&](int64_t position) {  // first line that begins at or after it
+        return (std::max<int64_t>(position - start, 0) + matrix.length - 1) / matrix.length;
+      };
+      scale_lines_of(matrix, line_at(begin), line_at(std::min(end, ends[i])));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace ucan_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ucan_fast, m) {
+  m.def(
+      "_attenuate_native_(Tensor(a!)[] weights, Tensor factors, int[] offsets, int[] axes) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ucan_fast, CPU, m) {
+  m.impl("_attenuate_native_", TORCH_BOX(&ucan_fast::attenuate_cpu));
+}

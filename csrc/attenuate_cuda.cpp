@@ -1,0 +1,33 @@
+// CUDA registration of ucan_fast::_attenuate_native_. The schema is in _C, which is loaded first.
+// Compiled and linked without a GPU; not run on a GPU yet.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "attenuate_cuda.h"
+#include "checks.h"
+
+// Part of the stable C interface, but declared by torch only under USE_CUDA, which asks for CUDA's
+// headers. It lives in libtorch_cuda.so (see torch_cuda_stub.cpp).
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+void attenuate_cuda(
+    const std::vector<torch::stable::Tensor>& weights, const torch::stable::Tensor& factors,
+    const std::vector<int64_t>& offsets, const std::vector<int64_t>& axes) {
+  const auto matrices = ucan_fast::checked_matrices(weights, factors, offsets, axes);
+  if (matrices.empty()) return;
+  const int32_t device = factors.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* error = ucan_fast::launch_attenuate(matrices, stream);
+  STD_TORCH_CHECK(error == nullptr, "_attenuate_native_: CUDA: ", error ? error : "");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ucan_fast, CUDA, m) {
+  m.impl("_attenuate_native_", TORCH_BOX(&attenuate_cuda));
+}
