@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,28 @@ class Batch:
     inputs: dict[str, Any]
     groups: torch.Tensor
     decoder_groups: torch.Tensor | None = None
+
+    def forward_inputs(self) -> dict[str, Any]:
+        """What the model is called with when no loss is wanted from it."""
+        inputs = dict(self.inputs)
+        # Encoder-decoder models build their decoder's input from the labels.
+        if self.decoder_groups is None or inputs.get("decoder_input_ids") is not None:
+            inputs.pop("labels", None)
+        return inputs
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module's own mode back afterwards."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        # Not model.eval(): some modules override it, and the way back must be exact.
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def group_index(group: str) -> int:

@@ -23,7 +23,7 @@ from .adapter import (
     resolve_adapter,
     unwrap,
 )
-from .batches import Batch, group_index, read_batches
+from .batches import Batch, eval_mode, group_index, read_batches
 from .errors import UcanError
 from .marks import check_is_origin
 from .neurons import gated_mlps
@@ -84,7 +84,7 @@ def collect(
     with _quiet(model), pass_.attached():
         for batch in track(read_batches(model, batches, group), batches, progress, "collect"):
             pass_.begin(batch)
-            model(**{**_without_labels(batch), **options})
+            model(**{**batch.forward_inputs(), **options})
             pass_.end()
     stats = pass_.finish()
     stats.fingerprint = origin
@@ -338,28 +338,14 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
     return options
 
 
-def _without_labels(batch: Batch) -> dict[str, Any]:
-    inputs = dict(batch.inputs)
-    # Encoder-decoder models build their decoder's input from the labels.
-    if batch.decoder_groups is None or inputs.get("decoder_input_ids") is not None:
-        inputs.pop("labels", None)
-    return inputs
-
-
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and every mode and random state back afterwards."""
-    training = [m for m in model.modules() if m.training]
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
-    indices = sorted({d.index for d in devices if d.index is not None})
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(indices, enabled=True):
+        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(sorted(devices)):
             yield
     finally:
-        for module in training:
-            module.training = True
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)

@@ -12,11 +12,14 @@ Progress = bool | Callable[[int, int | None, str], None] | None
 
 
 def track(items: Iterable[T], sized: object, progress: Progress, text: str) -> Iterator[T]:
-    """Pass ``items`` through, telling ``progress`` about each; ``sized`` gives the total if it can."""
+    """Pass ``items`` through and tell ``progress`` about each; the total is ``len(sized)``."""
     if not progress:
         yield from items
         return
-    total = len(sized) if hasattr(sized, "__len__") else None
+    try:
+        total = len(sized)
+    except TypeError:
+        total = None
     if progress is True:
         from tqdm.auto import tqdm
 

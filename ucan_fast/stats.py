@@ -136,6 +136,24 @@ class ActivationStats:
 
         return self._combine(forget, split)
 
+    def select(self, sites: Iterable[str]) -> ActivationStats:
+        """Only these sites.
+
+        Raises:
+            UcanError: one of them was not measured.
+        """
+        sites = tuple(sites)
+        missing = [site for site in sites if site not in self.sites]
+        if missing:
+            raise UcanError(
+                f"the statistics hold no {', '.join(map(repr, missing))} moments (they have "
+                f"{', '.join(self.sites) or 'nothing'}); collect with sites including them."
+            )
+        layers = {
+            name: {site: moments[site] for site in sites} for name, moments in self.layers.items()
+        }
+        return ActivationStats(layers, self.fingerprint)
+
     def forget_only(self) -> ActivationStats:
         """The forget group alone, to be added to that of a later request."""
         layers = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -48,6 +49,15 @@ class WeightEdit:
         except BaseException:
             self.restore()
             raise
+
+    @contextlib.contextmanager
+    def applied(self, factors: torch.Tensor) -> Iterator[None]:
+        """The factors in force for the length of a with block."""
+        try:
+            self.write(factors)
+            yield
+        finally:
+            self.restore()
 
     def restore(self) -> None:
         """Every parameter as it was, bit by bit."""

@@ -1,0 +1,324 @@
+"""DeletionReport: what was asked, what changed, what it cost: as JSON, Markdown and a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._version import __version__
+from .adapter import module_device
+from .config import UcanConfig
+from .errors import UcanError
+from .files import atomic_write
+from .strength import StrengthSearch
+
+DISCLAIMER = (
+    "This is not a formal guarantee. The adapter was edited so that it responds less to the "
+    "forget set; the report says how much less. It is no proof that nothing about the forget set "
+    "can be recovered."
+)
+STATES = ("before", "U-CAN", "uniform", "random")
+_STATE_NAMES = {
+    "before": "before",
+    "U-CAN": "U-CAN",
+    "uniform": "control: whole adapter scaled down",
+    "random": "control: random neurons",
+}
+_MEANING = {
+    "forget/kl": "mean KL(original ‖ edited) on forget positions, nats",
+    "forget/prediction_shift": "forget positions whose top prediction changed, %",
+    "forget/perplexity": "perplexity of the forget tokens",
+    "retain/loss": "mean retain loss, nats per token",
+    "retain/perplexity": "perplexity of the retain (calibration) tokens",
+}
+
+
+@dataclass
+class DeletionReport:
+    """The record of one deletion request.
+
+    Attributes:
+        request: counts of tokens and sequences, and where the retain statistics came from.
+        config: every choice.
+        change: neurons attenuated, in total and per layer, threshold, strength, note.
+        metrics: state (``before``, ``U-CAN``, ``uniform``, ``random``) -> metric -> value; None
+            where it could not be measured (``notes`` says why).
+        notes: why something is missing or not comparable.
+        search: the strength search, or None.
+        seconds: wall time per step.
+        samples_per_second: sequences per second of the statistics pass.
+        fingerprint_before, fingerprint_after: SHA-256 of the adapter.
+        environment: versions and hardware.
+    """
+
+    request: dict[str, Any]
+    config: UcanConfig
+    change: dict[str, Any]
+    metrics: dict[str, dict[str, float | None]]
+    notes: dict[str, str]
+    search: StrengthSearch | None
+    seconds: dict[str, float]
+    samples_per_second: float
+    fingerprint_before: str
+    fingerprint_after: str
+    environment: dict[str, str]
+    created: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
+
+    def to_json(self) -> str:
+        """Everything, as one JSON object. Figures that are not finite become null or "inf"."""
+        values = {
+            "format": "ucan_fast.deletion_report",
+            "version": 1,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "disclaimer": DISCLAIMER,
+        }
+        values["config"] = json.loads(self.config.to_json())
+        values["search"] = None if self.search is None else dataclasses.asdict(self.search)
+        return json.dumps(_plain(values), indent=2, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """The same for people, as Markdown."""
+        change, request = self.change, self.request
+        lines = [
+            "# Deletion report",
+            "",
+            f"*{self.created}, ucan_fast {self.environment['ucan_fast']}*",
+            "",
+            f"> {DISCLAIMER}",
+            "",
+            "## What was asked",
+            "",
+            f"Forget {request['forget_tokens']} tokens of adapter `{request['adapter']}`"
+            + (" (earlier requests included)" if request["includes_previous_requests"] else "")
+            + f", keep {request['retain_tokens']} (statistics from {request['retain_from']}).",
+            "",
+            "## What changed",
+            "",
+            f"{change['attenuated']} of {change['neurons']} neurons attenuated "
+            f"({_percent(change['attenuated'], change['neurons'])}) at site "
+            f"`{self.config.site}`, decay `{self.config.decay}`, strength {change['strength']:.4g}. "
+            f"Largest score {change['largest_score']:.4g}, threshold {change['threshold']:.4g}.",
+        ]
+        if change["note"]:
+            lines += ["", f"**Note:** {change['note']}"]
+        lines += ["", *self._metrics_table(), *self._search_lines(), "", "## Layers", ""]
+        lines += ["| layer | neurons | attenuated | mean factor | smallest factor |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {name} | {v['neurons']} | {v['attenuated']} | {v['mean_factor']:.4f} "
+            f"| {v['min_factor']:.4f} |"
+            for name, v in change["layers"].items()
+        ]
+        lines += ["", "## How", ""]
+        lines += [f"- {step}: {seconds:.3f} s" for step, seconds in self.seconds.items()]
+        lines += [f"- statistics pass: {self.samples_per_second:.1f} sequences/s"]
+        lines += [f"- adapter before: `{self.fingerprint_before}`"]
+        lines += [f"- adapter after: `{self.fingerprint_after}`"]
+        lines += [f"- seed: {self.config.seed}"]
+        lines += [f"- {key}: {value}" for key, value in self.environment.items()]
+        lines += ["", "```json", self.config.to_json(), "```", ""]
+        return "\n".join(lines)
+
+    def figure(self, path: str | os.PathLike) -> None:
+        """Draw the attenuated neurons per layer, and forgetting against retain loss.
+
+        Args:
+            path: where to; the suffix (.png, .svg, .pdf) chooses the format.
+
+        Raises:
+            UcanError: matplotlib is not installed, or the file could not be written.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UcanError(
+                "the figure needs matplotlib: pip install 'ucan_fast[plot]'."
+            ) from error
+        layers = self.change["layers"]
+        figure = Figure(figsize=(11, max(3.6, 0.19 * len(layers) + 1.6)), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+        self._draw_layers(left)
+        self._draw_cost(right)
+        suffix = Path(path).suffix.lstrip(".") or "png"
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=120))
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Write ``deletion_report.json``, ``.md`` and, where matplotlib is there, ``.png``.
+
+        Returns:
+            The files written.
+        """
+        folder = Path(folder)
+        written = [folder / "deletion_report.json", folder / "deletion_report.md"]
+        atomic_write(written[0], self.to_json().encode())
+        atomic_write(written[1], self.to_markdown().encode())
+        try:
+            self.figure(folder / "deletion_report.png")
+            written.append(folder / "deletion_report.png")
+        except UcanError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+        return written
+
+    def _metrics_table(self) -> list[str]:
+        if not self.metrics:
+            return ["## Metrics", "", "Not measured (evaluate=False)."]
+        names = list(dict.fromkeys(name for state in self.metrics.values() for name in state))
+        states = [state for state in STATES if state in self.metrics]
+        lines = [
+            "## Metrics",
+            "",
+            "Controls are set to the retain loss that U-CAN reached: what they forget, shrinking "
+            "anything would have forgotten.",
+            "",
+            "| metric | " + " | ".join(_STATE_NAMES[s] for s in states) + " |",
+            "|---|" + "---:|" * len(states),
+        ]
+        for name in names:
+            values = [_number(self.metrics[state].get(name)) for state in states]
+            lines.append(f"| {_MEANING.get(name, name)} | " + " | ".join(values) + " |")
+        if self.notes:
+            lines += [""] + [f"- {key}: {text}" for key, text in self.notes.items()]
+        return lines
+
+    def _search_lines(self) -> list[str]:
+        search = self.search
+        if search is None:
+            return []
+        lines = [
+            "",
+            "## Strength search",
+            "",
+            f"Budget: the retain loss may rise by {100 * search.budget:g} % (from "
+            f"{search.loss_before:.4f}). Chosen: {search.parameter} {search.chosen:.4g}, retain "
+            f"loss {search.loss_after:.4f} "
+            f"({100 * (search.loss_after / search.loss_before - 1):+.2f} %).",
+            "",
+            f"| {search.parameter} | retain loss | change |",
+            "|---:|---:|---:|",
+        ]
+        for value, loss in search.curve:
+            rise = f"{100 * (loss / search.loss_before - 1):+.2f} %"
+            lines.append(f"| {value:.4g} | {loss:.4f} | {rise} |")
+        return lines
+
+    def _draw_layers(self, axes) -> None:
+        layers = self.change["layers"]
+        names = [_short(name) for name in layers]
+        shares = [100 * v["attenuated"] / v["neurons"] for v in layers.values()]
+        means = [v["mean_factor"] for v in layers.values()]
+        from matplotlib import colormaps
+
+        colours = [colormaps["viridis"](1 - mean) for mean in means]
+        positions = range(len(names))
+        axes.barh(positions, shares, color=colours)
+        axes.set_yticks(positions, names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("neurons attenuated in this layer (%)")
+        axes.set_title(
+            f"{self.change['attenuated']} of {self.change['neurons']} neurons attenuated",
+            fontsize=10,
+        )
+        axes.set_xlim(0, max(max(shares, default=0) * 1.08, 1))
+
+    def _draw_cost(self, axes) -> None:
+        axes.set_xlabel("rise of the retain loss (nats per token)")
+        axes.set_ylabel("KL on forget positions (nats)")
+        points = {
+            state: (
+                values["retain/loss"] - self.metrics["before"]["retain/loss"],
+                values["forget/kl"],
+            )
+            for state, values in self.metrics.items()
+            if values.get("retain/loss") is not None and values.get("forget/kl") is not None
+        }
+        if len(points) < 2:
+            axes.set_axis_off()
+            reason = self.notes.get("controls") or self.notes.get("forget") or "not evaluated"
+            axes.text(
+                0.5, 0.5, f"no comparison:\n{_wrap(reason)}", ha="center", va="center", fontsize=9
+            )
+            return
+        markers = {"before": "o", "U-CAN": "D", "uniform": "s", "random": "^"}
+        for state, (x, y) in points.items():
+            axes.scatter([x], [y], marker=markers[state], s=60, label=_STATE_NAMES[state], zorder=3)
+        axes.axhline(0, color="0.85", linewidth=1, zorder=0)
+        axes.set_title("how far forget predictions moved, and at what cost", fontsize=10)
+        axes.margins(0.15)
+        axes.legend(fontsize=8, loc="best")
+
+
+def environment(model: nn.Module) -> dict[str, str]:
+    """Versions and hardware, for the record."""
+    device = module_device(model)
+    versions = {"ucan_fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "peft"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    if device.type == "cuda":
+        versions["device"] = torch.cuda.get_device_name(device)
+    else:
+        name = _cpu_name()
+        versions["device"] = f"{device.type}: {name}, {torch.get_num_threads()} threads"
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return next(
+            line.split(":", 1)[1].strip()
+            for line in text.splitlines()
+            if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        # JSON has no such numbers; an infinite perplexity is information, nan is none.
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "n/a"
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "n/a"
+
+
+def _short(name: str) -> str:
+    parts = [p for p in name.split(".") if p not in ("base_model", "model", "layers", "block")]
+    return ".".join(parts)
+
+
+def _wrap(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 44))

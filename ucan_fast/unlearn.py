@@ -1,0 +1,420 @@
+"""unlearn: the main job, from two sets of batches to an attenuated adapter and a report."""
+
+from __future__ import annotations
+
+import heapq
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import fingerprint, resolve_adapter, unwrap
+from .batches import RETAIN, eval_mode, read_batches, reusable
+from .collect import collect
+from .config import UcanConfig
+from .controls import Control, random_control, uniform_control
+from .errors import UcanError
+from .evaluation import Shift, forget_shift, group_loss
+from .marks import check_is_origin
+from .neurons import moments_site
+from .plan import AttenuationPlan
+from .progress import Progress
+from .report import DeletionReport, environment
+from .scoring import DEFAULT_STRENGTH, score_plan
+from .stats import ActivationStats
+from .strength import StrengthSearch, search_strength
+from .weights import WeightEdit
+
+#: Retain tokens drawn for the strength search where no calibration data is given.
+CALIBRATION_TOKENS = 8192
+
+Batches = Iterable[Mapping[str, Any]]
+Measure = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass
+class UnlearnResult:
+    """What :func:`unlearn` did.
+
+    Attributes:
+        stats: moments of both groups on the origin; pass the result as ``previous=`` to the next
+            request.
+        plan: the applied plan; ``plan.undo(model)`` takes it back.
+        report: the :class:`DeletionReport`.
+    """
+
+    stats: ActivationStats
+    plan: AttenuationPlan
+    report: DeletionReport
+
+
+def unlearn(
+    model: nn.Module,
+    *,
+    forget: Batches,
+    retain: Batches | None = None,
+    bank: ActivationStats | None = None,
+    calibration: Batches | Callable[[nn.Module], float] | None = None,
+    config: UcanConfig | None = None,
+    evaluate: bool | Measure = True,
+    progress: Progress = None,
+    previous: UnlearnResult | ActivationStats | None = None,
+    adapter: str | None = None,
+) -> UnlearnResult:
+    """Attenuate what the adapter knows of the forget set, in place: forward passes only.
+
+    Args:
+        model: a model with PEFT LoRA layers, plain or accelerated.
+        forget: batches of D_f (see :func:`collect`). With ``token_groups`` they may hold retain
+            tokens too.
+        retain: batches of D_r. Needed unless there is a bank, or ``forget`` holds retain tokens.
+        bank: ``collect(model, all_batches)`` over *all* data, D_f included; then only D_f is run,
+            and ``retain = bank - forget``.
+        calibration: batches of D_r for the strength search, or a function ``model -> loss``.
+            Default: a sample of about 8192 tokens of the retain batches (which stay in the
+            statistics too).
+        config: all choices; default ``UcanConfig()``.
+        evaluate: True: KL, prediction shift and perplexity, before, after and for both controls.
+            A function ``model -> {name: value}`` is measured in the same four states as well.
+            False: none of it.
+        progress: True for progress bars, or a function ``(done, total, text)``.
+        previous: the result (or its statistics) of the last request on this adapter. Its plan is
+            taken off, its forget set is added to this one, and one new plan is applied to the
+            origin: the same as one request with the union. The sets must not overlap.
+        adapter: needed when several adapters are active.
+
+    Returns:
+        Statistics, plan and report. A plan that selects nothing is applied as a no-op, and warns.
+
+    Raises:
+        UcanError: bad input (named), an adapter that is attenuated already without ``previous``,
+            an empty forget or retain set. The model is as it was before the call.
+
+    Warns:
+        UcanWarning: the plan changes nothing, or more than half of all neurons.
+    """
+    config = config or UcanConfig()
+    model = unwrap(model)
+    adapter = resolve_adapter(model, adapter)
+    job = _Job(model, adapter, config, progress)
+    with _at_origin(model, adapter, previous):
+        forget = reusable(forget, "forget")
+        retain = None if retain is None else reusable(retain, "retain")
+        with job.timed("collect"):
+            stats = _statistics(job, forget, retain, bank, previous)
+        with job.timed("score"):
+            plan = score_plan(model, stats, config, adapter)
+        job.prepare_retain_loss(calibration, retain, forget, bank)
+        with job.timed("search strength"):
+            plan = _choose_strength(job, plan)
+        plan.warn_if_unusual()
+        with job.timed("evaluate"):
+            states, notes = _evaluate(job, plan, forget, evaluate) if evaluate else ({}, {})
+        before = stats.fingerprint
+        plan.apply(model, adapter)
+    report = DeletionReport(
+        request={
+            "forget_tokens": stats.tokens("forget"),
+            "retain_tokens": stats.tokens("retain"),
+            "forget_sequences": job.sequences["forget"],
+            "retain_from": "bank" if bank is not None else "batches",
+            "includes_previous_requests": previous is not None,
+            "adapter": adapter,
+        },
+        config=config,
+        change=_change(plan),
+        metrics=states,
+        notes=notes,
+        search=job.search,
+        seconds=job.seconds,
+        samples_per_second=job.throughput(),
+        fingerprint_before=before,
+        fingerprint_after=plan.applied_fingerprint or before,
+        environment=environment(model),
+    )
+    return UnlearnResult(stats, plan, report)
+
+
+@dataclass
+class _Job:
+    """What the steps share: the model, the retain loss, and the clock."""
+
+    model: nn.Module
+    adapter: str
+    config: UcanConfig
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=lambda: {"forget": 0, "retain": 0})
+    search: StrengthSearch | None = None
+    retain_loss: Callable[[], float] | None = None
+    loss_before: float = float("nan")
+    calibrated_on_batches: bool = False
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+
+    def throughput(self) -> float:
+        """Sequences per second of the statistics pass."""
+        return sum(self.sequences.values()) / max(self.seconds["collect"], 1e-9)
+
+    def collect(self, batches: Batches, group: str, sites: tuple[str, ...]) -> ActivationStats:
+        counted = _Counted(batches)
+        stats = collect(
+            self.model,
+            counted,
+            group=group,
+            sites=sites,
+            adapter=self.adapter,
+            progress=self.progress,
+        )
+        self.sequences[group] += counted.sequences
+        return stats
+
+    def prepare_retain_loss(
+        self,
+        calibration: Batches | Callable | None,
+        retain: Batches | None,
+        forget: Batches,
+        bank: ActivationStats | None,
+    ) -> None:
+        """Find out what the retain loss is measured on, if on anything."""
+        if callable(calibration) and not isinstance(calibration, Iterable):
+            loss_fn = calibration
+
+            def loss() -> float:
+                with eval_mode(self.model), torch.no_grad():
+                    return float(loss_fn(self.model))
+
+            self.retain_loss = loss
+            return
+        if calibration is not None:
+            batches = list(reusable(calibration, "calibration"))
+        elif retain is not None:
+            batches = _sample(self.model, retain, self.config.seed)
+        elif bank is None:
+            # In a forget batch only tokens that say so are retain tokens.
+            batches = _sample(self.model, forget, self.config.seed, group="forget")
+        else:
+            return
+        if not batches:
+            return
+        self.calibrated_on_batches = True
+        self.retain_loss = lambda: group_loss(self.model, batches, "retain").mean
+
+
+class _Counted:
+    """Batches, and how many sequences went by."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.sequences = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self.batches:
+            yield batch
+            tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+            self.sequences += len(tokens)
+
+
+@contextmanager
+def _at_origin(
+    model: nn.Module, adapter: str, previous: UnlearnResult | ActivationStats | None
+) -> Iterator[None]:
+    """Take the previous plan off; put it back if what follows fails."""
+    now = fingerprint(model, adapter)
+    undone = None
+    if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == now:
+        previous.plan.undo(model, adapter)
+        undone = previous.plan
+    else:
+        check_is_origin(model, adapter, now)
+    try:
+        yield
+    except BaseException:
+        if undone is not None:
+            undone.apply(model, adapter)
+        raise
+
+
+def _statistics(
+    job: _Job,
+    forget: Batches,
+    retain: Batches | None,
+    bank: ActivationStats | None,
+    previous: UnlearnResult | ActivationStats | None,
+) -> ActivationStats:
+    sites = (moments_site(job.config),)
+    request = job.collect(forget, "forget", sites)
+    if not request.tokens("forget"):
+        raise UcanError("the forget set is empty: no token of it is in group 0 (forget).")
+    if previous is not None:
+        earlier = previous.stats if isinstance(previous, UnlearnResult) else previous
+        request = request + earlier.select(sites).forget_only()
+    if bank is not None:
+        return bank.select(sites).with_forget(request)
+    if retain is not None:
+        return request + job.collect(retain, "retain", sites)
+    if not request.tokens("retain"):
+        raise UcanError(
+            "there is no retain set: pass retain= batches or bank= statistics, or mark retain "
+            "tokens in the forget batches with token_groups."
+        )
+    return request
+
+
+def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
+    if job.retain_loss is not None:
+        job.loss_before = job.retain_loss()
+        if not job.loss_before == job.loss_before:
+            raise UcanError(
+                "the retain loss is not a number: no retain token of the calibration data is "
+                "scored (it needs a token before it, and a label other than -100)."
+            )
+    if not job.config.auto_strength or plan.note:
+        return plan
+    if job.retain_loss is None:
+        plan.note = (
+            f"strength={DEFAULT_STRENGTH:g} was used: 'auto' needs calibration data to search with "
+            "(pass calibration= or retain=)."
+        )
+        return plan
+    edit = WeightEdit(plan.match(job.model, job.adapter))
+    hard = job.config.decay == "hard"
+    at = plan.with_fraction if hard else plan.with_strength
+
+    def loss_at(value: float) -> float:
+        with edit.applied(at(value).flat_factors):
+            return job.retain_loss()
+
+    search = search_strength(
+        loss_at,
+        job.loss_before,
+        job.config.max_retain_loss_increase,
+        1.0 if hard else job.config.max_strength,
+        "fraction" if hard else "strength",
+    )
+    job.search = search
+    chosen = at(search.chosen)
+    chosen.note = search.note or chosen.note
+    return chosen
+
+
+def _evaluate(
+    job: _Job, plan: AttenuationPlan, forget: Batches, evaluate: bool | Measure
+) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:
+    """Metrics of the four states, and why one is missing."""
+    model, notes = job.model, {}
+    edit = WeightEdit(plan.match(model, job.adapter))
+    edits = {"U-CAN": (edit, plan.flat_factors)}
+    retain_losses = {"before": job.loss_before}
+    if not plan.attenuated:
+        notes["controls"] = f"not run: the plan changes nothing ({plan.note})"
+    elif job.retain_loss is None:
+        notes["controls"] = (
+            "not run: matching the retain loss needs calibration data (calibration= or retain=)"
+        )
+    if job.retain_loss is not None:
+        with edit.applied(plan.flat_factors):
+            retain_losses["U-CAN"] = job.retain_loss()
+    if "controls" not in notes:
+        for control in _controls(job, plan, retain_losses["U-CAN"]):
+            edits[control.name] = (control.edit, control.factors)
+            retain_losses[control.name] = control.loss
+            if control.note:
+                notes[control.name] = control.note
+
+    on = {name: (lambda e=e, f=f: e.applied(f)) for name, (e, f) in edits.items()}
+    loss, shifts = forget_shift(model, forget, on, job.progress)
+    if not loss.tokens:
+        notes["forget"] = (
+            "no forget position is scored: a forget token needs a token before it and, where "
+            "there are labels, a label other than -100"
+        )
+    unmoved = Shift(loss, 0.0, 0.0)
+    states = {}
+    for name in ("before", *edits):
+        shift = unmoved if name == "before" else shifts[name]
+        states[name] = _figures(shift, retain_losses.get(name), job.calibrated_on_batches)
+    if callable(evaluate):
+        with eval_mode(model), torch.no_grad():
+            states["before"].update(evaluate(model))
+            for name in edits:
+                with on[name]():
+                    states[name].update(evaluate(model))
+    if job.retain_loss is None:
+        notes["retain"] = "no retain metric: there is no calibration data to measure it on"
+    return states, notes
+
+
+def _controls(job: _Job, plan: AttenuationPlan, target: float) -> Iterator[Control]:
+    arguments = (job.retain_loss, job.loss_before, target)
+    yield uniform_control(job.model, job.adapter, *arguments)
+    yield random_control(job.model, job.adapter, plan, *arguments)
+
+
+def _figures(
+    shift: Shift, retain_loss: float | None, retain_is_nll: bool
+) -> dict[str, float | None]:
+    scored = shift.loss.tokens > 0
+    figures: dict[str, float | None] = {
+        "forget/kl": shift.kl if scored else None,
+        "forget/prediction_shift": shift.prediction_shift if scored else None,
+        "forget/perplexity": shift.loss.perplexity if scored else None,
+    }
+    if retain_loss is not None and retain_loss == retain_loss:
+        figures["retain/loss"] = retain_loss
+        if retain_is_nll:
+            figures["retain/perplexity"] = float(torch.tensor(retain_loss).double().exp())
+    return figures
+
+
+def _change(plan: AttenuationPlan) -> dict[str, Any]:
+    layers = {}
+    for names, factors in zip(plan.groups, plan.flat_factors.split(plan.sizes), strict=True):
+        layers[" + ".join(names)] = {
+            "neurons": factors.numel(),
+            "attenuated": int((factors != 1).sum()),
+            "mean_factor": float(factors.double().mean()),
+            "min_factor": float(factors.min()),
+        }
+    return {
+        "neurons": plan.neurons,
+        "attenuated": plan.attenuated,
+        "threshold": plan.threshold,
+        "largest_score": float(plan.flat_score.max()),
+        "strength": plan.strength,
+        "fraction": plan.config.fraction,
+        "note": plan.note,
+        "layers": layers,
+    }
+
+
+def _sample(
+    model: nn.Module, batches: Batches, seed: int, group: str = "retain"
+) -> list[Mapping[str, Any]]:
+    """Random batches with about CALIBRATION_TOKENS retain tokens, in one pass over any iterable."""
+    generator = random.Random(seed)
+    kept: list[tuple[float, int, int, Mapping[str, Any]]] = []
+    total = 0
+    for index, batch in enumerate(batches):
+        checked = next(read_batches(model, [batch], group))
+        groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
+        tokens = int((groups == RETAIN).sum())
+        if not tokens:
+            continue
+        heapq.heappush(kept, (generator.random(), index, tokens, batch))
+        total += tokens
+        while total - kept[0][2] >= CALIBRATION_TOKENS:
+            total -= heapq.heappop(kept)[2]
+    return [batch for *_, batch in sorted(kept, key=lambda entry: entry[1])]
