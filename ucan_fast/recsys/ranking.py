@@ -7,7 +7,7 @@ position score all items for the next. Pad and bos columns never compete.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..metrics import target_ranks
 from .data import InteractionLog, _row_mask
 from .sequences import ItemVocabulary
 
-__all__ = ["held_out_ranks", "next_item_ranks"]
+__all__ = ["Verbalizer", "held_out_ranks", "next_item_ranks"]
 
 # Scores that are ranked at a time: 2^22 in fp32 are 16 MiB, however long the sequences.
 _CHUNK_ELEMENTS = 1 << 22
@@ -119,6 +119,87 @@ def held_out_ranks(
     return ranks
 
 
+class Verbalizer:
+    """Scores of a few answer letters at the end of each prompt, without the full head.
+
+    `Verbalizer(model, ids)(batch)` returns fp32 `[B, len(ids)]`: the logits of the tokens `ids` at
+    the last attended position of each row, whichever side is padded. `batch` is what the model
+    takes (`labels` and `token_groups` are ignored). The backbone runs once and only `len(ids)` rows
+    of `lm_head` are multiplied, instead of the vocabulary at every position. Mode and gradients are
+    the caller's.
+
+    Where that would not be the model's own answer the model's full forward is used instead, with
+    `logits_to_keep` restricted to the last positions where it knows that argument: an `lm_head`
+    that is no plain Linear (adapted by LoRA, quantised) or has hooks, logits that the model scales
+    or soft-caps, a PEFT method that acts outside of the backbone's layers. `full_head` then holds
+    the reason, else None. What the configuration does not reveal is found on the first batch, whose
+    first row is computed both ways.
+
+    UcanError: an encoder-decoder model, no or unknown token ids, or a row without attended tokens.
+    """
+
+    def __init__(self, model: torch.nn.Module, letter_token_ids: Sequence[int]) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(base, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UcanError(
+                f"Verbalizer: {type(base).__name__} is an encoder-decoder model; its answer does "
+                "not follow at the end of the prompt. Use a causal language model."
+            )
+        size = getattr(config, "vocab_size", None)
+        ids = list(letter_token_ids)
+        if not ids or (size is not None and not (min(ids) >= 0 and max(ids) < size)):
+            raise UcanError(
+                f"Verbalizer: token ids {ids} for a vocabulary of {size}; pass the ids of the "
+                "letters (letter_token_ids), with the tokenizer that belongs to the model."
+            )
+        self.model = model
+        self.ids = ids
+        self.full_head = _why_full_head(model, base)
+        self._checked = self.full_head is not None
+
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {
+            name: value for name, value in batch.items() if name not in ("labels", "token_groups")
+        }
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"]
+        mask = torch.ones_like(tokens) if mask is None else mask
+        if not bool(mask.bool().any(dim=1).all()):
+            raise UcanError("Verbalizer: a row has no attended token; drop it from the batch.")
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        last = torch.where(mask.bool(), column, -1).amax(dim=1)
+        if not self._checked:
+            self._check({name: value[:1] for name, value in inputs.items()}, last[:1])
+        if self.full_head is not None:
+            return self._by_full_head(inputs, last)
+        return self._by_rows(inputs, last)
+
+    def _by_rows(self, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> torch.Tensor:
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        backbone = base.base_model
+        hidden = backbone(**inputs, **_no_cache(backbone))[0]
+        hidden = hidden[torch.arange(len(last), device=last.device), last]
+        # The rows are read at every call: unlearning changes weights in place.
+        head = base.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[self.ids]
+        hidden = hidden.to(head.weight.device)
+        return torch.nn.functional.linear(hidden, head.weight[self.ids], bias).float()
+
+    def _by_full_head(self, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> torch.Tensor:
+        return _logits_at(self.model, inputs, last)[:, self.ids].float()
+
+    def _check(self, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> None:
+        self._checked = True
+        with _evaluation(self.model):  # dropout would tell the two ways apart
+            own = self._by_full_head(inputs, last)
+            rows = self._by_rows(inputs, last)
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
+        tolerance = (2e-2 if half else 1e-4) * float(own.abs().max().clamp(min=1e-30))
+        if not torch.allclose(own, rows.to(own.device), rtol=0.0, atol=tolerance, equal_nan=True):
+            self.full_head = "the model's own logits differ from those of the bare lm_head"
+
+
 def _scored_positions(
     model: torch.nn.Module,
     batches: Iterable[Mapping[str, torch.Tensor]],
@@ -148,7 +229,7 @@ def _scored_positions(
             case_column = case_column + 1
             if len(case_row) == 0:
                 continue
-            logits = model(**inputs).logits
+            logits = model(**inputs, **_no_cache(model)).logits
             width = tokens.shape[1]
             # History items outside of the case's past go to an extra column that is cut off.
             step = max(1, _CHUNK_ELEMENTS // (vocabulary.n_items + width))
@@ -182,16 +263,51 @@ def _logits_at(
 ) -> torch.Tensor:
     """Logits `[B, V]` at one position per row, computing no more of the head than needed."""
     row = torch.arange(len(position), device=position.device)
-    if not _takes_logits_to_keep(model):
-        return model(**batch).logits[row, position]
+    options = _no_cache(model)
+    if "logits_to_keep" not in _arguments(model):
+        return model(**batch, **options).logits[row, position]
     kept, place = torch.unique(position, return_inverse=True)
-    return model(**batch, logits_to_keep=kept).logits[row, place]
+    return model(**batch, **options, logits_to_keep=kept).logits[row, place]
 
 
-def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
+def _no_cache(model: torch.nn.Module) -> dict[str, bool]:
+    # Keys and values of a batch that is never continued would only take memory.
+    return {"use_cache": False} if "use_cache" in _arguments(model) else {}
+
+
+def _arguments(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
     # PEFT's own forward takes **kwargs, so the model that it wraps is asked.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return inspect.signature(inner.forward).parameters
+
+
+# Configuration fields by which model families scale or cap their logits after lm_head.
+_LOGIT_FIELDS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
+def _why_full_head(model: torch.nn.Module, base: torch.nn.Module) -> str | None:
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, Mapping) else ():
+        if getattr(config, "is_prompt_learning", False):
+            return f"{config.peft_type} acts on the model's inputs, outside of the backbone"
+    backbone = getattr(base, "base_model", base)
+    if backbone is base or not hasattr(base, "get_output_embeddings"):
+        return f"{type(base).__name__} has no backbone that can be told from its head"
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        return f"lm_head is a {type(head).__name__}, not a plain Linear"
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "lm_head has forward hooks"
+    for name in _LOGIT_FIELDS:
+        if getattr(base.config, name, None) not in (None, 1, 1.0):
+            return f"the model's logits are changed after lm_head ({name})"
+    return None
 
 
 @contextmanager
