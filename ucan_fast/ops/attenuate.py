@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +37,9 @@ def attenuate_(
     """
     _check(weights, factors, offsets, axes)
     if weights:
-        torch.ops.ucan_fast.attenuate_(list(weights), factors, list(offsets), list(axes))
+        torch.ops.ucan_fast.attenuate_(
+            list(weights), factors.contiguous(), list(offsets), list(axes)
+        )
 
 
 def attenuate_reference_(
@@ -99,21 +103,28 @@ def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
     for index, weight in enumerate(weights):
         if weight.numel() == 0:
             continue
-        if any(
-            size > 1 and stride == 0
-            for size, stride in zip(weight.shape, weight.stride(), strict=True)
-        ):
-            raise UcanError(f"attenuate_: weight {index} overlaps itself (an expanded tensor).")
+        if _overlaps_itself(weight):
+            raise UcanError(f"attenuate_: weight {index} overlaps itself (an expanded tensor?).")
         last = sum((s - 1) * abs(t) for s, t in zip(weight.shape, weight.stride(), strict=True))
         start = weight.data_ptr()
         spans.append((start, start + (last + 1) * weight.element_size(), index))
     spans.sort()
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             raise UcanError(
                 f"attenuate_: weights {min(first, second)} and {max(first, second)} overlap in "
                 "memory and would be scaled twice; pass shared storage once."
             )
+
+
+def _overlaps_itself(weight: torch.Tensor) -> bool:
+    (rows, cols), (row_stride, col_stride) = weight.shape, weight.stride()
+    if rows < 2 or cols < 2:
+        return (rows > 1 and row_stride == 0) or (cols > 1 and col_stride == 0)
+    # Two elements coincide if i row_stride = j col_stride; the smallest such pair is
+    # (col_stride, row_stride) / gcd.
+    divisor = math.gcd(row_stride, col_stride)
+    return divisor == 0 or (col_stride // divisor < rows and row_stride // divisor < cols)
 
 
 def _dispatch(
