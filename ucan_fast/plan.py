@@ -1,4 +1,4 @@
-"""AttenuationPlan: the factors of every neuron, and how to put them on a model and take them off."""
+"""AttenuationPlan: the factors of every neuron, put on a model and taken off again."""
 
 from __future__ import annotations
 
