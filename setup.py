@@ -164,7 +164,15 @@ class BuildNative(build_ext):
         return [
             *shlex.split(find_cxx() or "c++"),
             *shlex.split(os.environ.get("CPPFLAGS", "") + " " + os.environ.get("CXXFLAGS", "")),
-            *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+            *(
+                "-std=c++20",
+                "-O3",
+                "-fno-trapping-math",
+                "-fPIC",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+            ),
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             *(part for path in include for part in ("-isystem", str(path))),
         ]

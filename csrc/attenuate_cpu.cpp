@@ -10,6 +10,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <type_traits>
 
 #include "checks.h"
@@ -22,6 +24,10 @@ constexpr int64_t kGrain = 32768;
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+using BitsOf = std::conditional_t<
+    sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
 template <typename T>
 inline T scaled(T value, float factor) {
@@ -43,10 +49,12 @@ void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
         for (int64_t j = 0; j < length; ++j) values[j * step] = scaled(values[j * step], factor);
       }
     } else if (step == 1) {
-      // A select, not a branch: it vectorises, and 1 * NaN would change the NaN's bits.
+      // A select of bits, not a branch: it vectorises, and 1 * NaN would change the NaN's bits.
+      using Bits = BitsOf<T>;
       for (int64_t j = 0; j < length; ++j) {
-        const T product = scaled(values[j], factors[j]);
-        values[j] = factors[j] == 1.0f ? values[j] : product;
+        const Bits kept = std::bit_cast<Bits>(values[j]);
+        const Bits product = std::bit_cast<Bits>(scaled(values[j], factors[j]));
+        values[j] = std::bit_cast<T>(factors[j] == 1.0f ? kept : product);
       }
     } else {
       for (int64_t j = 0; j < length; ++j) {
