@@ -11,7 +11,6 @@ from .scoring import make_plan
 from .stats import ActivationStats, Moments
 from .unlearn import UnlearnResult, unlearn
 
-
 __all__ = [
     "AccelerationReport",
     "ActivationStats",

@@ -28,6 +28,9 @@ DISCLAIMER = (
     "forget set; the report says how much less. It is no proof that nothing about the forget set "
     "can be recovered."
 )
+#: The JSON form of a report, in the folder of the adapter that it is about.
+REPORT = "deletion_report.json"
+
 STATES = ("before", "U-CAN", "uniform", "random")
 _STATE_NAMES = {
     "before": "before",
@@ -109,8 +112,9 @@ class DeletionReport:
             "",
             f"{change['attenuated']} of {change['neurons']} neurons attenuated "
             f"({_percent(change['attenuated'], change['neurons'])}) at site "
-            f"`{self.config.site}`, decay `{self.config.decay}`, strength {change['strength']:.4g}. "
-            f"Largest score {change['largest_score']:.4g}, threshold {change['threshold']:.4g}.",
+            f"`{self.config.site}`, decay `{self.config.decay}`, "
+            f"strength {change['strength']:.4g}. Largest score {change['largest_score']:.4g}, "
+            f"threshold {change['threshold']:.4g}.",
         ]
         if change["note"]:
             lines += ["", f"**Note:** {change['note']}"]
@@ -148,11 +152,10 @@ class DeletionReport:
             raise UcanError(
                 "the figure needs matplotlib: pip install 'ucan_fast[plot]'."
             ) from error
-        layers = self.change["layers"]
-        figure = Figure(figsize=(11, max(3.6, 0.19 * len(layers) + 1.6)), layout="constrained")
+        figure = Figure(figsize=(12, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-        self._draw_layers(left)
+        self._draw_layers(figure, left)
         self._draw_cost(right)
         suffix = Path(path).suffix.lstrip(".") or "png"
         atomic_write(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=120))
@@ -164,7 +167,7 @@ class DeletionReport:
             The files written.
         """
         folder = Path(folder)
-        written = [folder / "deletion_report.json", folder / "deletion_report.md"]
+        written = [folder / REPORT, folder / "deletion_report.md"]
         atomic_write(written[0], self.to_json().encode())
         atomic_write(written[1], self.to_markdown().encode())
         try:
@@ -217,24 +220,25 @@ class DeletionReport:
             lines.append(f"| {value:.4g} | {loss:.4f} | {rise} |")
         return lines
 
-    def _draw_layers(self, axes) -> None:
-        layers = self.change["layers"]
-        names = [_short(name) for name in layers]
-        shares = [100 * v["attenuated"] / v["neurons"] for v in layers.values()]
-        means = [v["mean_factor"] for v in layers.values()]
-        from matplotlib import colormaps
-
-        colours = [colormaps["viridis"](1 - mean) for mean in means]
-        positions = range(len(names))
-        axes.barh(positions, shares, color=colours)
-        axes.set_yticks(positions, names, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xlabel("neurons attenuated in this layer (%)")
+    def _draw_layers(self, figure, axes) -> None:
+        """A map: kinds of layers by blocks of the model, coloured by the attenuated share."""
+        cells = {}
+        for names, values in self.change["layers"].items():
+            for name in names.split(" + "):
+                cells[_place(name)] = 100 * values["attenuated"] / values["neurons"]
+        kinds = list(dict.fromkeys(kind for kind, _ in cells))
+        blocks = sorted({block for _, block in cells})
+        grid = [[cells.get((kind, block), math.nan) for block in blocks] for kind in kinds]
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+        axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+        step = max(1, len(blocks) // 16)
+        axes.set_xticks(range(0, len(blocks), step), blocks[::step])
+        axes.set_xlabel("block of the model")
         axes.set_title(
             f"{self.change['attenuated']} of {self.change['neurons']} neurons attenuated",
             fontsize=10,
         )
-        axes.set_xlim(0, max(max(shares, default=0) * 1.08, 1))
+        figure.colorbar(image, ax=axes, label="attenuated in this layer (%)")
 
     def _draw_cost(self, axes) -> None:
         axes.set_xlabel("rise of the retain loss (nats per token)")
@@ -313,9 +317,16 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "n/a"
 
 
-def _short(name: str) -> str:
-    parts = [p for p in name.split(".") if p not in ("base_model", "model", "layers", "block")]
-    return ".".join(parts)
+def _place(name: str) -> tuple[str, int]:
+    """Kind and block of a layer: the first number in a module name counts the blocks."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return ".".join(parts[-2:]), 0
+    # encoder and decoder blocks of one model must not fall on each other.
+    side = [part for part in parts[: numbers[0]] if part in ("encoder", "decoder")]
+    kind = [part for part in parts[numbers[0] + 1 :] if not part.isdigit()]
+    return ".".join([*side, *kind[-2:]]), int(parts[numbers[0]])
 
 
 def _wrap(text: str) -> str:

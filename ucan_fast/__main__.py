@@ -1,0 +1,7 @@
+"""``python -m ucan_fast`` is ``ucan-fast``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
