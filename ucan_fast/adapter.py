@@ -178,6 +178,20 @@ def unfusable(module: nn.Module) -> str | None:
     return None
 
 
+def is_weight_probe(layer: LoraLayer, x: torch.Tensor) -> bool:
+    """Whether this call of lora_A only reads B A off, as DoRA does for its weight norm.
+
+    PEFT sends an identity matrix through it; those are no tokens, even where there are just as
+    many of them.
+    """
+    if layer.adapter not in layer.module.lora_variant:
+        return False
+    size = layer.a.shape[1]
+    if tuple(x.shape) != (size, size):
+        return False
+    return torch.equal(x, torch.eye(size, dtype=x.dtype, device=x.device))
+
+
 def sharded_by(model: nn.Module) -> str | None:
     """The wrapper that shards this model's weights (FSDP, ZeRO-3), or None."""
     for module in unwrap(model).modules():
@@ -240,6 +254,20 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
             digest.update(f"|{key}{tuple(value.shape)}".encode())
             digest.update(value.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def untouched_parts(model: nn.Module, adapter: str) -> str:
+    """What the adapter trained besides its LoRA matrices, in words; "" where there is nothing."""
+    config = getattr(unwrap(model), "peft_config", {})
+    config = config.get(adapter) if isinstance(config, dict) else None
+    parts = []
+    for key in ("modules_to_save", "trainable_token_indices"):
+        value = getattr(config, key, None)
+        if value:
+            parts.append(f"{key}={value}")
+    if getattr(config, "bias", "none") != "none":
+        parts.append(f"bias={config.bias!r}")
+    return ", ".join(parts)
 
 
 def base_config(model: nn.Module) -> object | None:

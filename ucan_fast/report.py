@@ -180,7 +180,8 @@ class DeletionReport:
 
     def _metrics_table(self) -> list[str]:
         if not self.metrics:
-            return ["## Metrics", "", "Not measured (evaluate=False)."]
+            lines = ["## Metrics", "", "Not measured (evaluate=False)."]
+            return lines + self._note_lines()
         names = list(dict.fromkeys(name for state in self.metrics.values() for name in state))
         states = [state for state in STATES if state in self.metrics]
         lines = [
@@ -195,9 +196,10 @@ class DeletionReport:
         for name in names:
             values = [_number(self.metrics[state].get(name)) for state in states]
             lines.append(f"| {_MEANING.get(name, name)} | " + " | ".join(values) + " |")
-        if self.notes:
-            lines += [""] + [f"- {key}: {text}" for key, text in self.notes.items()]
-        return lines
+        return lines + self._note_lines()
+
+    def _note_lines(self) -> list[str]:
+        return [""] + [f"- {key}: {text}" for key, text in self.notes.items()] if self.notes else []
 
     def _search_lines(self) -> list[str]:
         search = self.search

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import fingerprint, resolve_adapter, unwrap
+from .adapter import fingerprint, resolve_adapter, untouched_parts, unwrap
 from .batches import RETAIN, eval_mode, read_batches, reusable
 from .collect import collect
 from .config import UcanConfig
 from .controls import Control, random_control, uniform_control
-from .errors import UcanError
+from .errors import UcanError, UcanWarning
 from .evaluation import Shift, forget_shift, group_loss
 from .marks import check_is_origin
 from .neurons import moments_site
@@ -96,7 +97,8 @@ def unlearn(
             an empty forget or retain set. The model is as it was before the call.
 
     Warns:
-        UcanWarning: the plan changes nothing, or more than half of all neurons.
+        UcanWarning: the plan changes nothing, or more than half of all neurons; or the adapter
+            trained more than LoRA matrices (modules_to_save, biases), which stays as it is.
     """
     config = config or UcanConfig()
     model = unwrap(model)
@@ -116,6 +118,13 @@ def unlearn(
         with job.timed("evaluate"):
             states, notes = _evaluate(job, plan, forget, evaluate) if evaluate else ({}, {})
         before = stats.fingerprint
+        untouched = untouched_parts(model, adapter)
+        if untouched:
+            notes["untouched"] = (
+                f"the adapter also trained {untouched}; attenuation leaves these as they are, "
+                "whatever they know of the forget set"
+            )
+            warnings.warn(notes["untouched"], UcanWarning, stacklevel=2)
         plan.apply(model, adapter)
     report = DeletionReport(
         request={
