@@ -42,8 +42,8 @@ def kl_divergence(original_logits: torch.Tensor, unlearned_logits: torch.Tensor)
         log_p = torch.log_softmax(original_logits[rows].detach().double(), dim=-1)
         log_q = torch.log_softmax(unlearned_logits[rows].detach().double(), dim=-1)
         p = log_p.exp()
-        # 0 * (-inf - x) is NaN in floating point but 0 in the sum.
-        terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
+        # 0 * (-inf - x) is NaN in floating point but 0 in the sum; a NaN of p must stay.
+        terms = torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q))
         total += float(terms.sum())
     if math.isnan(total):
         raise UcanError(
