@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,8 @@ class UcanConfig:
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    # A comparison rather than isfinite, which raises on integers beyond a float.
+    return number and abs(value) <= sys.float_info.max
 
 
 def _refuse(name: str, value: Any, wanted: str) -> None:
