@@ -1,0 +1,207 @@
+"""UcanConfig: every field is checked, and the way through JSON is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from ucan_fast import UcanConfig, UcanError
+
+CHOICES = {
+    "method": {"attenuate"},
+    "site": {"input", "rank", "output", "mlp"},
+    "statistic": {"mean_abs", "rms"},
+    "contrast": {"symmetric", "difference", "ratio", "zscore", "none"},
+    "normalization": {"none", "layer", "global"},
+    "fusion": {"protect", "subtract"},
+    "decay": {"exponential", "inverse", "linear", "hard"},
+    "output_signal": {"delta", "layer"},
+}
+# field -> values at and inside its limits, values outside
+NUMBERS = {
+    "utility_weight": ([0, 0.0, 1, 2.5, 1e6], [-1e-9, -1]),
+    "fraction": ([0, 0.0, 0.15, 1, 1.0], [-0.01, 1.0001, 15]),
+    "floor": ([0, 0.5, 1, 1.0], [-0.1, 1.1]),
+    "max_retain_loss_increase": ([0, 0.05, 3.0], [-0.05]),
+    "max_strength": ([0, 32, 1000.0], [-1]),
+    "risk_threshold": ([None, -1.0, 0, 0.3, 7], []),
+    "min_score": ([None, -1.0, 0, 0.05], []),
+    "strength": (["auto", 0, 0.0, 2, 1e9], [-0.1, -1, "Auto", "", "2"]),
+}
+NOT_NUMBERS = ["1", "x", True, False, [1], {}, b"1", 1j, math.nan, math.inf, -math.inf, 10**400]
+
+
+def test_defaults_are_those_of_the_design():
+    assert dataclasses.asdict(UcanConfig()) == {
+        "method": "attenuate",
+        "site": "input",
+        "statistic": "mean_abs",
+        "contrast": "symmetric",
+        "normalization": "none",
+        "fusion": "protect",
+        "utility_weight": 1.0,
+        "fraction": 0.15,
+        "risk_threshold": None,
+        "min_score": None,
+        "decay": "exponential",
+        "strength": "auto",
+        "floor": 0.0,
+        "max_retain_loss_increase": 0.05,
+        "max_strength": 32.0,
+        "output_signal": "delta",
+        "seed": 0,
+    }
+
+
+def test_this_file_covers_every_field():
+    fields = {field.name for field in dataclasses.fields(UcanConfig)}
+    assert fields == {*CHOICES, *NUMBERS, "seed"}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    for value in CHOICES[name]:
+        assert getattr(UcanConfig(**{name: value}), name) == value
+    wrong = ["", "nonsense", next(iter(CHOICES[name])).upper(), None, 1, True, ["none"], math.nan]
+    for value in wrong:
+        with pytest.raises(UcanError, match=rf"UcanConfig: {name} must be one of .*'") as caught:
+            UcanConfig(**{name: value})
+        # the message names what was given and everything that would do
+        assert repr(value) in str(caught.value)
+        assert all(repr(choice) in str(caught.value) for choice in CHOICES[name])
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(name):
+    inside, outside = NUMBERS[name]
+    for value in inside:
+        assert getattr(UcanConfig(**{name: value}), name) == value
+    nullable = name in ("risk_threshold", "min_score")
+    for value in [*outside, *NOT_NUMBERS, *([] if nullable else [None])]:
+        with pytest.raises(UcanError, match=f"UcanConfig: {name} must be "):
+            UcanConfig(**{name: value})
+
+
+def test_auto_is_only_for_strength():
+    for name in NUMBERS:
+        if name != "strength":
+            with pytest.raises(UcanError, match=f"{name} must be"):
+                UcanConfig(**{name: "auto"})
+
+
+def test_seed():
+    for value in (0, 1, 12345, -3):
+        assert UcanConfig(seed=value).seed == value
+    for value in (True, 1.0, "1", None, math.nan):
+        with pytest.raises(UcanError, match="seed must be an integer"):
+            UcanConfig(seed=value)
+
+
+def test_hard_with_a_threshold_leaves_auto_nothing_to_search():
+    with pytest.raises(UcanError, match=r"decay='hard'.*risk_threshold.*strength='auto'"):
+        UcanConfig(decay="hard", risk_threshold=0.2)
+    # Each of the three on its own, and every pair, is fine.
+    UcanConfig(decay="hard", risk_threshold=0.2, strength=1.0)
+    UcanConfig(decay="hard")
+    UcanConfig(risk_threshold=0.2)
+    with pytest.raises(UcanError, match="risk_threshold"):
+        UcanConfig(decay="hard").replace(risk_threshold=0.0)
+
+
+def test_effective_min_score():
+    assert UcanConfig().effective_min_score == 0.05
+    for contrast in CHOICES["contrast"] - {"symmetric"}:
+        assert UcanConfig(contrast=contrast).effective_min_score == 0.0
+        assert UcanConfig(contrast=contrast, min_score=0.3).effective_min_score == 0.3
+    assert UcanConfig(min_score=0).effective_min_score == 0.0
+    assert UcanConfig(min_score=-1).effective_min_score == -1.0
+
+
+def test_auto_strength():
+    assert UcanConfig().auto_strength
+    assert not UcanConfig(strength=0).auto_strength
+    assert not UcanConfig(strength=2.0).auto_strength
+
+
+OTHER = {
+    "method": "attenuate",
+    "site": "mlp",
+    "statistic": "rms",
+    "contrast": "zscore",
+    "normalization": "global",
+    "fusion": "subtract",
+    "utility_weight": 0.1,
+    "fraction": 1 / 3,
+    "risk_threshold": 0.7,
+    "min_score": 1e-300,
+    "decay": "linear",
+    "strength": 2,
+    "floor": 0.25,
+    "max_retain_loss_increase": 0.1,
+    "max_strength": 5.5,
+    "output_signal": "layer",
+    "seed": 2**40,
+}
+
+
+@pytest.mark.parametrize("config", [UcanConfig(), UcanConfig(**OTHER)])
+def test_json_roundtrip(config):
+    text = config.to_json()
+    assert json.loads(text) == dataclasses.asdict(config)
+    assert UcanConfig.from_json(text) == config
+
+
+def test_json_fields_that_are_missing_take_their_defaults():
+    assert UcanConfig.from_json("{}") == UcanConfig()
+    assert UcanConfig.from_json('{"site": "rank", "strength": 3}') == UcanConfig(
+        site="rank", strength=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"fractoin": 0.1}', r"unknown field 'fractoin'; known are .*fraction"),
+        ('{"zzz": 1, "beta": 2}', "unknown field 'beta', 'zzz'"),
+        ('{"fraction": NaN}', "fraction must be a number"),
+        ('{"fraction": Infinity}', "fraction must be a number"),
+        ('{"utility_weight": 1e999}', "utility_weight must be a number"),
+        ('{"strength": true}', "strength must be"),
+        ('{"site": ["input"]}', "site must be one of"),
+        ('{"fraction": 0.1', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[]", "must be an object"),
+        ("null", "must be an object"),
+        ("0.15", "must be an object"),
+    ],
+)
+def test_json_refusals(text, match):
+    with pytest.raises(UcanError, match=match):
+        UcanConfig.from_json(text)
+
+
+def test_replace():
+    config = UcanConfig(site="rank")
+    other = config.replace(fraction=0.3, strength=2.0)
+    assert (other.site, other.fraction, other.strength) == ("rank", 0.3, 2.0)
+    assert (config.fraction, config.strength) == (0.15, "auto")
+    with pytest.raises(UcanError, match="unknown field 'fractoin'"):
+        config.replace(fractoin=0.3)
+    with pytest.raises(UcanError, match="fraction must be"):
+        config.replace(fraction=3)
+
+
+def test_frozen_and_hashable():
+    config = UcanConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.fraction = 0.5
+    assert hash(config) == hash(UcanConfig())
+    assert len({config, UcanConfig(), UcanConfig(seed=1)}) == 2
+
+
+def test_unknown_keyword_arguments_are_refused_by_python():
+    with pytest.raises(TypeError, match="fractoin"):
+        UcanConfig(fractoin=0.1)
