@@ -25,8 +25,10 @@ class FusedLoraLinear(lora.Linear):
         if call_obstacle(self, x, args, kwargs) is not None:
             if recorder is None:
                 return super().forward(x, *args, **kwargs)
-            with recorder.hooked(self):
-                return super().forward(x, *args, **kwargs)
+            with recorder.hooked():
+                result = super().forward(x, *args, **kwargs)
+            recorder.layer_output(result)
+            return result
 
         base_out = self.base_layer(x)
         adapters = [key for key in self.active_adapters if key in self.lora_A]

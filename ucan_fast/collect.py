@@ -20,6 +20,7 @@ from .adapter import (
     base_model,
     find_layers,
     fingerprint,
+    is_weight_probe,
     resolve_adapter,
     unwrap,
 )
@@ -129,7 +130,7 @@ class _Pass:
                 if isinstance(module, FusedLoraLinear):
                     module.__dict__["_ucan_recorder"] = recorder
                 else:
-                    handles += recorder.hook(module)
+                    handles += recorder.hook()
             yield
         finally:
             for handle in handles:
@@ -170,6 +171,7 @@ class _Recorder:
         self.layer = layer
         self.role = role
         self.calls = 0
+        self.inside = False
         self.count = torch.zeros(2, dtype=torch.float64)
         rank, inputs = layer.a.shape
         outputs = layer.b.shape[0]
@@ -223,29 +225,51 @@ class _Recorder:
     def layer_output(self, y: torch.Tensor) -> None:
         """The whole output of the layer, for the ``layer`` site."""
         if "layer" in self.totals and _recording():
-            ops.accumulate_moments(y.detach(), self._flat_groups(y), self.totals["layer"])
+            with torch.no_grad():
+                ops.accumulate_moments(y, self._flat_groups(y), self.totals["layer"])
 
-    def hook(self, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    def hook(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Record from PEFT's own forward."""
-        handles = [self.layer.a_module.register_forward_hook(self._after_a)]
-        if "layer" in self.totals:
-            handles.append(module.register_forward_hook(lambda _m, _x, y: self.layer_output(y)))
-        return handles
+        module = self.layer.module
+        return [
+            module.register_forward_pre_hook(self._before),
+            self.layer.a_module.register_forward_hook(self._after_a),
+            module.register_forward_hook(self._after),
+        ]
 
     @contextlib.contextmanager
-    def hooked(self, module: nn.Module) -> Iterator[None]:
-        """For one call in which a fused layer falls back to PEFT's own forward."""
-        handles = self.hook(module)
+    def hooked(self) -> Iterator[None]:
+        """For one call in which a fused layer falls back to PEFT's own forward.
+
+        The caller hands the result to :meth:`layer_output`: a hook on the layer itself would come
+        too late, that call has begun.
+        """
+        handle = self.layer.a_module.register_forward_hook(self._after_a)
+        self.inside = True
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self.inside = False
+            handle.remove()
+
+    def _before(self, _module: nn.Module, _args: tuple) -> None:
+        self.inside = True
+
+    def _after(self, _module: nn.Module, _args: tuple, y: torch.Tensor) -> None:
+        self.inside = False
+        self.layer_output(y)
 
     def _after_a(self, _module: nn.Module, args: tuple, z: torch.Tensor) -> None:
-        if not _recording():
+        # lora_A may be tied to other layers as a module; their calls are theirs.
+        if not (self.inside and _recording()):
             return
         x = args[0]
+        if is_weight_probe(self.layer, x):
+            return
+        with torch.no_grad():
+            self._plain_step(x, z)
+
+    def _plain_step(self, x: torch.Tensor, z: torch.Tensor) -> None:
         groups = self._begin_call(x)
         if "input" in self.totals:
             known = self._shared_input(x)
@@ -279,21 +303,19 @@ class _Recorder:
 
     def _shared_input(self, x: torch.Tensor) -> torch.Tensor | None:
         shared = self.pass_.shared
-        if shared is None or shared[0] is not x or shared[1:3] != (_version(x), self.role):
+        # Tensors of inference mode have no version: their changes in place would go unnoticed.
+        if x.is_inference() or shared is None:
             return None
-        return shared[3]
+        return shared[3] if shared[0] is x and shared[1:3] == (x._version, self.role) else None
 
     def _share_input(self, x: torch.Tensor, moments: torch.Tensor) -> None:
-        self.pass_.shared = (x, _version(x), self.role, moments)
+        if not x.is_inference():
+            self.pass_.shared = (x, x._version, self.role, moments)
 
 
 def _recording() -> bool:
     # Inside a backward pass we are a checkpoint's recompute: those tokens were counted before.
     return torch._C._current_graph_task_id() == -1
-
-
-def _version(x: torch.Tensor) -> int:
-    return -1 if x.is_inference() else x._version
 
 
 def _measured_sites(
