@@ -16,6 +16,7 @@ from .errors import UcanError, UcanWarning
 
 FORGET, RETAIN, IGNORED = 0, 1, -1
 GROUPS = {"forget": FORGET, "retain": RETAIN}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _OURS = ("token_groups", "decoder_token_groups")
 
 
@@ -121,7 +122,9 @@ def _read(
     )
     decoder_groups = None
     if encoder_decoder:
-        decoder_tokens = batch.get("decoder_input_ids", batch.get("labels"))
+        decoder_tokens = batch.get("decoder_input_ids")
+        if decoder_tokens is None:
+            decoder_tokens = batch.get("labels")
         if not isinstance(decoder_tokens, torch.Tensor) or decoder_tokens.dim() != 2:
             raise UcanError(
                 f"{where}: an encoder-decoder model needs decoder_input_ids or labels "
@@ -170,10 +173,12 @@ def _groups(
                 f"{where}: {prefix}token_groups is {got}, but the tokens are {tuple(shape)}; "
                 "every token needs its own group."
             )
-        if given.is_floating_point() or given.min() < -1 or given.max() > 1:
+        # bool is refused too: a forget mask would be read the wrong way round (0 is forget).
+        if given.dtype not in _INTEGERS or ((given < IGNORED) | (given > RETAIN)).any():
+            values = "" if given.is_complex() else f" in [{given.min()}, {given.max()}]"
             raise UcanError(
                 f"{where}: {prefix}token_groups must be integers 0 (forget), 1 (retain) or "
-                f"-1 (ignored), not {given.dtype} in [{given.min()}, {given.max()}]."
+                f"-1 (ignored), not {given.dtype}{values}."
             )
         groups = given.to(torch.int8)
     if mask is not None:
