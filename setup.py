@@ -110,24 +110,34 @@ class BuildNative(build_ext):
     """
 
     def build_extensions(self) -> None:
-        import torch  # only now: metadata and pure builds never get here
+        try:
+            import torch  # only now: metadata and pure builds never get here
 
+            if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+                raise OSError(
+                    f"torch {torch.__version__} is too old; its stable ABI begins at 2.10"
+                )
+        except Exception as error:  # a broken torch must not break this install
+            for extension in self.extensions:
+                skip(extension.name, f"torch cannot be used: {' '.join(str(error).split())[:300]}")
+            self.extensions = []
+            return
         self.torch = Path(torch.__file__).parent
-        self.torch_version = torch.__version__
         built = []
         for extension in self.extensions:
             try:
                 self.build_extension(extension)
-            except (OSError, subprocess.CalledProcessError) as error:
-                output = getattr(error, "stdout", None) or str(error)
-                print(output, file=sys.stderr, flush=True)
-                lines = [line for line in output.splitlines() if "error" in line.lower()]
+            except subprocess.CalledProcessError as error:
+                print(error.stdout, file=sys.stderr, flush=True)
+                lines = [line for line in error.stdout.splitlines() if "error" in line.lower()]
                 skip(
                     extension.name, f"compiling failed: {(lines or [str(error)])[0].strip()[:300]}"
                 )
+            except OSError as error:
+                skip(extension.name, str(error))
             else:
                 built.append(extension)
-                NOTES[extension.name] = f"built with torch {self.torch_version}"
+                NOTES[extension.name] = f"built with torch {torch.__version__}"
         self.extensions = built  # nothing looks for the files of the others
 
     def build_extension(self, extension: Extension) -> None:
