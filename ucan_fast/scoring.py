@@ -29,7 +29,8 @@ def make_plan(
     """Score every neuron of the configured site, select the risky ones, and set their factors.
 
     The model is only read. With ``strength="auto"`` there is no calibration data here to search
-    with: β = 1 is used and the plan's note says so (``unlearn`` searches).
+    with: β = 1 (for ``decay="hard"``: ``fraction`` as given) is used and the plan's note says so
+    (``unlearn`` searches).
 
     Args:
         model: the model the statistics were taken on.
@@ -39,16 +40,16 @@ def make_plan(
 
     Raises:
         UcanError: statistics of another adapter, or without the site, a layer or a group that the
-            plan needs.
+            plan needs; weights or statistics that are not finite.
 
     Warns:
         UcanWarning: the plan changes nothing, or more than half of all neurons.
     """
     plan = score_plan(model, stats, config or UcanConfig(), adapter)
-    if plan.config.auto_strength and plan.config.decay != "hard" and not plan.note:
-        plan.note = (
-            f"strength={DEFAULT_STRENGTH:g} was used: 'auto' needs calibration data to search with."
-        )
+    if plan.config.auto_strength and not plan.note:
+        hard = plan.config.decay == "hard"
+        used = f"fraction={plan.config.fraction:g}" if hard else f"strength={DEFAULT_STRENGTH:g}"
+        plan.note = f"{used} was used: 'auto' needs calibration data to search with."
     plan.warn_if_unusual()
     return plan
 
@@ -61,6 +62,8 @@ def score_plan(
     adapter = resolve_adapter(model, adapter)
     _check_origin(model, adapter, stats)
     groups = neuron_groups(model, find_layers(model, adapter), config.site)
+    for group in groups:
+        _check_weights(group)
     moments = [_pooled_moments(group, stats, moments_site(config)) for group in groups]
     offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
     risk, utility, score = ops.contrastive_scores(
@@ -113,6 +116,15 @@ def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> Non
     )
 
 
+def _check_weights(group: NeuronGroup) -> None:
+    # A NaN would silently give its whole layer no utility, and so no protection.
+    if not torch.isfinite(group.weight_norm).all():
+        raise UcanError(
+            f"the adapter weights of {group.names[0]} are not finite (NaN or Inf); load the "
+            "adapter again."
+        )
+
+
 def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Moments:
     total = Moments.zeros(group.n)
     for name in group.names:
@@ -126,6 +138,8 @@ def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Mo
             raise UcanError(
                 f"{name} has {group.n} neurons, its statistics {measured[site].n}; collect again."
             )
+        if not all(torch.isfinite(t).all() for t in measured[site].tensors()):
+            raise UcanError(f"the statistics of {name} are not finite; collect again.")
         total = total + measured[site]
     for index, what in ((FORGET, "forget"), (RETAIN, "retain")):
         if not total.count[index] > 0:
