@@ -68,8 +68,8 @@ def group_loss(
 ) -> Loss:
     """NLL of the group's tokens, each predicted from the tokens before it.
 
-    A token is scored if it is in the group and, where the batch has ``labels``, its label is not
-    -100. Encoder-decoder models score decoder tokens.
+    A token is scored if it is in the group, a token of its sequence stands before it and, where
+    the batch has ``labels``, its label is not -100. Encoder-decoder models score decoder tokens.
     """
     loss = Loss()
     with _evaluating(model):
@@ -142,7 +142,8 @@ def _slices(model: nn.Module, batches: Iterable[Mapping[str, Any]], group: str) 
         rows = mask.any(1).nonzero().squeeze(1)
         per_row = mask.shape[1] * 4 * _vocabulary(model)
         step = max(1, LOGITS_BYTES // max(per_row, 1))
-        for part in rows.split(step):
+        # (split makes one empty part of no rows.)
+        for part in rows.split(step) if len(rows) else ():
             inputs = _rows(batch.forward_inputs(), part, mask.shape[0])
             yield _Slice(inputs, mask[part], labels[part][mask[part]])
 
@@ -163,6 +164,10 @@ def _scored(batch: Batch, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
     # The logits at position t predict token t + 1.
     mask = torch.zeros_like(scored)
     mask[:, :-1] = scored[:, 1:]
+    # Before the first token of a left-padded sequence there is padding, which predicts nothing.
+    attended = batch.inputs.get("attention_mask")
+    if attended is not None:
+        mask &= attended.bool()
     return mask, tokens.roll(-1, dims=1)
 
 
