@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import time
 import warnings
@@ -111,7 +112,8 @@ def unlearn(
             stats = _statistics(job, forget, retain, bank, previous)
         with job.timed("score"):
             plan = score_plan(model, stats, config, adapter)
-        job.prepare_retain_loss(calibration, retain, forget, bank)
+        if config.auto_strength or evaluate:
+            job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
             plan = _choose_strength(job, plan)
         plan.warn_if_unusual()
@@ -285,10 +287,16 @@ def _statistics(
 def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
     if job.retain_loss is not None:
         job.loss_before = job.retain_loss()
-        if not job.loss_before == job.loss_before:
+        if not math.isfinite(job.loss_before):
             raise UcanError(
-                "the retain loss is not a number: no retain token of the calibration data is "
-                "scored (it needs a token before it, and a label other than -100)."
+                f"the retain loss is {job.loss_before} before any attenuation, so no budget can be "
+                "measured: "
+                + (
+                    "no retain token of the calibration data is scored (it needs a token before "
+                    "it, and a label other than -100)."
+                    if job.calibrated_on_batches and math.isnan(job.loss_before)
+                    else "check the model, the calibration data or the calibration function."
+                )
             )
     if not job.config.auto_strength or plan.note:
         return plan
