@@ -1,0 +1,297 @@
+"""group_loss and forget_shift against one unpadded sequence at a time, in fp64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from helpers_models import VOCAB, llama, lora, t5
+from trained_model import (
+    GROUP,
+    assert_same_weights,
+    forget_batches,
+    nll,
+    retain_batches,
+    scored_logits,
+    trained,
+    weights,
+)
+
+import ucan_fast as uf
+from ucan_fast import evaluation
+from ucan_fast.evaluation import forget_shift, group_loss
+
+
+def variant(batches: list[dict], kind: str) -> list[dict]:
+    """The batches with labels and / or token groups."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for batch in batches:
+        batch = dict(batch)
+        shape = batch["input_ids"].shape
+        if "labels" in kind:
+            labels = batch["input_ids"].clone()
+            labels[torch.rand(shape, generator=generator) < 0.4] = -100
+            batch["labels"] = labels
+        if "groups" in kind:
+            # All over, in the padding too: it is never scored.
+            batch["token_groups"] = torch.randint(-1, 2, shape, generator=generator)
+        made.append(batch)
+    return made
+
+
+KINDS = ["plain", "labels", "groups", "labels and groups"]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", ["forget", "retain"])
+def test_group_loss_is_the_sum_over_single_sequences(side, kind, group):
+    model = trained()
+    batches = variant(forget_batches(side=side), kind)
+    parts = [scored_logits(model, batch, group) for batch in batches]
+    loss = group_loss(model, batches, group)
+    assert loss.tokens == sum(len(labels) for _, labels in parts) > 20
+    assert loss.nll == pytest.approx(sum(nll(*part) for part in parts), rel=1e-5)
+    assert loss.mean == pytest.approx(loss.nll / loss.tokens)
+    assert loss.perplexity == pytest.approx(math.exp(loss.nll / loss.tokens))
+
+
+def test_the_first_token_of_a_left_padded_sequence_is_not_predicted_from_padding():
+    """Nothing stands before it, so both sides of padding score the same tokens."""
+    model = trained()
+    right = group_loss(model, forget_batches(side="right"), "forget")
+    left = group_loss(model, forget_batches(side="left"), "forget")
+    assert left.tokens == right.tokens
+    assert left.nll == pytest.approx(right.nll, rel=1e-5)
+
+
+@contextlib.contextmanager
+def halved(model):
+    """Every B times 0.5 (exact in floating point, and back)."""
+    bs = [p for n, p in model.named_parameters() if "lora_B" in n]
+    with torch.no_grad():
+        for b in bs:
+            b.mul_(0.5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b in bs:
+                b.mul_(2)
+
+
+@contextlib.contextmanager
+def off(model):
+    bs = [p for n, p in model.named_parameters() if "lora_B" in n]
+    saved = [b.detach().clone() for b in bs]
+    with torch.no_grad():
+        for b in bs:
+            b.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, value in zip(bs, saved, strict=True):
+                b.copy_(value)
+
+
+def edits(model) -> dict:
+    return {"half": lambda: halved(model), "off": lambda: off(model)}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["plain", "labels and groups"])
+def test_forget_shift(side, kind):
+    model = trained()
+    batches = variant(forget_batches(side=side), kind)
+    parts = [scored_logits(model, batch, "forget") for batch in batches]
+    p, labels = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    original = weights(model)
+    before, shifts = forget_shift(model, batches, edits(model))
+    assert_same_weights(model, original)
+    assert before.tokens == len(labels)
+    assert before.nll == pytest.approx(nll(p, labels), rel=1e-5)
+    assert list(shifts) == ["half", "off"]
+    for name, edit in edits(model).items():
+        with edit():
+            q = torch.cat([scored_logits(model, batch, "forget")[0] for batch in batches])
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        reverse = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+        assert abs(kl - reverse) > 1e-3 * kl  # else the direction would not show
+        assert shifts[name].kl == pytest.approx(kl, rel=1e-4)
+        changed = 100 * float((p.argmax(-1) != q.argmax(-1)).double().mean())
+        assert shifts[name].prediction_shift == pytest.approx(changed)
+        assert shifts[name].loss.tokens == len(labels)
+        assert shifts[name].loss.nll == pytest.approx(nll(q, labels), rel=1e-5)
+    assert shifts["off"].kl > shifts["half"].kl > 0
+    assert shifts["off"].prediction_shift > 0
+
+
+def pairs(side: str) -> list[dict]:
+    """T5: encoder tokens padded on either side, labels padded with -100 at the end."""
+    generator = torch.Generator().manual_seed(8)
+    batches = []
+    for _ in range(2):
+        ids = torch.randint(3, VOCAB, (4, 9), generator=generator)
+        labels = torch.randint(3, VOCAB, (4, 6), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(4):
+            mask[row, slice(9 - row, 9) if side == "right" else slice(0, row)] = 0
+            labels[row, 6 - row :] = -100
+        groups = torch.randint(-1, 2, labels.shape, generator=generator)
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": labels,
+                "decoder_token_groups": groups,
+            }
+        )
+    return batches
+
+
+@pytest.mark.parametrize("group", ["forget", "retain"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_encoder_decoder_models_score_decoder_tokens(group, grouped):
+    model = lora(t5())
+    batches = pairs("right")
+    if not grouped:
+        batches = [{k: v for k, v in b.items() if k != "decoder_token_groups"} for b in batches]
+    oracle = copy.deepcopy(model).double()
+    total, count = 0.0, 0
+    for batch in batches:
+        for row in range(4):
+            there = batch["attention_mask"][row].bool()
+            labels = batch["labels"][row]
+            real = labels != -100
+            with torch.no_grad():
+                logits = oracle(
+                    input_ids=batch["input_ids"][row][there][None], labels=labels[real][None]
+                ).logits[0]
+            for t in range(int(real.sum())):
+                if not grouped or batch["decoder_token_groups"][row, t] == GROUP[group]:
+                    total -= float(logits[t].log_softmax(-1)[labels[t]])
+                    count += 1
+    loss = group_loss(model, batches, group)
+    assert loss.tokens == count > 5
+    assert loss.nll == pytest.approx(total, rel=1e-5)
+
+
+def test_an_encoder_decoder_model_needs_labels():
+    batch = {"input_ids": torch.ones(1, 4).long(), "decoder_input_ids": torch.ones(1, 3).long()}
+    with pytest.raises(uf.UcanError, match="labels"):
+        group_loss(lora(t5()), [batch], "forget")
+
+
+@pytest.mark.parametrize("limit", [1, 2 * 12 * 4 * VOCAB])
+def test_slices_give_the_same_numbers(monkeypatch, limit):
+    model = trained()
+    batches = variant(forget_batches(side="left"), "labels and groups")
+    loss = group_loss(model, batches, "forget")
+    before, shifts = forget_shift(model, batches, edits(model))
+    rows = []
+    model.register_forward_hook(lambda _m, _x, y: rows.append(y.logits.shape[0]))
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", limit)
+    sliced = group_loss(model, batches, "forget")
+    assert max(rows) == (1 if limit == 1 else 2)
+    assert sliced.tokens == loss.tokens
+    assert sliced.nll == pytest.approx(loss.nll, rel=1e-6)
+    before_sliced, shifts_sliced = forget_shift(model, batches, edits(model))
+    assert before_sliced.nll == pytest.approx(before.nll, rel=1e-6)
+    for name in shifts:
+        assert shifts_sliced[name].kl == pytest.approx(shifts[name].kl, rel=1e-4)
+        assert shifts_sliced[name].prediction_shift == shifts[name].prediction_shift
+        assert shifts_sliced[name].loss.nll == pytest.approx(shifts[name].loss.nll, rel=1e-6)
+
+
+def test_inputs_per_sequence_are_sliced_and_others_passed_on(monkeypatch):
+    model = trained()
+    batches = forget_batches(side="left")
+    for batch in batches:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        batch["use_cache"] = False
+    expected = group_loss(model, batches, "forget")
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 1)
+    assert group_loss(model, batches, "forget").nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+def test_embeddings_with_labels_are_scored():
+    model = trained()
+    batch = forget_batches()[0]
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]),
+        "attention_mask": batch["attention_mask"],
+    }
+    with pytest.raises(uf.UcanError, match="input_ids or labels"):
+        group_loss(model, [embedded], "forget")
+    loss = group_loss(model, [{**embedded, "labels": batch["input_ids"]}], "forget")
+    expected = group_loss(model, [batch], "forget")
+    assert (loss.tokens, loss.nll) == (expected.tokens, pytest.approx(expected.nll, rel=1e-5))
+
+
+def nothing_scored() -> dict:
+    batch = retain_batches()[0]
+    return {**batch, "token_groups": torch.full_like(batch["input_ids"], -1)}
+
+
+def test_nothing_scored_is_nan_and_runs_no_model():
+    model = trained()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    loss = group_loss(model, [nothing_scored()], "retain")
+    assert (loss.nll, loss.tokens) == (0.0, 0)
+    assert math.isnan(loss.mean)
+    assert math.isnan(loss.perplexity)
+    before, shifts = forget_shift(model, [nothing_scored()], edits(model))
+    assert before.tokens == 0
+    assert math.isnan(shifts["half"].kl)
+    assert math.isnan(shifts["half"].prediction_shift)
+    assert not calls
+
+
+def test_a_batch_without_a_scored_token_changes_nothing():
+    model = trained()
+    batches = forget_batches()
+    with_idle = [batches[0], nothing_scored(), batches[1]]
+    assert group_loss(model, with_idle, "forget") == group_loss(model, batches, "forget")
+    assert forget_shift(model, with_idle, edits(model)) == forget_shift(
+        model, batches, edits(model)
+    )
+
+
+def test_only_sequences_with_a_scored_token_are_run():
+    model = trained()
+    batch = forget_batches()[0]
+    groups = torch.full_like(batch["input_ids"], -1)
+    groups[2, 3] = 0
+    rows = []
+    model.register_forward_hook(lambda _m, _x, y: rows.append(y.logits.shape[0]))
+    loss = group_loss(model, [{**batch, "token_groups": groups}], "forget")
+    assert (loss.tokens, rows) == (1, [1])
+
+
+def test_training_mode_dropout_and_gradients_stay_out():
+    model = lora(llama(), lora_dropout=0.5)
+    batches = forget_batches()
+    expected = group_loss(model, batches, "forget")
+    model.train()
+    model.base_model.model.lm_head.eval()
+    modes = [m.training for m in model.modules()]
+    outputs = []
+    model.register_forward_hook(lambda _m, _x, y: outputs.append(y.logits.requires_grad))
+    assert group_loss(model, batches, "forget") == expected
+    assert [m.training for m in model.modules()] == modes
+    assert not any(outputs)
+
+
+def test_progress_counts_slices():
+    seen = []
+    group_loss(trained(), forget_batches(), "forget", lambda *args: seen.append(args))
+    assert [done for done, *_ in seen] == list(range(len(seen)))
+    assert len(seen) == len(forget_batches()) + 1
+    assert {text for *_, text in seen} == {"forget loss"}

@@ -1,0 +1,149 @@
+"""A tiny Llama whose adapter has learnt something, so that losses react when it is attenuated.
+
+Two catalogues of items with a simple order each (the next item is a fixed function of the last),
+so the adapter has neurons that belong to one of them. Fitted once per process, in about 2 s.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from helpers_models import VOCAB, llama, lora
+from torch import nn
+
+# Items 4..15 are the forget catalogue, 16..39 the retain catalogue.
+FORGET_ITEMS = range(4, 16)
+RETAIN_ITEMS = range(16, VOCAB)
+BOS = 1
+GROUP = {"forget": 0, "retain": 1}
+
+
+def sequences(items: range, count: int, length: int, seed: int) -> torch.Tensor:
+    """``[count, length]``: BOS, then a walk through the items with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(items)
+    rows = torch.empty(count, length, dtype=torch.int64)
+    rows[:, 0] = BOS
+    position = torch.randint(0, n, (count,), generator=generator)
+    for t in range(1, length):
+        rows[:, t] = position + items[0]
+        jump = torch.rand(count, generator=generator) < 0.1
+        anywhere = torch.randint(0, n, (count,), generator=generator)
+        position = torch.where(jump, anywhere, (5 * position + 3) % n)
+    return rows
+
+
+def batches(
+    items: range,
+    *,
+    count: int = 24,
+    length: int = 12,
+    size: int = 8,
+    seed: int = 0,
+    side: str = "right",
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of sequences of unequal lengths, padded with junk tokens on ``side``."""
+    rows = sequences(items, count, length, seed)
+    made = []
+    for start in range(0, count, size):
+        ids = rows[start : start + size]
+        mask = torch.ones_like(ids)
+        for index in range(len(ids)):
+            short = (3 * index + start) % 5
+            if short:
+                mask[index, length - short :] = 0
+        if side == "left":
+            ids, mask = ids.clone(), mask.clone()
+            for index in range(len(ids)):
+                shift = length - int(mask[index].sum())
+                ids[index], mask[index] = ids[index].roll(shift), mask[index].roll(shift)
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def forget_batches(**options) -> list[dict[str, torch.Tensor]]:
+    return batches(FORGET_ITEMS, **{"seed": 11, "count": 16, **options})
+
+
+def retain_batches(**options) -> list[dict[str, torch.Tensor]]:
+    return batches(RETAIN_ITEMS, **{"seed": 12, "count": 32, **options})
+
+
+@functools.cache
+def _fitted() -> nn.Module:
+    model = lora(llama(hidden=32), r=8)
+    torch.manual_seed(5)
+    trained = [
+        p for n, p in model.named_parameters() if "lora_" in n or "embed" in n or "lm_head" in n
+    ]
+    for p in trained:
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    for step in range(120):
+        rows = torch.cat(
+            [
+                sequences(FORGET_ITEMS, 16, 12, 1000 + step),
+                sequences(RETAIN_ITEMS, 32, 12, 5000 + step),
+            ]
+        )
+        loss = model(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.grad = None
+    return model.eval()
+
+
+def trained() -> nn.Module:
+    """A fresh copy of the fitted PEFT model, in eval mode."""
+    return copy.deepcopy(_fitted())
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, copied."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    now = model.state_dict()
+    assert set(now) == set(expected)
+    different = [n for n in now if not torch.equal(now[n], expected[n])]
+    assert not different, different
+
+
+def scored_logits(model, batch: dict, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 logits ``[P, V]`` and labels ``[P]``: every sequence alone, without its padding."""
+    model = copy.deepcopy(model).double().eval()
+    kept, labels = [], []
+    for row in range(batch["input_ids"].shape[0]):
+        there = batch["attention_mask"][row].bool()
+        ids = batch["input_ids"][row][there]
+        wanted = batch.get("labels", batch["input_ids"])[row][there]
+        groups = batch.get("token_groups")
+        member = (
+            torch.ones_like(ids).bool() if groups is None else groups[row][there] == GROUP[group]
+        )
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0]
+        for t in range(1, len(ids)):
+            if member[t] and wanted[t] != -100:
+                kept.append(logits[t - 1])
+                labels.append(wanted[t])
+    if not kept:
+        return torch.empty(0, VOCAB, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    return torch.stack(kept), torch.stack(labels)
+
+
+def nll(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return -float(logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum())
+
+
+def mean_nll(model: nn.Module, batches: list[dict], group: str) -> float:
+    """Nats per scored token of a group."""
+    parts = [scored_logits(model, batch, group) for batch in batches]
+    return sum(nll(*part) for part in parts) / sum(len(labels) for _, labels in parts)
