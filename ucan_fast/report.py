@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -273,11 +274,7 @@ def environment(model: nn.Module) -> dict[str, str]:
     """Versions and hardware, for the record."""
     device = module_device(model)
     versions = {"ucan_fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "peft"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "unknown"
+    versions |= {package: _version(package) for package in ("torch", "transformers", "peft")}
     if device.type == "cuda":
         versions["device"] = torch.cuda.get_device_name(device)
     else:
@@ -286,6 +283,16 @@ def environment(model: nn.Module) -> dict[str, str]:
     return versions
 
 
+# Both read files, which takes longer than a small deletion request.
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
 def _cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
