@@ -556,8 +556,8 @@ def test_verbalizer_knows_methods_that_act_outside_of_the_backbone():
     assert "outside of the backbone" in Verbalizer(prompt_tuned(), IDS).full_head
 
 
-def test_verbalizer_keeps_a_training_models_mode():
-    model = llama().train()
+def test_verbalizer_keeps_a_training_models_mode_and_is_not_misled_by_its_dropout():
+    model = gpt2().train()  # dropout 0.1
     verbalizer = Verbalizer(model, IDS)
     verbalizer(padded("left"))
     assert model.training

@@ -200,6 +200,27 @@ def test_held_out_ranks_equal_a_loop(log, vocabulary, exclude_history, keeps, mo
     assert len(set(expected)) > 3
 
 
+def test_history_beyond_the_models_view_is_excluded_too():
+    """The model sees item 2 alone, but items 0 and 1 were met before and do not compete."""
+    log = InteractionLog.from_rows(["u"] * 4, ["0", "1", "2", "3"], range(4))
+    train, held_out = log.rows(log.item < 3), log.rows(log.item == 3)
+    vocabulary = ItemVocabulary(4)
+    model = Bigram(torch.tensor([0.0, 0.0, 9.0, 8.0, 7.0, 1.0]).repeat(6, 1))
+
+    def rank(exclude_history):
+        return held_out_ranks(
+            model,
+            train,
+            held_out,
+            vocabulary=vocabulary,
+            max_length=1,
+            exclude_history=exclude_history,
+        ).item()
+
+    assert rank(True) == 1
+    assert rank(False) == 4
+
+
 def test_held_out_ranks_without_any_history(log, vocabulary):
     model = llama(vocabulary).eval()
     got = held_out_ranks(model, log.rows(np.zeros(len(log), bool)), log, vocabulary=vocabulary)
