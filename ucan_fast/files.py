@@ -38,7 +38,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
             os.fsync(file.fileno())
         _default_mode(temporary, 0o666)
         os.replace(temporary, path)
-    except Exception as error:
+    except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if _is_io_error(error):
@@ -55,8 +55,9 @@ def atomic_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
     the last step fails.
 
     Raises:
-        UcanError: ``path`` exists and ``overwrite`` is false (raised before the block runs),
-            or the folder could not be written.
+        UcanError: ``path`` exists and ``overwrite`` is false (raised before the block runs, or
+            after it if another process made the folder meanwhile), or the folder could not be
+            written.
     """
     path = Path(path)
     check_output_folder(path, overwrite)
@@ -66,6 +67,8 @@ def atomic_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         yield temporary
         _default_mode(temporary, 0o777)
+        # Once more: another run may have finished in the meantime.
+        check_output_folder(path, overwrite)
         if path.exists():
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, retired / "content")
