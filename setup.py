@@ -183,6 +183,7 @@ class BuildNative(build_ext):
                 "-Wall",
                 "-Wextra",
             ),
+            f"-ffile-prefix-map={Path().resolve()}/=",  # no path of this machine in the result
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             *(part for path in include for part in ("-isystem", str(path))),
         ]

@@ -21,7 +21,9 @@ void attenuate_cuda(
   const int32_t device = factors.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+      "_attenuate_native_: torch has no current stream on CUDA device ", device);
   const char* error = ucan_fast::launch_attenuate(matrices, stream);
   STD_TORCH_CHECK(error == nullptr, "_attenuate_native_: CUDA: ", error ? error : "");
 }
