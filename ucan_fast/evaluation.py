@@ -73,7 +73,7 @@ def group_loss(
     """
     loss = Loss()
     with _evaluating(model):
-        for piece in track(_slices(model, batches, group), (), progress, f"{group} loss"):
+        for piece in track(_slices(model, batches, group), None, progress, f"{group} loss"):
             logits, labels = piece.run(model)
             loss.nll += float(token_nll(logits, labels).double().sum())
             loss.tokens += labels.numel()
@@ -99,7 +99,7 @@ def forget_shift(
     kl_sum = dict.fromkeys(edits, 0.0)
     changed = dict.fromkeys(edits, 0.0)
     with _evaluating(model):
-        for piece in track(_slices(model, batches, "forget"), (), progress, "forget metrics"):
+        for piece in track(_slices(model, batches, "forget"), None, progress, "forget metrics"):
             original, labels = piece.run(model)
             count = labels.numel()
             before.nll += float(token_nll(original, labels).double().sum())
