@@ -128,26 +128,30 @@ def unlearn(
             )
             warnings.warn(notes["untouched"], UcanWarning, stacklevel=2)
         plan.apply(model, adapter)
-    report = DeletionReport(
-        request={
-            "forget_tokens": stats.tokens("forget"),
-            "retain_tokens": stats.tokens("retain"),
-            "forget_sequences": job.sequences["forget"],
-            "retain_from": "bank" if bank is not None else "batches",
-            "includes_previous_requests": previous is not None,
-            "adapter": adapter,
-        },
-        config=config,
-        change=_change(plan),
-        metrics=states,
-        notes=notes,
-        search=job.search,
-        seconds=job.seconds,
-        samples_per_second=job.throughput(),
-        fingerprint_before=before,
-        fingerprint_after=plan.applied_fingerprint or before,
-        environment=environment(model),
-    )
+        try:
+            report = DeletionReport(
+                request={
+                    "forget_tokens": stats.tokens("forget"),
+                    "retain_tokens": stats.tokens("retain"),
+                    "forget_sequences": job.sequences["forget"],
+                    "retain_from": "bank" if bank is not None else "batches",
+                    "includes_previous_requests": previous is not None,
+                    "adapter": adapter,
+                },
+                config=config,
+                change=_change(plan),
+                metrics=states,
+                notes=notes,
+                search=job.search,
+                seconds=job.seconds,
+                samples_per_second=job.throughput(),
+                fingerprint_before=before,
+                fingerprint_after=plan.applied_fingerprint or before,
+                environment=environment(model),
+            )
+        except BaseException:
+            plan.undo(model, adapter)
+            raise
     return UnlearnResult(stats, plan, report)
 
 
@@ -208,6 +212,8 @@ class _Job:
             return
         if calibration is not None:
             batches = list(reusable(calibration, "calibration"))
+            if not batches:
+                raise UcanError("the calibration set is empty: calibration= holds no batch.")
         elif retain is not None:
             batches = _sample(self.model, retain, self.config.seed)
         elif bank is None:
@@ -365,13 +371,26 @@ def _evaluate(
         states[name] = _figures(shift, retain_losses.get(name), job.calibrated_on_batches)
     if callable(evaluate):
         with eval_mode(model), torch.no_grad():
-            states["before"].update(evaluate(model))
+            states["before"].update(_measured(evaluate, model))
             for name in edits:
                 with on[name]():
-                    states[name].update(evaluate(model))
+                    states[name].update(_measured(evaluate, model))
     if job.retain_loss is None:
         notes["retain"] = "no retain metric: there is no calibration data to measure it on"
     return states, notes
+
+
+def _measured(evaluate: Measure, model: nn.Module) -> dict[str, float | None]:
+    """What the caller's function measured, as plain floats (it may return tensors)."""
+    values = {}
+    for name, value in evaluate(model).items():
+        try:
+            values[str(name)] = None if value is None else float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UcanError(
+                f"evaluate= returned {value!r} for {name!r}; every metric must be one number."
+            ) from error
+    return values
 
 
 def _controls(job: _Job, plan: AttenuationPlan, target: float) -> Iterator[Control]:
