@@ -177,6 +177,13 @@ class AttenuationPlan:
         edit = WeightEdit(self.match(model, adapter))
         if set(edit.originals) != set(self.originals):
             raise UcanError("cannot undo: the model shares parameters differently than before.")
+        for key, value in self.originals.items():
+            if value.shape != edit.originals[key].shape:
+                raise UcanError(
+                    f"cannot undo: the plan's original values of {key} have the shape "
+                    f"{tuple(value.shape)}, the parameter {tuple(edit.originals[key].shape)}. "
+                    "Nothing was changed."
+                )
         current = edit.originals
         edit.originals = self.originals
         try:
@@ -184,7 +191,8 @@ class AttenuationPlan:
             if fingerprint(model, adapter) != self.fingerprint:
                 raise UcanError(
                     "cannot undo bit exactly: the adapter is loaded in another dtype than the one "
-                    "it was attenuated in. Nothing was changed."
+                    "it was attenuated in, or the plan's original values were altered. Nothing was "
+                    "changed."
                 )
         except BaseException:
             edit.originals = current
@@ -270,6 +278,8 @@ class AttenuationPlan:
                 originals={k: tensors[f"original.{i}"] for i, k in enumerate(keys)} or None,
                 **{f"flat_{key}": tensors[key] for key in _FIELDS},
             )
+            if len(plan.groups) != len(plan.sizes):
+                raise ValueError("it has another number of sizes than of layers")
             if any(getattr(plan, f"flat_{key}").numel() != sum(plan.sizes) for key in _FIELDS):
                 raise ValueError("the number of neurons does not fit the layers")
         except UcanError:
