@@ -37,7 +37,7 @@ class WeightEdit:
             factors: fp32 ``[n]``, the factors of all groups one after the other.
 
         Raises:
-            UcanError: the factors or the product are not finite.
+            UcanError: the factors are not finite.
         """
         if not torch.isfinite(factors).all():
             raise UcanError("attenuation factors must be finite; nothing was changed.")
