@@ -16,7 +16,9 @@ from torch import nn
 from .accelerate import accelerate, restore
 from .adapter import is_lora_layer
 
-_original_inject = None
+_hooked = False
+# LoraModel's own method, or None where it inherits it (as in today's PEFT).
+_own_inject = None
 
 
 def enable() -> int:
@@ -24,9 +26,11 @@ def enable() -> int:
 
     Returns how many layers now run the fused forward. Calling it twice is harmless.
     """
-    global _original_inject
-    if _original_inject is None:
-        original = _original_inject = LoraModel.inject_adapter
+    global _hooked, _own_inject
+    if not _hooked:
+        original = LoraModel.inject_adapter
+        _own_inject = vars(LoraModel).get("inject_adapter")
+        _hooked = True
 
         @functools.wraps(original)
         def inject_adapter(self, model: nn.Module, *args, **kwargs):
@@ -43,7 +47,9 @@ def disable() -> int:
     global _original_inject
     if _original_inject is not None:
         LoraModel.inject_adapter = _original_inject
-        _original_inject = None
+        _hooked = False
+# LoraModel's own method, or None where it inherits it (as in today's PEFT).
+_own_inject = None
     return sum(restore(module) for module in _living_layers())
 
 
