@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -196,7 +197,9 @@ class DeletionReport:
         ]
         for name in names:
             values = [_number(self.metrics[state].get(name)) for state in states]
-            lines.append(f"| {_MEANING.get(name, name)} | " + " | ".join(values) + " |")
+            # The caller's own metrics may be called anything.
+            label = _MEANING.get(name, name).replace("|", "\\|")
+            lines.append(f"| {label} | " + " | ".join(values) + " |")
         return lines + self._note_lines()
 
     def _note_lines(self) -> list[str]:
@@ -212,23 +215,25 @@ class DeletionReport:
             "",
             f"Budget: the retain loss may rise by {100 * search.budget:g} % (from "
             f"{search.loss_before:.4f}). Chosen: {search.parameter} {search.chosen:.4g}, retain "
-            f"loss {search.loss_after:.4f} "
-            f"({100 * (search.loss_after / search.loss_before - 1):+.2f} %).",
+            f"loss {search.loss_after:.4f} ({_rise(search.loss_after, search.loss_before)}).",
             "",
             f"| {search.parameter} | retain loss | change |",
             "|---:|---:|---:|",
         ]
         for value, loss in search.curve:
-            rise = f"{100 * (loss / search.loss_before - 1):+.2f} %"
+            rise = _rise(loss, search.loss_before)
             lines.append(f"| {value:.4g} | {loss:.4f} | {rise} |")
         return lines
 
     def _draw_layers(self, figure, axes) -> None:
         """A map: kinds of layers by blocks of the model, coloured by the attenuated share."""
-        cells = {}
+        # Several layers may share a place (the experts of a block): their neurons together.
+        attenuated, neurons = Counter(), Counter()
         for names, values in self.change["layers"].items():
             for name in names.split(" + "):
-                cells[_place(name)] = 100 * values["attenuated"] / values["neurons"]
+                attenuated[_place(name)] += values["attenuated"]
+                neurons[_place(name)] += values["neurons"]
+        cells = {place: 100 * attenuated[place] / count for place, count in neurons.items()}
         kinds = list(dict.fromkeys(kind for kind, _ in cells))
         blocks = sorted({block for _, block in cells})
         grid = [[cells.get((kind, block), math.nan) for block in blocks] for kind in kinds]
@@ -320,6 +325,13 @@ def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "n/a"
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _rise(loss: float, before: float) -> str:
+    # A calibration function may return 0 (1 - recall) or less (-recall).
+    if before == 0 or not math.isfinite(loss - before):
+        return "n/a"
+    return f"{100 * (loss - before) / abs(before):+.2f} %"
 
 
 def _percent(part: float, whole: float) -> str:
