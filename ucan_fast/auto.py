@@ -44,12 +44,13 @@ def enable() -> int:
 
 def disable() -> int:
     """Unhook PEFT and give every living LoRA layer its own forward back. Returns how many."""
-    global _original_inject
-    if _original_inject is not None:
-        LoraModel.inject_adapter = _original_inject
+    global _hooked
+    if _hooked:
+        if _own_inject is None:
+            del LoraModel.inject_adapter
+        else:
+            LoraModel.inject_adapter = _own_inject
         _hooked = False
-# LoraModel's own method, or None where it inherits it (as in today's PEFT).
-_own_inject = None
     return sum(restore(module) for module in _living_layers())
 
 
