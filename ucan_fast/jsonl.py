@@ -20,6 +20,7 @@ def read_jsonl(
     *,
     batch_size: int = 8,
     max_length: int = 1024,
+    vocabulary: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Read one set; each line is an object of one of three kinds.
 
@@ -31,6 +32,9 @@ def read_jsonl(
     text the count must be that of its tokens. Sequences longer than ``max_length`` lose their
     beginning. Batches are padded on the tokenizer's side (right without one).
 
+    Args:
+        vocabulary: the model's number of tokens, to refuse ids beyond it by line; None: unknown.
+
     Raises:
         UcanError: a line is malformed (file, line and reason are given), there is no tokenizer
             for text, or the file has no line.
@@ -38,14 +42,16 @@ def read_jsonl(
     path = Path(path)
     rows = []
     try:
-        with open(path, encoding="utf-8") as file:
+        # Bytes, so that a line that is no UTF-8 can be named.
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(_row(line, f"{path}:{number}", tokenizer, max_length))
+                    where = f"{path}:{number}"
+                    rows.append(_row(line, where, tokenizer, max_length, vocabulary))
     except FileNotFoundError as error:
         raise UcanError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UcanError(f"{path} cannot be read as UTF-8 JSON lines: {error}.") from error
+    except OSError as error:
+        raise UcanError(f"{path} cannot be read: {error}.") from error
     if not rows:
         raise UcanError(f"{path} holds no line; one JSON object per line is expected.")
     left = getattr(tokenizer, "padding_side", "right") == "left"
@@ -60,10 +66,14 @@ def read_jsonl(
     ]
 
 
-def _row(line: str, where: str, tokenizer: Any | None, max_length: int) -> dict[str, list[int]]:
+def _row(
+    line: bytes, where: str, tokenizer: Any | None, max_length: int, vocabulary: int | None
+) -> dict[str, list[int]]:
     try:
-        entry = json.loads(line)
-    except ValueError as error:
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UcanError(f"{where}: not UTF-8: {error}.") from error
+    except (ValueError, RecursionError) as error:
         raise UcanError(f"{where}: not valid JSON: {error}.") from error
     if not isinstance(entry, dict):
         raise UcanError(f"{where}: each line must be a JSON object with {_KINDS}.")
@@ -85,6 +95,13 @@ def _row(line: str, where: str, tokenizer: Any | None, max_length: int) -> dict[
     if len(row["input_ids"]) < 2:
         raise UcanError(
             f"{where}: a sequence needs at least 2 tokens, this has {len(row['input_ids'])}."
+        )
+    largest = max(row["input_ids"])
+    # Without a known vocabulary at least what a tensor can hold.
+    if largest >= (vocabulary or 2**63):
+        raise UcanError(
+            f"{where}: token id {largest} is beyond the model's vocabulary of "
+            f"{vocabulary or 2**63} tokens."
         )
     row.setdefault("labels", row["input_ids"])
     if "token_groups" in entry:
