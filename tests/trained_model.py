@@ -147,3 +147,25 @@ def mean_nll(model: nn.Module, batches: list[dict], group: str) -> float:
     """Nats per scored token of a group."""
     parts = [scored_logits(model, batch, group) for batch in batches]
     return sum(nll(*part) for part in parts) / sum(len(labels) for _, labels in parts)
+
+
+def tokenizer(side: str = "right"):
+    """A fast tokenizer made in process: words ``i4`` .. ``i39`` are the items of those ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"<s>": 1, "<unk>": 2, "<pad>": 3, "<0>": 0}
+    words = Tokenizer(
+        models.WordLevel({**special, **{f"i{n}": n for n in range(4, VOCAB)}}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side=side,
+    )
