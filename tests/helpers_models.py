@@ -60,8 +60,29 @@ def t5(*, gated: bool = True, dtype=torch.float32, seed: int = 0) -> nn.Module:
     return transformers.T5ForConditionalGeneration(config).to(dtype)
 
 
+def bart(*, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
+BART_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 T5_TARGETS = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 
 
@@ -78,7 +99,12 @@ def lora(
     """The model with an adapter whose A and B are both random (PEFT starts with B = 0)."""
     if targets is None:
         kind = model.config.model_type
-        targets = {"llama": LLAMA_TARGETS, "gpt2": GPT2_TARGETS, "t5": T5_TARGETS}[kind]
+        targets = {
+            "llama": LLAMA_TARGETS,
+            "gpt2": GPT2_TARGETS,
+            "t5": T5_TARGETS,
+            "bart": BART_TARGETS,
+        }[kind]
     settings = {
         "r": r,
         "lora_alpha": 2 * r + 1,

@@ -28,6 +28,13 @@ def role_in_t5(name: str) -> str:
     return "decoder"
 
 
+def role_in_bart(name: str) -> str:
+    """BART: the same, under its own names."""
+    if ".encoder." in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj")):
+        return "encoder"
+    return "decoder"
+
+
 def hook_sums(
     model: nn.Module,
     batches: list[dict],

@@ -17,6 +17,7 @@ from oracle import (
     assert_relative,
     assert_same_stats,
     hook_sums,
+    role_in_bart,
     role_in_t5,
     sums,
 )
@@ -63,6 +64,7 @@ CASES = {
     "llama bf16, adapters bf16": lambda: hm.lora(
         hm.llama(dtype=torch.bfloat16), autocast_adapter_dtype=False
     ),
+    "llama fp32, adapters bf16": lambda: narrow_adapters(hm.lora(hm.llama())),
     "llama fp64": lambda: hm.lora(hm.llama(layers=1)).double(),
     "rslora": lambda: hm.lora(hm.llama(layers=1), use_rslora=True),
     "lora_bias": lambda: with_lora_bias(),
@@ -73,6 +75,13 @@ CASES = {
     "gpt2 Conv1D": lambda: hm.lora(hm.gpt2()),
     "gpt2 Conv1D bf16": lambda: hm.lora(hm.gpt2(dtype=torch.bfloat16)),
 }
+
+
+def narrow_adapters(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def with_lora_bias() -> nn.Module:
@@ -244,6 +253,22 @@ def test_t5_cross_attention_counts_by_role(way):
     assert counts[f"{prefix}.1.EncDecAttention.o"] == 7
     assert counts[f"{prefix}.0.SelfAttention.k"] == 7
     assert counts["base_model.model.encoder.block.0.layer.0.SelfAttention.k"] == 10
+
+
+def test_t5_lm_head_reads_decoder_tokens(way):
+    model = hm.lora(hm.t5(), targets=["lm_head"])
+    batch = hm.pair_batch([5, 4], [3, 5], groups="mixed")
+    stats = collect(way, model, [batch])
+    assert_equals_hooks(stats, expected_sums(way, model, [batch], role=role_in_t5))
+
+
+def test_bart(way):
+    """Another family's names for the same roles, on equal shapes."""
+    model = hm.lora(hm.bart())
+    batch = hm.pair_batch([5, 3], [2, 5], groups="mixed")
+    stats = collect(way, model, [batch])
+    assert len(stats.layers) == 16
+    assert_equals_hooks(stats, expected_sums(way, model, [batch], role=role_in_bart))
 
 
 def test_t5_decoder_groups_are_its_own(way):
