@@ -82,7 +82,7 @@ wheel-test: wheel
 	cd $(WHEEL_VENV) && OMP_NUM_THREADS=1 bin/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/dist/*.whl
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks 
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	rm -f ucan_fast/*.so ucan_fast/_native_build.txt $(STAMP)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
