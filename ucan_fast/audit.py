@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from .adapter import fingerprint, resolve_adapter, unwrap
@@ -19,7 +20,7 @@ from .errors import UcanError
 from .evaluation import forget_shift, group_loss
 from .plan import AttenuationPlan
 from .progress import Progress
-from .report import DISCLAIMER, REPORT
+from .report import DISCLAIMER, REPORT, json_values
 
 _OTHER = "ucan_fast_audited"
 
@@ -46,7 +47,7 @@ class Audit:
     def to_json(self) -> str:
         """Everything, as JSON."""
         values = {**dataclasses.asdict(self), "passed": self.passed, "disclaimer": DISCLAIMER}
-        return json.dumps(values, indent=2)
+        return json.dumps(json_values(values), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [
@@ -88,11 +89,7 @@ def audit(
     adapter = resolve_adapter(model, None)
     findings = Audit()
     original = fingerprint(model, adapter)
-    try:
-        model.load_adapter(str(unlearned), adapter_name=_OTHER)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UcanError(f"cannot load the adapter {unlearned}: {error}") from error
-    try:
+    with _loaded(model, adapter, unlearned):
         edited = fingerprint(model, _OTHER)
         findings.fingerprints = {"original": original, "unlearned": edited}
         findings.checks["adapters differ"] = (
@@ -108,10 +105,41 @@ def audit(
         if report.exists():
             findings.checks["report"] = _check_report(report, original, edited)
         findings.metrics = _measure(model, adapter, forget, retain, progress)
-    finally:
-        model.delete_adapter(_OTHER)
-        model.set_adapter(adapter)
     return findings
+
+
+@contextlib.contextmanager
+def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike) -> Iterator[None]:
+    """The unlearned adapter beside the original; afterwards the model is as it was."""
+    # PEFT changes these when it loads an adapter and when it switches to another.
+    training = [module for module in model.modules() if module.training]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        try:
+            missing = model.load_adapter(str(folder), adapter_name=_OTHER).missing_keys
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            SafetensorError,
+        ) as error:
+            raise UcanError(f"cannot load the adapter {folder}: {error}") from error
+        if missing:
+            raise UcanError(
+                f"cannot load the adapter {folder}: it has no weights for {missing[0]}"
+                + (f" and {len(missing) - 1} more." if missing[1:] else ".")
+            )
+        yield
+    finally:
+        if _OTHER in model.peft_config:
+            model.delete_adapter(_OTHER)
+        model.set_adapter(adapter)
+        for parameter, wanted in gradients:
+            parameter.requires_grad_(wanted)
+        for module in training:
+            module.training = True
 
 
 def _check_plan(

@@ -92,7 +92,7 @@ class DeletionReport:
         }
         values["config"] = json.loads(self.config.to_json())
         values["search"] = None if self.search is None else dataclasses.asdict(self.search)
-        return json.dumps(_plain(values), indent=2, allow_nan=False)
+        return json.dumps(json_values(values), indent=2, allow_nan=False)
 
     def to_markdown(self) -> str:
         """The same for people, as Markdown."""
@@ -310,11 +310,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
+    """The same with figures that JSON does not know replaced: nan by None, inf by "inf"."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [json_values(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         # JSON has no such numbers; an infinite perplexity is information, nan is none.
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
