@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 
 import torch
 from helpers_models import VOCAB, llama, lora
@@ -169,3 +170,41 @@ def tokenizer(side: str = "right"):
         pad_token="<pad>",
         padding_side=side,
     )
+
+
+def as_lines(batches: list[dict]) -> list[dict]:
+    """The sequences of batches without their padding, as lines of a set."""
+    lines = []
+    for batch in batches:
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            lines.append({"input_ids": row[mask.bool()].tolist()})
+    return lines
+
+
+def as_text(lines: list[dict]) -> list[dict]:
+    """The same sequences as text (whose tokenizer adds the BOS)."""
+    return [{"text": " ".join(f"i{n}" for n in line["input_ids"][1:])} for line in lines]
+
+
+def write_lines(path, lines: list[dict]):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def save_project(folder):
+    """What a user has: ``base``, ``adapter``, and sets as JSON lines."""
+    model = trained()
+    model.save_pretrained(folder / "adapter")
+    model.unload().save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    first, second = (as_lines(forget_batches(seed=seed, count=8, size=4)) for seed in (21, 22))
+    retain = as_lines(retain_batches(count=16))
+    for name, lines in {
+        "forget": first,
+        "second": second,
+        "union": first + second,
+        "retain": retain,
+        "all": first + second + retain,
+    }.items():
+        write_lines(folder / f"{name}.jsonl", lines)
+    return folder
