@@ -296,7 +296,7 @@ def pooled_utility(model, stats, names, site, which, axis) -> torch.Tensor:
     """w · rms over both modules' tokens; the shared weight counts once."""
     count = sum(stats.layers[n][site].count[1] for n in names)
     squares = sum(stats.layers[n][site].sq_sum[1] for n in names)
-    w = weight(model, names[0], which).detach().double().norm(dim=0 if axis == 1 else 1)
+    w = weight(model, names[0], which).detach().double().norm(dim=1 - axis)
     raw = w * (squares / count).sqrt()
     return (raw / raw.max()).float()
 
@@ -328,6 +328,15 @@ def test_a_shared_parameter_is_pooled_and_scaled_once(site, which, axis, how):
     torch.testing.assert_close(
         plan.utility[first], pooled_utility(model, stats, (first, second), site, which, axis)
     )
+
+    # The utility is relative to the layer, which hides a norm that counts a weight twice.
+    (group,) = (
+        g
+        for g in neuron_groups(model, find_layers(model, "default"), site)
+        if g.names == (first, second)
+    )
+    norm = weight(model, first, which).detach().double().norm(dim=1 - axis)
+    torch.testing.assert_close(group.weight_norm, norm)
 
     # Scaled once: γ, not γ².
     before = weight(model, first, which).detach().clone()
