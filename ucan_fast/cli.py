@@ -63,10 +63,10 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     model, tokenizer = _load(arguments)
     result = unlearn(
         model,
-        forget=_read(arguments, arguments.forget, tokenizer),
-        retain=_read(arguments, arguments.retain, tokenizer),
+        forget=_read(arguments, arguments.forget, model, tokenizer),
+        retain=_read(arguments, arguments.retain, model, tokenizer),
         bank=bank,
-        calibration=_read(arguments, arguments.calibration, tokenizer),
+        calibration=_read(arguments, arguments.calibration, model, tokenizer),
         config=config,
         evaluate=not arguments.no_evaluate,
         progress=_progress(arguments),
@@ -94,7 +94,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     model, tokenizer = _load(arguments)
     stats = collect(
         model,
-        _read(arguments, arguments.data, tokenizer),
+        _read(arguments, arguments.data, model, tokenizer),
         group=arguments.group,
         sites=arguments.sites,
         progress=_progress(arguments),
@@ -121,8 +121,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     findings = audit(
         model,
         unlearned,
-        forget=_read(arguments, arguments.forget, tokenizer),
-        retain=_read(arguments, arguments.retain, tokenizer),
+        forget=_read(arguments, arguments.forget, model, tokenizer),
+        retain=_read(arguments, arguments.retain, model, tokenizer),
         plan=plan if plan.exists() else None,
         progress=_progress(arguments),
     )
@@ -284,6 +284,7 @@ def _model_arguments(parser: argparse.ArgumentParser, adapter: str = "a PEFT ada
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -306,12 +307,20 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         base = kind.from_pretrained(
             arguments.base, dtype=dtypes.get(arguments.dtype, "auto"), device_map=None
         ).to(device)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UcanError(f"cannot load the base model {arguments.base}: {error}") from error
     try:
         model = PeftModel.from_pretrained(base, arguments.adapter)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        # Again, for what from_pretrained does not return: weights that the adapter lacks are
+        # PEFT's fresh initialisation, and only warned of.
+        missing = model.load_adapter(arguments.adapter, model.active_adapter).missing_keys
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UcanError(f"cannot load the adapter {arguments.adapter}: {error}") from error
+    if missing:
+        raise UcanError(
+            f"cannot load the adapter {arguments.adapter}: it has no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more." if missing[1:] else ".")
+        )
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.base)
@@ -324,13 +333,19 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _read(arguments: argparse.Namespace, path: str | None, tokenizer: Any) -> list | None:
+def _read(
+    arguments: argparse.Namespace, path: str | None, model: Any, tokenizer: Any
+) -> list | None:
     from .jsonl import read_jsonl
 
     if path is None:
         return None
     return read_jsonl(
-        path, tokenizer, batch_size=arguments.batch_size, max_length=arguments.max_length
+        path,
+        tokenizer,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
     )
 
 
@@ -341,7 +356,7 @@ def _config(arguments: argparse.Namespace):
     if arguments.config is not None:
         try:
             config = UcanConfig.from_json(Path(arguments.config).read_text())
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UcanError(f"cannot read {arguments.config}: {error}") from error
     names = ("site", "contrast", "decay", "fraction", "max_retain_loss_increase", "seed")
     changes = {n: getattr(arguments, n) for n in (*names, "strength")}
