@@ -1,0 +1,846 @@
+"""The command line: what it writes, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from trained_model import as_text, save_project, write_lines
+
+import ucan_fast as uf
+from ucan_fast import cli, files
+from ucan_fast.jsonl import read_jsonl
+from ucan_fast.report import REPORT
+
+WEIGHTS = "adapter_model.safetensors"
+STRENGTH = ("--strength", "2")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """base, adapter, the sets, a bank over all of them, and one finished request."""
+    folder = save_project(tmp_path_factory.mktemp("project"))
+    assert run(folder, "collect", data="all.jsonl", out="bank.safetensors")[0] == 0
+    code, _, err = run(
+        folder, "unlearn", "--keep-original", *STRENGTH, forget="forget.jsonl",
+        retain="retain.jsonl", out="done",
+    )  # fmt: skip
+    assert code == 0, err
+    return folder
+
+
+class Tee:
+    """Collects what is printed, also before pytest's own fixtures exist."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return False
+
+
+def run(folder: Path, command: str, *flags: str, model: bool = True, **paths) -> tuple:
+    """``ucan-fast command`` in process; paths are inside the folder unless absolute.
+
+    Returns exit code, stdout, stderr.
+    """
+    arguments = [command]
+    if model:
+        paths = {"base": "base", "adapter": "adapter", **paths}
+    for name, path in paths.items():
+        if path is not None:
+            arguments += [f"--{name}", str(folder / path)]
+    out, err, saved = Tee(), Tee(), (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    try:
+        code = cli.main([*arguments, *map(str, flags)])
+    finally:
+        sys.stdout, sys.stderr = saved
+    assert "Traceback" not in out.text + err.text
+    return code, out.text, err.text
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder that does not exist yet, in an otherwise empty one."""
+    return tmp_path / "place" / "out"
+
+
+def unlearn(project, out, *flags, forget="forget.jsonl", retain="retain.jsonl", **paths):
+    return run(project, "unlearn", *flags, forget=forget, retain=retain, out=out, **paths)
+
+
+def nothing_left(out: Path) -> bool:
+    """Neither the folder nor a temporary one beside it."""
+    return not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def assert_same_adapter(one: Path, two: Path) -> None:
+    first, second = adapter_of(one), adapter_of(two)
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def load(project: Path, adapter: Path) -> peft.PeftModel:
+    """As any user of PEFT would."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(project / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # missing or unexpected weights
+        return peft.PeftModel.from_pretrained(base, adapter)
+
+
+# unlearn
+
+
+def test_unlearn_writes_an_ordinary_adapter_that_is_the_plan_applied(project):
+    done = project / "done"
+    names = {p.name for p in done.iterdir()}
+    assert {
+        WEIGHTS,
+        "adapter_config.json",
+        "ucan_plan.safetensors",
+        "ucan_statistics.safetensors",
+        REPORT,
+        "deletion_report.md",
+        "deletion_report.png",
+    } <= names
+    plan = uf.AttenuationPlan.load(done / "ucan_plan.safetensors")
+    assert plan.attenuated > 20
+    origin, edited = adapter_of(project / "adapter"), adapter_of(done)
+    assert set(origin) == set(edited)
+    for name, factors in plan.factors.items():
+        a, b = (f"{name}.lora_{which}.weight" for which in "AB")
+        assert torch.equal(edited[a], origin[a] * factors), name
+        assert torch.equal(edited[b], origin[b]), name
+    # PEFT reads it, and it behaves as the plan applied to the original does.
+    model, other = load(project, done), load(project, project / "adapter")
+    plan = uf.AttenuationPlan.load(done / "ucan_plan.safetensors")
+    plan.apply(other)
+    ids = torch.tensor([[1, 4, 9, 20, 30]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_unlearn_equals_the_library(project, out):
+    code, text, err = unlearn(project, out)
+    assert (code, err) == (0, "")
+    model = load(project, project / "adapter")
+    uf.accelerate(model)
+    batches = {n: read_jsonl(project / f"{n}.jsonl", None) for n in ("forget", "retain")}
+    result = uf.unlearn(model, **batches)
+    expected = peft.get_peft_model_state_dict(model)
+    for name, value in adapter_of(out).items():
+        assert torch.equal(value, expected[name]), name
+    report = json.loads((out / REPORT).read_text())
+    assert report["metrics"] == json.loads(result.report.to_json())["metrics"]
+    assert report["search"] == json.loads(result.report.to_json())["search"]
+    assert (out / "deletion_report.md").read_text().startswith("# Deletion report")
+    # What is printed: the summary, the table of the four states, and where it lies.
+    assert f"{result.plan.attenuated} of {result.plan.neurons} neurons attenuated" in text
+    header = next(line for line in text.splitlines() if line.split()[:1] == ["before"])
+    assert header.split() == ["before", "U-CAN", "uniform", "random"]
+    row = next(line for line in text.splitlines() if line.startswith("forget/kl")).split()
+    values = [state["forget/kl"] for state in result.report.metrics.values()]
+    assert [float(cell) for cell in row[1:]] == pytest.approx(values, rel=1e-3)
+    assert str(out) in text.splitlines()[-1]
+
+
+def test_the_original_is_untouched_and_kept_only_on_request(project, out):
+    before = snapshot(project / "adapter")
+    assert unlearn(project, out, *STRENGTH, "--no-evaluate")[0] == 0
+    assert snapshot(project / "adapter") == before
+    origin = adapter_of(project / "adapter")
+    changed = [n for n, v in adapter_of(out).items() if not torch.equal(v, origin[n])]
+    # Without --keep-original no file holds the overwritten values.
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)
+                assert not any(
+                    tensor.shape == origin[n].shape and torch.equal(tensor, origin[n])
+                    for n in changed
+                ), (path.name, key)
+    plan = uf.AttenuationPlan.load(out / "ucan_plan.safetensors")
+    model = load(project, out)
+    with pytest.raises(uf.UcanError, match="no original values"):
+        plan.undo(model)
+    # With it, undo works from the files alone.
+    kept = uf.AttenuationPlan.load(project / "done" / "ucan_plan.safetensors")
+    model = load(project, project / "done")
+    kept.undo(model)
+    state = peft.get_peft_model_state_dict(model)
+    assert all(torch.equal(state[n], v) for n, v in origin.items())
+
+
+def test_a_bank_replaces_the_retain_set(project, out):
+    code, text, _ = unlearn(
+        project, out, *STRENGTH, retain=None, bank="bank.safetensors", calibration="retain.jsonl"
+    )
+    assert code == 0
+    one, two = (
+        uf.AttenuationPlan.load(f / "ucan_plan.safetensors") for f in (out, project / "done")
+    )
+    # The bank holds the second forget set too, so the retain sets differ by it.
+    assert one.attenuated > 0
+    retain = out.parent / "retain.jsonl"
+    retain.write_text(
+        (project / "second.jsonl").read_text() + (project / "retain.jsonl").read_text()
+    )
+    direct = out.parent / "direct"
+    assert unlearn(project, direct, *STRENGTH, retain=retain)[0] == 0
+    two = uf.AttenuationPlan.load(direct / "ucan_plan.safetensors")
+    assert torch.equal(one.flat_factors != 1, two.flat_factors != 1)
+    first, second = adapter_of(out), adapter_of(direct)
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=1e-4, atol=1e-7), name
+    report = json.loads((out / REPORT).read_text())
+    assert report["request"]["retain_from"] == "bank"
+    assert set(report["metrics"]) == {"before", "U-CAN", "uniform", "random"}
+    assert "random" in text
+
+
+@pytest.mark.parametrize("strength", ["2", "auto"])
+def test_previous_equals_one_request_with_the_union(project, out, strength):
+    options = ["--strength", strength, "--no-evaluate"]
+    paths = {"retain": None, "bank": "bank.safetensors", "calibration": "retain.jsonl"}
+    first, second, union = (out.parent / name for name in ("first", "second", "union"))
+    assert unlearn(project, first, *options, **paths)[0] == 0
+    code, _, err = unlearn(
+        project, second, *options, forget="second.jsonl", previous=first, **paths
+    )
+    assert code == 0, err
+    assert unlearn(project, union, *options, forget="union.jsonl", **paths)[0] == 0
+    assert_same_adapter(second, union)
+    assert any(not torch.equal(v, adapter_of(first)[n]) for n, v in adapter_of(second).items())
+    assert json.loads((second / REPORT).read_text())["request"]["includes_previous_requests"]
+
+
+def test_text_through_the_saved_tokenizer_equals_input_ids(project, out):
+    sets = {}
+    for name in ("forget", "retain"):
+        lines = [json.loads(line) for line in (project / f"{name}.jsonl").read_text().splitlines()]
+        out.parent.mkdir(exist_ok=True)
+        sets[name] = write_lines(out.parent / f"{name}.jsonl", as_text(lines))
+    assert unlearn(project, out, *STRENGTH, "--no-evaluate", **sets)[0] == 0
+    assert_same_adapter(out, project / "done")
+
+
+def test_text_with_a_tokenizer_from_elsewhere(project, out, tmp_path):
+    bare, words = tmp_path / "bare", tmp_path / "words"
+    shutil.copytree(project / "base", bare, ignore=shutil.ignore_patterns("token*", "special*"))
+    words.mkdir()
+    for path in (project / "base").glob("token*"):
+        shutil.copy(path, words)
+    text = write_lines(tmp_path / "text.jsonl", [{"text": "i4 i5 i9 i7"}, {"text": "i8 i13"}])
+    code, _, err = unlearn(project, out, *STRENGTH, base=bare, forget=text)
+    assert code == 1
+    assert f"{text}:1" in err
+    assert "--tokenizer" in err
+    assert unlearn(project, out, *STRENGTH, base=bare, forget=text, tokenizer=words)[0] == 0
+    assert unlearn(project, out.parent / "ids", *STRENGTH, base=bare)[0] == 0
+
+
+def test_options_reach_the_configuration(project, out):
+    config = out.parent / "config.json"
+    config.parent.mkdir()
+    config.write_text('{"site": "output", "fraction": 0.3, "floor": 0.125, "seed": 4}')
+    code, *_ = unlearn(
+        project, out, "--site", "rank", "--decay", "linear", "--contrast", "difference",
+        "--max-retain-loss-increase", "0.02", "--seed", "9", config=config,
+    )  # fmt: skip
+    assert code == 0
+    written = json.loads((out / REPORT).read_text())["config"]
+    expected = uf.UcanConfig(
+        site="rank",
+        decay="linear",
+        contrast="difference",
+        max_retain_loss_increase=0.02,
+        seed=9,
+        fraction=0.3,
+        floor=0.125,
+    )
+    assert written == json.loads(expected.to_json())
+
+
+def test_no_evaluate(project, out):
+    code, text, _ = unlearn(project, out, *STRENGTH, "--no-evaluate")
+    assert code == 0
+    assert json.loads((out / REPORT).read_text())["metrics"] == {}
+    assert "forget/kl" not in text
+
+
+def test_warnings_are_one_line_each(project, out):
+    code, _, err = unlearn(
+        project, out, *STRENGTH, "--contrast", "none", "--fraction", "0.9", "--no-evaluate"
+    )
+    assert code == 0
+    assert err.startswith("warning: this plan attenuates")
+    assert "more than half" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_plan_that_changes_nothing_is_refused(project, out):
+    code, _, err = unlearn(project, out, retain="forget.jsonl")
+    assert code == 1
+    assert "refused: the plan changes nothing" in err
+    assert "indistinguishable" in err
+    assert nothing_left(out)
+
+
+# --out
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "empty folder"])
+def test_an_existing_out_is_refused_and_untouched(project, out, kind, monkeypatch):
+    out.parent.mkdir()
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        if kind == "folder":
+            (out / "mine").write_text("mine")
+    before = snapshot(out.parent)
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
+    code, _, err = unlearn(project, out, *STRENGTH)
+    assert code == 1
+    assert str(out) in err
+    assert "exists" in err
+    assert snapshot(out.parent) == before
+    if kind == "file":
+        assert unlearn(project, out, *STRENGTH, "--overwrite")[0] == 1
+        assert snapshot(out.parent) == before
+
+
+def test_overwrite_replaces_the_folder(project, out):
+    out.mkdir(parents=True)
+    (out / "mine").write_text("mine")
+    assert unlearn(project, out, *STRENGTH, "--overwrite", "--no-evaluate")[0] == 0
+    assert not (out / "mine").exists()
+    assert_same_adapter(out, project / "done")
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert out.stat().st_mode & 0o777 == out.parent.stat().st_mode & 0o777
+
+
+def full(*_args, **_options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+FULL = {
+    "adapter": lambda patch: patch(peft.PeftModel, "save_pretrained", full),
+    "statistics": lambda patch: patch("ucan_fast.stats.save_file", full),
+    "plan": lambda patch: patch("ucan_fast.plan.save_file", full),
+    "report": lambda patch: patch(uf.DeletionReport, "to_json", full),
+    "figure": lambda patch: patch("matplotlib.figure.Figure.savefig", full),
+    "rename": lambda patch: patch(
+        files.os, "replace", lambda a, b: full() if Path(b).name == "out" else REPLACE(a, b)
+    ),
+}
+REPLACE = files.os.replace
+
+
+@pytest.mark.parametrize("step", list(FULL))
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "overwrite"])
+def test_a_full_disk_leaves_what_was_there(project, out, step, exists, monkeypatch):
+    if exists:
+        out.mkdir(parents=True)
+        (out / "mine").write_text("mine")
+    before = snapshot(out) if exists else None
+    FULL[step](monkeypatch.setattr)
+    flags = ["--overwrite"] if exists else []
+    if step == "rename" and exists:
+        # Only the last step fails: the old folder was moved aside and must come back.
+        calls = []
+
+        def last(a, b):
+            if Path(b) == out and ".old." not in str(a):
+                calls.append(1)
+                full()
+            return REPLACE(a, b)
+
+        monkeypatch.setattr(files.os, "replace", last)
+    code, _, err = unlearn(project, out, *STRENGTH, "--no-evaluate", *flags)
+    assert code == 1
+    assert "could not write" in err
+    assert "No space left" in err
+    if exists:
+        assert snapshot(out) == before
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+    else:
+        assert nothing_left(out)
+
+
+def test_an_interrupt_leaves_what_was_there(project, out, monkeypatch):
+    out.mkdir(parents=True)
+    (out / "mine").write_text("mine")
+
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uf.DeletionReport, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(project, out, *STRENGTH, "--overwrite", "--no-evaluate")
+    assert snapshot(out) == {"mine": b"mine"}
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+# Refusals
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def other_adapter(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] * 1.5
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def without_a_layer(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# What is spoilt in a copy of the project, the options, and what the message must name.
+BANKED = {"retain": None, "bank": "bank.safetensors"}
+REFUSED = {
+    "truncated bank": (lambda p: truncate(p / "bank.safetensors"), BANKED, "bank.safetensors"),
+    "empty bank": (lambda p: (p / "bank.safetensors").write_bytes(b""), BANKED, "bank.safetensors"),
+    "bank that is a plan": (
+        lambda p: shutil.copy(p / "done" / "ucan_plan.safetensors", p / "bank.safetensors"),
+        BANKED,
+        "bank.safetensors is no ucan_fast.statistics",
+    ),
+    "no bank": (lambda p: (p / "bank.safetensors").unlink(), BANKED, "bank.safetensors does not"),
+    "bank of another adapter": (lambda p: other_adapter(p / "adapter"), BANKED, "different adapt"),
+    "bank of too little": (
+        lambda p: shutil.copy(p / "small.safetensors", p / "bank.safetensors"),
+        BANKED,
+        "not contained in the bank",
+    ),
+    "malformed forget set": (
+        lambda p: (p / "forget.jsonl").write_text('{"input_ids": [4, 5]}\n{"input_ids": [4\n'),
+        {},
+        "forget.jsonl:2",
+    ),
+    "truncated retain set": (lambda p: truncate(p / "retain.jsonl"), {}, "retain.jsonl:"),
+    "empty forget set": (
+        lambda p: (p / "forget.jsonl").write_text(""),
+        {},
+        "forget.jsonl holds no",
+    ),
+    "no forget set": (lambda p: (p / "forget.jsonl").unlink(), {}, "forget.jsonl does not exist"),
+    "binary calibration set": (
+        lambda p: (p / "bin").write_bytes(b"\x00\xff\xfe\n"),
+        {"calibration": "bin"},
+        "bin:1",
+    ),
+    "ids beyond the vocabulary": (
+        lambda p: (p / "retain.jsonl").write_text('{"input_ids": [4, 5]}\n{"input_ids": [4, 40]}'),
+        {},
+        "retain.jsonl:2",
+    ),
+    "nothing of the forget group": (
+        lambda p: (p / "forget.jsonl").write_text('{"input_ids": [4, 5], "token_groups": [1, 1]}'),
+        {},
+        "forget set is empty",
+    ),
+    "truncated adapter": (lambda p: truncate(p / "adapter" / WEIGHTS), {}, "adapter"),
+    "adapter without a layer": (lambda p: without_a_layer(p / "adapter"), {}, "lora_A"),
+    "adapter without weights": (lambda p: (p / "adapter" / WEIGHTS).unlink(), {}, "adapter"),
+    "adapter of another rank": (lambda p: edit_config(p / "adapter", r=3), {}, "adapter"),
+    "adapter for other layers": (
+        lambda p: edit_config(p / "adapter", target_modules=["nowhere"]),
+        {},
+        "nowhere",
+    ),
+    "adapter of no known kind": (
+        lambda p: edit_config(p / "adapter", peft_type="FUTURE"),
+        {},
+        "cannot load the adapter",
+    ),
+    "malformed adapter config": (
+        lambda p: (p / "adapter" / "adapter_config.json").write_text("{oops"),
+        {},
+        "cannot load the adapter",
+    ),
+    "no adapter": (lambda p: shutil.rmtree(p / "adapter"), {}, "cannot load the adapter"),
+    "truncated base": (
+        lambda p: truncate(p / "base" / "model.safetensors"),
+        {},
+        "cannot load the base model",
+    ),
+    "malformed base config": (
+        lambda p: (p / "base" / "config.json").write_text("{oops"),
+        {},
+        "cannot load the base model",
+    ),
+    "no base": (lambda p: shutil.rmtree(p / "base"), {}, "cannot load the base model"),
+    "unknown key in the config": (
+        lambda p: (p / "config.json").write_text('{"sight": "input"}'),
+        {"config": "config.json"},
+        "unknown field 'sight'",
+    ),
+    "value out of range in the config": (
+        lambda p: (p / "config.json").write_text('{"fraction": 5}'),
+        {"config": "config.json"},
+        "fraction",
+    ),
+    "malformed config": (
+        lambda p: (p / "config.json").write_text("{oops"),
+        {"config": "config.json"},
+        "not valid JSON",
+    ),
+    "binary config": (
+        lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"),
+        {"config": "config.json"},
+        "config.json",
+    ),
+    "no config": (lambda p: None, {"config": "config.json"}, "config.json"),
+    "previous without statistics": (
+        lambda p: (p / "done" / "ucan_statistics.safetensors").unlink(),
+        {"previous": "done"},
+        "ucan_statistics.safetensors does not exist",
+    ),
+    "previous with truncated statistics": (
+        lambda p: truncate(p / "done" / "ucan_statistics.safetensors"),
+        {"previous": "done"},
+        "ucan_statistics.safetensors",
+    ),
+    "previous of another adapter": (
+        lambda p: other_adapter(p / "adapter"),
+        {"previous": "done"},
+        "different adapters",
+    ),
+    "the previous output as the adapter": (
+        lambda p: None,
+        {"adapter": "done", "previous": "done"},
+        "different adapters",
+    ),
+    "no tokenizer there": (lambda p: None, {"tokenizer": "nowhere"}, "tokenizer"),
+}
+FLAGS = {
+    "unknown site": (["--site", "everywhere"], "site"),
+    "site that the model lacks": (["--site", "mlp"], "mlp"),
+    "negative strength": (["--strength", "-1"], "strength"),
+    "fraction out of range": (["--fraction", "1.5"], "fraction"),
+    "unknown dtype": (["--dtype", "int3"], "--dtype"),
+    "unknown device": (["--device", "abacus"], "abacus"),
+}
+
+
+@pytest.fixture
+def spoilt(project, tmp_path):
+    """A copy of the project, to be spoilt."""
+    return shutil.copytree(project, tmp_path / "copy")
+
+
+def test_the_copy_is_good(spoilt, out):
+    assert unlearn(spoilt, out, *STRENGTH, "--no-evaluate")[0] == 0
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_bad_input_is_refused_by_name(spoilt, out, what):
+    if what == "bank of too little":
+        assert run(spoilt, "collect", data="second.jsonl", out="small.safetensors")[0] == 0
+    spoil, paths, message = REFUSED[what]
+    spoil(spoilt)
+    before = snapshot(spoilt)
+    code, text, err = unlearn(spoilt, out, *STRENGTH, "--no-evaluate", **paths)
+    assert code == 1, err
+    assert err.startswith("ucan-fast unlearn: refused: ")
+    assert message in err
+    assert text == ""
+    assert snapshot(spoilt) == before
+    assert nothing_left(out)
+
+
+@pytest.mark.parametrize("what", list(FLAGS))
+def test_bad_options_are_refused_by_name(project, spoilt, out, what):
+    flags, message = FLAGS[what]
+    if what == "site that the model lacks":
+        edit_config(spoilt / "adapter", target_modules=["q_proj", "v_proj"])
+        kept = {
+            n: v for n, v in load_file(spoilt / "adapter" / WEIGHTS).items()
+            if "q_proj" in n or "v_proj" in n
+        }  # fmt: skip
+        save_file(kept, spoilt / "adapter" / WEIGHTS, {"format": "pt"})
+        assert unlearn(spoilt, out.parent / "fine", *STRENGTH, "--no-evaluate")[0] == 0
+        shutil.rmtree(out.parent)
+    code, _, err = unlearn(spoilt, out, "--no-evaluate", *flags)
+    assert code == 1
+    assert err.startswith("ucan-fast unlearn: refused: ")
+    assert message in err
+    assert nothing_left(out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["forget"],
+        ["unlearn"],
+        ["unlearn", "--nothing"],
+        ["collect", "--base", "b", "--adapter", "a", "--data", "d"],
+        ["audit", "--base", "b", "--adapter", "a"],
+        ["unlearn", "--strength", "strong"],
+        ["unlearn", "--batch-size", "0"],
+        ["doctor", "--loud"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("paths", [{"retain": None}, {"bank": "bank.safetensors"}])
+def test_exactly_one_of_retain_and_bank(project, out, paths):
+    code, _, err = unlearn(project, out, *STRENGTH, **paths)
+    assert code == 2
+    assert "exactly one of --retain and --bank" in err
+    assert nothing_left(out)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (None, ["unlearn", "collect", "audit", "doctor", "Exit code: 0 done, 1 refused", "text"]),
+        ("unlearn", ["--forget", "--retain", "--bank", "--previous", "--overwrite", "input_ids"]),
+        ("collect", ["--data", "--sites", "--group", "token_groups"]),
+        ("audit", ["--unlearned", "ORIGINAL", "Exit code"]),
+        ("doctor", ["--json"]),
+    ],
+)
+def test_help_explains(command, words, capsys):
+    assert cli.main([command, "--help"] if command else ["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in words:
+        assert word in text
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"ucan-fast {uf.__version__}"
+
+
+# collect
+
+
+def test_collect_equals_the_library(project, out):
+    code, text, _ = run(project, "collect", "--sites", "input", "rank", data="all.jsonl", out=out)
+    assert code == 0
+    stats = uf.ActivationStats.load(out)
+    model = load(project, project / "adapter")
+    uf.accelerate(model)
+    expected = uf.collect(model, read_jsonl(project / "all.jsonl", None), sites=("input", "rank"))
+    assert stats.sites == ("input", "rank")
+    assert stats.fingerprint == expected.fingerprint
+    for name, sites in expected.layers.items():
+        for site, moments in sites.items():
+            for mine, theirs in zip(
+                stats.layers[name][site].tensors(), moments.tensors(), strict=True
+            ):
+                assert torch.equal(mine, theirs)
+    assert f"{expected.tokens('retain')} retain tokens over 14 layers" in text
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_collect_for_the_forget_group(project, out):
+    assert run(project, "collect", "--group", "forget", data="forget.jsonl", out=out)[0] == 0
+    stats = uf.ActivationStats.load(out)
+    assert stats.tokens("forget") > 0 == stats.tokens("retain")
+
+
+def test_collect_never_overwrites_unasked(project, out, monkeypatch):
+    out.parent.mkdir()
+    out.write_text("mine")
+    code, _, err = run(project, "collect", data="all.jsonl", out=out)
+    assert (code, out.read_text()) == (1, "mine")
+    assert str(out) in err
+    with monkeypatch.context() as patch:
+        patch.setattr("ucan_fast.stats.save_file", full)
+        code, _, err = run(project, "collect", "--overwrite", data="all.jsonl", out=out)
+        assert (code, out.read_text()) == (1, "mine")
+        assert "No space left" in err
+    assert run(project, "collect", "--overwrite", data="all.jsonl", out=out)[0] == 0
+    uf.ActivationStats.load(out)
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_collect_refuses_unknown_sites_and_bad_data(project, out):
+    code, _, err = run(project, "collect", "--sites", "roof", data="all.jsonl", out=out)
+    assert code == 1
+    assert "unknown site 'roof'" in err
+    code, _, err = run(project, "collect", data="none.jsonl", out=out)
+    assert code == 1
+    assert "none.jsonl does not exist" in err
+    assert nothing_left(out)
+
+
+# audit
+
+
+def audit(folder, *flags, unlearned="done", **paths):
+    paths = {"forget": "forget.jsonl", "retain": "retain.jsonl", **paths}
+    return run(folder, "audit", *flags, unlearned=unlearned, **paths)
+
+
+def test_audit_passes_on_what_unlearn_wrote(project, out):
+    code, text, _ = audit(project, out=out)
+    assert code == 0
+    assert text.count("pass  ") == 3
+    assert "FAIL" not in text
+    findings = json.loads(out.read_text())
+    assert findings["passed"] is True
+    report = json.loads((project / "done" / REPORT).read_text())
+    for mine, theirs in (("original", "before"), ("unlearned", "U-CAN")):
+        for name, value in findings["metrics"][mine].items():
+            assert value == pytest.approx(report["metrics"][theirs][name], rel=1e-4), name
+
+
+def spoil_report(folder: Path) -> None:
+    report = json.loads((folder / REPORT).read_text())
+    report["fingerprint_after"] = "0" * 64
+    (folder / REPORT).write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("what", ["adapter", "report", "plan", "original"])
+def test_audit_fails_on_what_was_tampered_with(spoilt, what, out):
+    failing = {what}
+    if what == "adapter":
+        other_adapter(spoilt / "done")
+        failing = {"plan", "report"}
+    elif what == "report":
+        spoil_report(spoilt / "done")
+    elif what == "plan":
+        other = spoilt / "other"
+        assert unlearn(spoilt, other, "--strength", "1", "--no-evaluate")[0] == 0
+        shutil.copy(other / "ucan_plan.safetensors", spoilt / "done" / "ucan_plan.safetensors")
+    else:
+        shutil.copy(spoilt / "adapter" / WEIGHTS, spoilt / "done" / WEIGHTS)
+        failing = {"adapters differ", "plan", "report"}
+    code, text, _ = audit(spoilt, out=out)
+    assert code == 1
+    lines = [line for line in text.splitlines() if line.startswith("FAIL")]
+    assert {line.split(":")[0].removeprefix("FAIL").strip() for line in lines} == failing
+    findings = json.loads(out.read_text())
+    assert findings["passed"] is False
+    assert {n for n, (passed, _) in findings["checks"].items() if not passed} == failing
+
+
+def test_audit_refuses_what_it_cannot_read(spoilt, out):
+    code, _, err = audit(spoilt, unlearned="nowhere")
+    assert code == 1
+    assert "nowhere is no folder" in err
+    truncate(spoilt / "done" / "ucan_plan.safetensors")
+    code, _, err = audit(spoilt)
+    assert code == 1
+    assert "ucan_plan.safetensors" in err
+    truncate(spoilt / "done" / WEIGHTS)
+    code, _, err = audit(spoilt, out=out)
+    assert code == 1
+    assert "cannot load the adapter" in err
+    assert nothing_left(out)
+
+
+def test_audit_never_overwrites_unasked(project, out):
+    out.parent.mkdir()
+    out.write_text("mine")
+    code, _, err = audit(project, out=out)
+    assert (code, out.read_text()) == (1, "mine")
+    assert "--overwrite" in err
+    assert audit(project, "--overwrite", out=out)[0] == 0
+    json.loads(out.read_text())
+
+
+# doctor
+
+
+def test_doctor_prints_what_works_and_why_not(project):
+    code, text, _ = run(project, "doctor", model=False)
+    assert code == 0
+    for piece in ("versions:", "operators:", "native extension:", "triton kernels:", "cuda"):
+        assert piece in text
+    assert uf.__version__ in text
+
+
+def test_doctor_as_json(project):
+    code, text, _ = run(project, "doctor", "--json", model=False)
+    assert code == 0
+    facts = json.loads(text)
+    assert facts["versions"]["ucan_fast"] == uf.__version__
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    for operator, backend in facts["operators"].items():
+        assert isinstance(operator, str)
+        assert backend
+    assert facts["native extension"]
+
+
+# As a process of its own
+
+
+def started(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ucan_fast", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_process_unlearns(project, out):
+    process = started(
+        "unlearn", "--base", project / "base", "--adapter", project / "adapter",
+        "--forget", project / "forget.jsonl", "--retain", project / "retain.jsonl",
+        "--out", out, *STRENGTH,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert_same_adapter(out, project / "done")
+    assert "neurons attenuated" in process.stdout
+
+
+def test_a_process_refuses_without_a_traceback(spoilt, out):
+    truncate(spoilt / "bank.safetensors")
+    process = started(
+        "unlearn", "--base", spoilt / "base", "--adapter", spoilt / "adapter",
+        "--forget", spoilt / "forget.jsonl", "--bank", spoilt / "bank.safetensors", "--out", out,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert "bank.safetensors is truncated or corrupt" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert nothing_left(out)
