@@ -152,7 +152,7 @@ class DeletionReport:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise UcanError(
-                "the figure needs matplotlib: pip install 'ucan_fast[plot]'."
+                "the figure needs matplotlib: pip install matplotlib."
             ) from error
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         FigureCanvasAgg(figure)

@@ -315,3 +315,14 @@ def test_schema_declares_the_mutation():
     schema = torch.ops.ucan_fast.attenuate_.default._schema
     assert [a.is_write for a in schema.arguments] == [True, False, False, False]
     assert not schema.returns
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_backward_that_saved_the_old_values_notices(backend, monkeypatch):
+    monkeypatch.setenv("UCAN_FAST_BACKEND", backend)
+    weight = torch.randn(4, 3, requires_grad=True)
+    loss = (torch.randn(2, 3, requires_grad=True) @ weight.T).sum()
+    with torch.no_grad():
+        ops.attenuate_([weight], torch.full((4,), 0.5), [0], [0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

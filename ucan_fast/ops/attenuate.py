@@ -135,6 +135,8 @@ def _dispatch(
 ) -> None:
     if use_native("attenuate_", factors.device):
         torch.ops.ucan_fast._attenuate_native_(weights, factors, offsets, axes)
+        # The stable ABI does not count the write; a backward that saved the old values must notice.
+        torch.autograd.graph.increment_version(list(weights))
     else:
         attenuate_reference_(weights, factors, offsets, axes)
 
