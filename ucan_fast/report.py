@@ -151,9 +151,7 @@ class DeletionReport:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise UcanError(
-                "the figure needs matplotlib: pip install matplotlib."
-            ) from error
+            raise UcanError("the figure needs matplotlib: pip install matplotlib.") from error
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
