@@ -270,10 +270,9 @@ def broken(outputs, tmp_path, how):
 @pytest.mark.parametrize(
     "how", ["truncated", "rank", "modules", "no weights", "a layer is missing", "no folder"]
 )
-@pytest.mark.parametrize("training", [False, True])
-def test_an_adapter_that_cannot_be_loaded_is_named(outputs, tmp_path, how, training):
+def test_an_adapter_that_cannot_be_loaded_is_named(outputs, tmp_path, how):
     folder = broken(outputs, tmp_path, how)
-    model = trained().train(training)
+    model = trained().train()
     before, state = weights(model), state_of(model)
     with pytest.raises(uf.UcanError, match="broken"):
         audit(model, folder, forget=forget_batches())

@@ -175,7 +175,7 @@ def test_a_large_retain_set_is_sampled(monkeypatch):
 
     job = importlib.import_module("ucan_fast.unlearn")
     monkeypatch.setattr(job, "CALIBRATION_TOKENS", 200)
-    retain = retain_batches(count=64)
+    retain = retain_batches(count=64, size=8)
     sizes = [int(b["attention_mask"].sum()) for b in retain]
     picks = set()
     for seed in range(8):
