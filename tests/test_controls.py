@@ -46,7 +46,7 @@ def in_force(model, control, retain) -> float:
 
 @pytest.mark.parametrize(
     ("site", "decay"),
-    [("input", "exponential"), ("rank", "hard"), ("output", "inverse"), ("mlp", "hard")],
+    [("input", "exponential"), ("rank", "hard"), ("output", "exponential"), ("mlp", "hard")],
 )
 def test_controls_are_at_the_plans_retain_loss_or_say_so(site, decay):
     model, plan, retain, retain_loss, before, target = case(site, decay=decay)
