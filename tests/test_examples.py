@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,11 +116,32 @@ def test_demo_prints_what_its_reports_say(data: Path, tmp_path: Path) -> None:
         same = all(torch.equal(origin[key], edited[key]) for key in origin)
         assert same == (attenuated == 0)
         assert ("uniform" in report["metrics"]) == (attenuated > 0)
-        sentence = "U-CAN (beats|loses to|equals) its best control" if attenuated else "Nothing was"
-        assert re.search(sentence, json.loads((out / "summary.json").read_text())[name]["verdict"])
+        verdict = json.loads((out / "summary.json").read_text())[name]["verdict"]
+        assert verdict.replace("\n", "\n  ") in first.stdout
+        if attenuated < 0.01 * report["change"]["neurons"]:
+            assert verdict.startswith("Next to nothing was changed")
+        else:
+            assert re.match("U-CAN (beats|loses to|is not clearly different from) its", verdict)
         changed += attenuated > 0
     assert changed, "no request attenuated anything, so nothing above was really tested"
     assert (out / "summary.txt").read_text() in first.stdout
+
+    # The command that is printed for the first request selects the same neurons.
+    command = shlex.split(re.search(r"  ucan-fast (unlearn .*)", first.stdout)[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "ucan_fast", *command, "--no-evaluate"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    by_cli = json.loads((out / "by-cli" / "deletion_report.json").read_text())
+    report = json.loads((out / "genre" / "deletion_report.json").read_text())
+    for key in ("forget_tokens", "retain_tokens"):
+        assert by_cli["request"][key] == report["request"][key]
+    for key in ("threshold", "largest_score"):
+        assert by_cli["change"][key] == pytest.approx(report["change"][key], rel=1e-4)
 
     second = run(data, cache, tmp_path / "second")
     assert second.returncode == 0, second.stderr
