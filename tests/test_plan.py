@@ -583,7 +583,12 @@ def test_a_reloaded_adapter_of_another_name(tmp_path):
         lora_parameters(model).items(), lora_parameters(again, "renamed").items(), strict=True
     ):
         assert torch.equal(mine, theirs)
+    with pytest.raises(UcanError, match="adapter 'renamed' is attenuated"):
+        collect(again, batches())
+    with pytest.raises(UcanError, match="adapter 'renamed' is attenuated already"):
+        plan.apply(again)
     plan.undo(again)
+    collect(again, batches())
     plan.undo(model)
 
 
