@@ -18,6 +18,7 @@ from ucan_fast.adapter import find_layers
 from ucan_fast.controls import random_control, uniform_control
 from ucan_fast.evaluation import group_loss
 from ucan_fast.neurons import neuron_groups
+from ucan_fast.weights import WeightEdit
 
 
 def case(site: str = "rank", strength: float = 6.0, **changes):
@@ -186,3 +187,22 @@ def test_the_report_states_what_the_controls_reached():
     for name in ("uniform", "random"):
         off = abs(metrics[name]["retain/loss"] - target) / (target - before)
         assert (off > 0.1) == (name in notes), (name, off)
+
+
+def test_writing_twice_starts_from_the_originals_and_bad_factors_change_nothing():
+    model = trained()
+    original = weights(model)
+    edit = WeightEdit(neuron_groups(model, find_layers(model, "default"), "output"))
+    n = sum(value.shape[0] for name, value in original.items() if "lora_B" in name)
+    edit.write(torch.full((n,), 0.5))
+    edit.write(torch.full((n,), 0.25))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, original[name] * (0.25 if "lora_B" in name else 1)), name
+    quarter = weights(model)
+    factors = torch.ones(n)
+    factors[5] = float("nan")
+    with pytest.raises(uf.UcanError, match="finite"):
+        edit.write(factors)
+    assert_same_weights(model, quarter)
+    edit.restore()
+    assert_same_weights(model, original)
