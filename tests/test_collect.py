@@ -466,13 +466,21 @@ def test_layers_that_share_an_input_get_equal_moments(way):
     assert not torch.equal(q.abs_sum, gate.abs_sum)
 
 
-def test_flattened_tokens_are_recognised(way):
+class Flat(Body):
     """Some models run their MLP on [B·T, n]."""
 
-    class Flat(Body):
-        def forward(self, h):
-            return super().forward(h.reshape(-1, h.shape[-1])).reshape(h.shape)
+    def forward(self, h):
+        return super().forward(h.reshape(-1, h.shape[-1])).reshape(h.shape)
 
+
+def test_flattened_tokens_under_dora():
+    """8 flattened tokens of width 8 have the identity's shape, and are tokens all the same."""
+    model = toy(Flat(8), use_dora=True)
+    batches = [hm.token_batch([4, 3], groups="mixed")]
+    assert_equals_hooks(uf.collect(model, batches), hook_sums(model, batches))
+
+
+def test_flattened_tokens_are_recognised(way):
     model = toy(Flat(8))
     assert_equals_hooks(collect(way, model, MIXED), expected_sums(way, model, MIXED))
 

@@ -230,7 +230,13 @@ def test_refuses_other_sites_and_layers(model, bank):
 def test_refuses_a_bank_smaller_than_the_forget_set(model, forget):
     small = uf.collect(model, [hm.token_batch([2])])
     assert small.tokens("retain") < forget.tokens("forget")
-    refused(lambda: small.with_forget(forget), "not contained in the bank", "tokens")
+    refused(lambda: small.with_forget(forget), "not contained in the bank", "its tokens exceeds")
+    # One token too many is too many, however large the sums are.
+    larger = uf.collect(model, as_bank(make_data()))
+    for sites in larger.layers.values():
+        for moments in sites.values():
+            moments.count[1] = forget.tokens("forget") - 1
+    refused(lambda: larger.with_forget(forget), "not contained in the bank", "its tokens exceeds")
 
 
 def test_refuses_a_forget_set_that_is_not_in_the_bank(model, bank, forget):

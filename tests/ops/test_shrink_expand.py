@@ -285,6 +285,7 @@ def test_opcheck(dtype, grad, layout):
         tensor.requires_grad_(grad)
     shrink, expand = torch.ops.ucan_fast.shrink.default, torch.ops.ucan_fast.expand.default
     torch.library.opcheck(shrink, (x, a, dtype))
+    torch.library.opcheck(shrink, (x, a, torch.float64))
     z = (x @ a.t()).detach().requires_grad_(grad)
     torch.library.opcheck(expand, (base, z, b, S, None))
     torch.library.opcheck(expand, (base, z, b, S, bias))
@@ -301,19 +302,20 @@ def test_opcheck(dtype, grad, layout):
 )
 def test_opcheck_with_moments(which, dtype):
     x, a, b, base, bias = make((2, 6, 12), dtype=dtype)
+    z_dtype = torch.float64 if which == "both" else dtype
     if which == "transposed":
         x, base = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, base))
     groups = groups_of(x)
     first, second = which != "second", which != "first"
     torch.library.opcheck(
         torch.ops.ucan_fast.shrink.moments,
-        (x, a, dtype, groups, totals(12) if first else None, totals(3) if second else None),
+        (x, a, z_dtype, groups, totals(12) if first else None, totals(3) if second else None),
     )
     torch.library.opcheck(
         torch.ops.ucan_fast.expand.moments,
         (
             base,
-            x @ a.t(),
+            (x @ a.t()).to(z_dtype),
             b,
             S,
             bias,
