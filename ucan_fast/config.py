@@ -44,7 +44,8 @@ class UcanConfig:
             of A of ``down_proj``, row j of B of ``gate_proj`` and ``up_proj``).
         statistic: a_g = mean of ``|h|`` (``"mean_abs"``) or sqrt of the mean of h² (``"rms"``).
         contrast: ``"symmetric"`` (a_f - a_r)/(a_f + a_r); ``"difference"`` a_f - a_r;
-            ``"ratio"`` a_f/a_r - 1; ``"zscore"`` the difference over its standard error;
+            ``"ratio"`` a_f/a_r - 1 (unbounded: one neuron that never fires on D_r outweighs all
+            others); ``"zscore"`` the difference over its standard error;
             ``"none"`` a_f over the layer's maximum (the paper's ablation w/o C).
         normalization: risk as it is, or divided by the maximum of its layer or of all layers.
         fusion: score S = R (1 - U)^λ (``"protect"``) or R - λ U (``"subtract"``).

@@ -47,11 +47,16 @@ def make_plan(
     """
     plan = score_plan(model, stats, config or UcanConfig(), adapter)
     if plan.config.auto_strength and not plan.note:
-        hard = plan.config.decay == "hard"
-        used = f"fraction={plan.config.fraction:g}" if hard else f"strength={DEFAULT_STRENGTH:g}"
-        plan.note = f"{used} was used: 'auto' needs calibration data to search with."
+        plan.note = f"{unsearched_note(plan.config)}."
     plan.warn_if_unusual()
     return plan
+
+
+def unsearched_note(config: UcanConfig) -> str:
+    """What ``strength="auto"`` means where there is nothing to search with."""
+    hard = config.decay == "hard"
+    used = f"fraction={config.fraction:g}" if hard else f"strength={DEFAULT_STRENGTH:g}"
+    return f"{used} was used: 'auto' needs calibration data to search with"
 
 
 def score_plan(

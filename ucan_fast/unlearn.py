@@ -27,7 +27,7 @@ from .neurons import moments_site
 from .plan import AttenuationPlan
 from .progress import Progress
 from .report import DeletionReport, environment
-from .scoring import DEFAULT_STRENGTH, score_plan
+from .scoring import score_plan, unsearched_note
 from .stats import ActivationStats
 from .strength import StrengthSearch, search_strength
 from .weights import WeightEdit
@@ -307,10 +307,7 @@ def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
     if not job.config.auto_strength or plan.note:
         return plan
     if job.retain_loss is None:
-        plan.note = (
-            f"strength={DEFAULT_STRENGTH:g} was used: 'auto' needs calibration data to search with "
-            "(pass calibration= or retain=)."
-        )
+        plan.note = f"{unsearched_note(plan.config)} (pass calibration= or retain=)."
         return plan
     edit = WeightEdit(plan.match(job.model, job.adapter))
     hard = job.config.decay == "hard"

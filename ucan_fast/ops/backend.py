@@ -4,10 +4,11 @@
 
 * ``auto`` (default): the fastest backend that works here for these arguments;
 * ``reference``: plain PyTorch, the definition of every operator;
-* ``native``: the C++ extension. Only ``attenuate_`` has one so far.
+* ``native``: the C++ extension, for the operators that have it (so far ``attenuate_``); the others
+  have only the reference.
 
-A backend that is asked for by name and does not exist or cannot be used is an error, never a
-silent fallback.
+``native`` is an error, never a silent fallback, where an operator has that backend and it cannot be
+used; so is an unknown name. ``ucan-fast doctor`` shows what each operator runs on.
 """
 
 from __future__ import annotations
