@@ -506,7 +506,7 @@ def draw_scores(axes: plt.Axes, plan: uf.AttenuationPlan) -> None:
     axes.barh(range(len(names)), [float(plan.score[name].max()) for name in names], color="#0b3c8c")
     axes.axvline(plan.threshold, color="#c8501e", linewidth=2, label="selected above this")
     axes.set_ylim(len(names) - 0.4, -2.6)  # room for the legend
-    axes.legend(fontsize=9, loc="upper right")
+    axes.legend(fontsize=9, loc="upper left")
     label_layers(axes, names)
     axes.set_xlabel("largest score S of the layer's neurons")
     axes.set_title(
