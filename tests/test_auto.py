@@ -95,7 +95,8 @@ def before_and_after():
     for model in (before, after):
         torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-6)
 
-    assert ucan_fast.auto.disable() == 14
+    # At least: models of other tests may still be alive in this process.
+    assert ucan_fast.auto.disable() >= 14
     assert fused_calls(before) == fused_calls(after) == 0
     assert {type(m) for m in before.modules() if isinstance(m, peft_lora.LoraLayer)} == {
         peft_lora.Linear
@@ -130,12 +131,13 @@ def repeated():
     method = LoraModel.inject_adapter
     import ucan_fast.auto as auto
 
-    assert auto.enable() == 7
-    assert auto.enable() == 7
-    assert auto.disable() == 7
+    living = auto.enable()
+    assert living >= 7
+    assert auto.enable() == living
+    assert auto.disable() == living
     assert auto.disable() == 0
     assert LoraModel.inject_adapter is method
-    assert auto.enable() == 7
+    assert auto.enable() == living
     assert fused_calls(model) == 7
     assert fused(hm.lora(hm.llama(layers=1))) == 7
     auto.disable()
