@@ -27,6 +27,11 @@ WEIGHTS = "adapter_model.safetensors"
 PLAN = "ucan_plan.safetensors"
 
 
+def tensors_of(path) -> dict[str, torch.Tensor]:
+    # Copies: what load_file returns is the file itself, and tests write over it.
+    return {name: value.clone() for name, value in load_file(path).items()}
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """Two requests of the same origin, and the origin itself."""
@@ -99,7 +104,7 @@ def test_it_measures_what_the_request_measured(outputs):
             assert value == pytest.approx(report["metrics"][theirs][name], rel=1e-4), name
     # And by hand, from the original and the unlearned adapter.
     origin, edited = trained(), trained()
-    tensors = load_file(outputs / "one" / WEIGHTS)
+    tensors = tensors_of(outputs / "one" / WEIGHTS)
     state = edited.state_dict()
     for name, value in tensors.items():
         state[name.replace(".weight", ".default.weight")].copy_(value)
@@ -120,7 +125,7 @@ def test_it_measures_what_the_request_measured(outputs):
 
 @pytest.mark.parametrize("number", [0, 7, -1])
 def test_a_tampered_adapter_fails(output, number):
-    tensors = load_file(output / WEIGHTS)
+    tensors = tensors_of(output / WEIGHTS)
     name = sorted(tensors)[number]
     value = tensors[name].view(-1)[3]
     tensors[name].view(-1)[3] = torch.nextafter(value, value + 1)  # the last bit
@@ -183,7 +188,7 @@ def test_a_tampered_plan_fails(output):
 
     with safe_open(output / PLAN, "pt") as file:
         metadata = file.metadata()
-    tensors = load_file(output / PLAN)
+    tensors = tensors_of(output / PLAN)
     index = int((tensors["factors"] == 1).nonzero()[0])
     tensors["factors"][index] = 0.5
     save_file(tensors, output / PLAN, metadata)
@@ -259,7 +264,7 @@ def broken(outputs, tmp_path, how):
     elif how == "no weights":
         (folder / WEIGHTS).unlink()
     elif how == "a layer is missing":
-        tensors = load_file(folder / WEIGHTS)
+        tensors = tensors_of(folder / WEIGHTS)
         tensors.pop(sorted(tensors)[0])
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     else:

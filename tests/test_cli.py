@@ -97,7 +97,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / WEIGHTS)
+    # Copies: what load_file returns is the file itself, and tests write over it.
+    return {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
 
 
 def assert_same_adapter(one: Path, two: Path) -> None:
@@ -417,14 +418,14 @@ def truncate(path: Path) -> None:
 
 
 def other_adapter(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = adapter_of(folder)
     name = sorted(tensors)[0]
     tensors[name] = tensors[name] * 1.5
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def without_a_layer(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = adapter_of(folder)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
@@ -594,7 +595,7 @@ def test_bad_options_are_refused_by_name(project, spoilt, out, what):
     if what == "site that the model lacks":
         edit_config(spoilt / "adapter", target_modules=["q_proj", "v_proj"])
         kept = {
-            n: v for n, v in load_file(spoilt / "adapter" / WEIGHTS).items()
+            n: v for n, v in adapter_of(spoilt / "adapter").items()
             if "q_proj" in n or "v_proj" in n
         }  # fmt: skip
         save_file(kept, spoilt / "adapter" / WEIGHTS, {"format": "pt"})
