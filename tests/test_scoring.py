@@ -333,7 +333,9 @@ def test_a_plan_that_changes_nothing_warns(bare):
     model, stats, _ = bare
     with pytest.warns(UcanWarning, match=r"changes nothing: nothing is selected.*fraction=0"):
         make_plan(model, stats, UcanConfig(fraction=0.0))
-    with pytest.warns(UcanWarning, match="changes nothing: strength=0 leaves every factor at 1"):
+    with pytest.warns(
+        UcanWarning, match="changes nothing: strength=0 with floor=0 leaves every factor at 1"
+    ):
         plan = make_plan(model, stats, UcanConfig(strength=0.0))
     assert plan.selected > 0
     assert plan.attenuated == 0

@@ -80,8 +80,9 @@ def test_the_second_request_matters():
 def test_retain_batches_serve_later_requests_too():
     model, at_once = trained(), trained()
     first, second, _ = requests()
-    retain = retain_batches(count=16)
-    result = uf.unlearn(model, forget=first, retain=retain)
+    retain, other = retain_batches(count=16), retain_batches(count=8, seed=71)
+    result = uf.unlearn(model, forget=first, retain=other)
+    # Only the forget tokens of the first request carry over, not its retain tokens.
     uf.unlearn(model, forget=second, retain=retain, previous=result, evaluate=False)
     uf.unlearn(at_once, forget=first + second, retain=retain, evaluate=False)
     assert_same_weights(model, weights(at_once))
@@ -262,3 +263,21 @@ def test_the_neighbours_of_a_forgotten_interaction_are_not_forgotten():
         marked = (batch["token_groups"] == 0) & (batch["attention_mask"] == 1)
         total += norm(embed[batch["input_ids"][marked]]).abs().double().sum(0)
     assert torch.allclose(stats.layers[first]["input"].abs_sum[0], total, rtol=1e-5)
+
+
+def test_a_later_request_that_selects_nothing_says_that_the_earlier_ones_were_taken_back():
+    model = trained()
+    bank = uf.collect(model, everything())
+    origin = weights(model)
+    first, second, _ = requests()
+    result = uf.unlearn(model, forget=first, bank=bank, **options(False))
+    assert result.plan.attenuated
+    config = uf.UcanConfig(strength=2.0, min_score=0.999)
+    with pytest.warns(uf.UcanWarning, match="the adapter is the ORIGIN"):
+        later = uf.unlearn(
+            model, forget=second, bank=bank, previous=result, config=config, evaluate=False
+        )
+    assert "previous.plan.apply" in later.report.to_markdown()
+    assert_same_weights(model, origin)
+    result.plan.apply(model)  # the way back that the message names
+    assert any(not torch.equal(value, origin[name]) for name, value in weights(model).items())

@@ -133,7 +133,7 @@ def test_two_requests_equal_one_with_their_union(model, bank):
     second = with_groups(data, lambda g: torch.where(g == 0, 0, -1))[1:]
     one, two = uf.collect(model, first, group="forget"), uf.collect(model, second, group="forget")
     union = uf.collect(model, as_forget(data), group="forget")
-    assert_same_stats(bank.with_forget(one.forget_only() + two), bank.with_forget(union), 1e-9)
+    assert_same_stats(bank.with_forget(one.only("forget") + two), bank.with_forget(union), 1e-9)
 
 
 def test_adding_and_subtracting(model, stats):
@@ -156,8 +156,8 @@ def test_nothing_is_changed_by_arithmetic(bank, forget):
     assert_same_stats(forget, kept[1])
 
 
-def test_forget_only(stats):
-    only = stats.forget_only()
+def test_only_one_group(stats):
+    only = stats.only("forget")
     for name, sites in only.layers.items():
         for site, moments in sites.items():
             whole = stats.layers[name][site]
@@ -559,3 +559,19 @@ def test_collected_statistics_carry_the_fingerprint(model, stats):
     fused = copy.deepcopy(model)
     uf.accelerate(fused)
     assert uf.collect(fused, make_data()).fingerprint == stats.fingerprint
+
+
+def test_refuses_statistics_taken_beside_other_adapters():
+    model = hm.lora(hm.llama())
+    model.add_adapter("second", model.peft_config["default"])
+    batches = [{"input_ids": torch.randint(0, 50, (2, 7))}]
+    alone = uf.collect(model, batches)
+    model.base_model.set_adapter(["default", "second"])
+    beside = uf.collect(model, batches, adapter="default")
+    assert beside.fingerprint == alone.fingerprint
+    with pytest.raises(uf.UcanError, match="different other adapters active"):
+        beside.with_forget(uf.ActivationStats(alone.layers, alone.fingerprint, alone.context))
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["second"].weight += 1
+    with pytest.raises(uf.UcanError, match="different other adapters active"):
+        beside + uf.collect(model, batches, adapter="default")

@@ -336,6 +336,47 @@ def test_a_retain_set_without_a_scored_position_is_refused():
     with pytest.raises(uf.UcanError, match="no retain token of the calibration data is scored"):
         uf.unlearn(model, forget=forget_batches(), retain=retain)
     assert_same_weights(model, original)
+    # With a given strength nothing needs the budget: the report says what it could not measure.
+    report = uf.unlearn(model, forget=forget_batches(), retain=retain, config=FIXED).report
+    assert "no retain token of the calibration data is scored" in report.notes["retain"]
+    assert "retain/loss" not in report.metrics["U-CAN"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "match"),
+    [({"forget/kl": 1.0}, "'forget/kl', which is a metric of the report"), (None, "NoneType")],
+)
+def test_metrics_of_the_caller_that_cannot_be_reported_are_refused(measured, match):
+    model = trained()
+    original = weights(model)
+    with pytest.raises(uf.UcanError, match=match):
+        uf.unlearn(
+            model, forget=forget_batches(), retain=retain_batches(), evaluate=lambda _: measured
+        )
+    assert_same_weights(model, original)
+
+
+def test_an_iterator_that_is_read_once_is_not_kept():
+    model = trained()
+    bank = uf.collect(model, [*forget_batches(), *retain_batches(count=8)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", uf.UcanWarning)
+        uf.unlearn(model, forget=iter(forget_batches()), bank=bank, config=FIXED, evaluate=False)
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_trained_parts_that_stay_are_named(options):
+    model = lora(llama(), init_lora_weights=False, **options)
+    config = uf.UcanConfig(strength=1.0, min_score=0.0)
+    word = "lora_bias" if "lora_bias" in options else "DoRA magnitudes"
+    with pytest.warns(uf.UcanWarning, match=f"also trained {word}"):
+        uf.unlearn(
+            model,
+            forget=forget_batches(),
+            retain=retain_batches(),
+            config=config,
+            evaluate=False,
+        )
 
 
 def test_with_a_bank_alone_there_are_no_controls_and_the_report_says_so():

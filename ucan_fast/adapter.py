@@ -256,6 +256,13 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
     return digest.hexdigest()
 
 
+def active_context(model: nn.Module, adapter: str) -> str:
+    """Fingerprints of the other active adapters, "" where there are none."""
+    layers = [m for _, m in tuner_layers(model)]
+    others = {key for m in layers for key in m.active_adapters if key in _adapters_of(m)}
+    return " ".join(sorted(fingerprint(model, key) for key in others - {adapter}))
+
+
 def untouched_parts(model: nn.Module, adapter: str) -> str:
     """What the adapter trained besides its LoRA matrices, in words; "" where there is nothing."""
     config = getattr(unwrap(model), "peft_config", {})
@@ -267,6 +274,11 @@ def untouched_parts(model: nn.Module, adapter: str) -> str:
             parts.append(f"{key}={value}")
     if getattr(config, "bias", "none") != "none":
         parts.append(f"bias={config.bias!r}")
+    layers = [m for _, m in tuner_layers(model) if adapter in m.lora_A]
+    if any(m.lora_B[adapter].bias is not None for m in layers):
+        parts.append("lora_bias")
+    if any(adapter in getattr(m, "lora_magnitude_vector", {}) for m in layers):
+        parts.append("DoRA magnitudes")
     return ", ".join(parts)
 
 

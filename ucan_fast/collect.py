@@ -16,6 +16,7 @@ from . import ops
 from .accelerate import FusedLoraLinear
 from .adapter import (
     LoraLayer,
+    active_context,
     base_config,
     base_model,
     find_layers,
@@ -89,6 +90,7 @@ def collect(
             pass_.end()
     stats = pass_.finish()
     stats.fingerprint = origin
+    stats.context = active_context(model, adapter)
     return stats
 
 
@@ -299,7 +301,8 @@ class _Recorder:
                 f"{tuple(groups.shape)} ({self.role} tokens); its neurons cannot be matched with "
                 "token groups. Leave this module out of the adapter's target_modules."
             )
-        return groups.reshape(-1)
+        # Layers may lie on several devices; the batch is on the first.
+        return groups.reshape(-1).to(h.device)
 
     def _shared_input(self, x: torch.Tensor) -> torch.Tensor | None:
         shared = self.pass_.shared

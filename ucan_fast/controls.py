@@ -66,7 +66,8 @@ def random_control(
     """The plan's own factors on random neurons of the same site.
 
     Factors are drawn in random order for neurons in random order; how many neurons get one is
-    what is varied until the retain loss is the plan's.
+    what is varied until the retain loss is the plan's. The last of them gets a part of its factor:
+    with whole neurons only, small plans could not be matched.
     """
     generator = torch.Generator().manual_seed(plan.config.seed)
     used = plan.flat_factors[plan.flat_factors != 1]
@@ -74,9 +75,13 @@ def random_control(
     order = torch.randperm(plan.neurons, generator=generator)
 
     def factors_at(share: float) -> torch.Tensor:
-        chosen = order[: round(share * plan.neurons)]
+        whole = int(share * plan.neurons)
+        part = share * plan.neurons - whole
+        chosen = order[: whole + 1]
+        drawn = used[torch.arange(chosen.numel()) % used.numel()]
+        drawn[whole:] = 1 - part * (1 - drawn[whole:])
         factors = torch.ones(plan.neurons)
-        factors[chosen] = used[torch.arange(chosen.numel()) % used.numel()]
+        factors[chosen] = drawn
         return factors
 
     edit = WeightEdit(plan.match(model, adapter))

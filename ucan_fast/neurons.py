@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +58,18 @@ class NeuronGroup:
         names: the layers they stand for; several where modules share one Parameter.
         n: how many.
         pieces: what they own, every storage once.
-        weight_norm: fp64 ``[n]`` on the CPU, L2 norm of each neuron's own parameters.
+        norms: one function per distinct parameter (pair) that the norm is taken over.
     """
 
     names: tuple[str, ...]
     n: int
     pieces: list[Piece]
-    weight_norm: torch.Tensor
+    norms: list[Callable[[], torch.Tensor]]
+
+    @property
+    def weight_norm(self) -> torch.Tensor:
+        """L2 norm of each neuron's own parameters as they are now, fp64 ``[n]`` on the CPU."""
+        return torch.stack([norm() ** 2 for norm in self.norms]).sum(0).sqrt()
 
 
 def moments_site(config: UcanConfig) -> str:
@@ -90,24 +96,33 @@ class _Unit:
     name: str
     n: int
     pieces: list[Piece]
-    # The norm of each neuron, and which storage it was taken from (so shared ones count once).
-    norm: torch.Tensor
+    # The norm of each neuron, and which storage it is taken from (so shared ones count once).
+    # A function: only scoring needs it, applying and undoing do not.
+    norm: Callable[[], torch.Tensor]
     norm_key: tuple
 
 
 def _unit(layer: LoraLayer, site: str) -> _Unit:
-    a, b = layer.a.detach().to("cpu", torch.float64), layer.b.detach().to("cpu", torch.float64)
+    def a() -> torch.Tensor:
+        return layer.a.detach().to("cpu", torch.float64)
+
+    def b() -> torch.Tensor:
+        return layer.b.detach().to("cpu", torch.float64)
+
     if site == "input":
         piece = Piece(layer.name, "A", layer.a, axis=1)
-        return _Unit(layer.name, a.shape[1], [piece], a.norm(dim=0), piece.storage_key())
-    if site == "rank":
+        norm, key = (lambda: a().norm(dim=0)), piece.storage_key()
+    elif site == "rank":
         piece = Piece(layer.name, "B", layer.b, axis=1)
         other = Piece(layer.name, "A", layer.a, axis=0)
-        norm = a.norm(dim=1) * b.norm(dim=0)
-        key = (piece.storage_key(), other.storage_key())
-        return _Unit(layer.name, b.shape[1], [piece], norm, key)
-    piece = Piece(layer.name, "B", layer.b, axis=0)
-    return _Unit(layer.name, b.shape[0], [piece], b.norm(dim=1), piece.storage_key())
+        norm, key = (
+            (lambda: a().norm(dim=1) * b().norm(dim=0)),
+            (piece.storage_key(), other.storage_key()),
+        )
+    else:
+        piece = Piece(layer.name, "B", layer.b, axis=0)
+        norm, key = (lambda: b().norm(dim=1)), piece.storage_key()
+    return _Unit(layer.name, piece.parameter.shape[piece.axis], [piece], norm, key)
 
 
 def _mlp_units(model: nn.Module, layers: list[LoraLayer]) -> list[_Unit]:
@@ -205,10 +220,5 @@ def _pool(units: list[_Unit]) -> NeuronGroup:
         )
     pieces = {(p.storage_key(), p.axis, p.start): p for u in units for p in u.pieces}
     norms = {unit.norm_key: unit.norm for unit in units}
-    squares = torch.stack([norm**2 for norm in norms.values()])
-    return NeuronGroup(
-        tuple(unit.name for unit in units),
-        units[0].n,
-        list(pieces.values()),
-        squares.sum(0).sqrt(),
-    )
+    names = tuple(unit.name for unit in units)
+    return NeuronGroup(names, units[0].n, list(pieces.values()), list(norms.values()))

@@ -40,7 +40,8 @@ _STATE_NAMES = {
     "uniform": "control: whole adapter scaled down",
     "random": "control: random neurons",
 }
-_MEANING = {
+#: Metrics that every report measures itself, and what they mean.
+OWN_METRICS = {
     "forget/kl": "mean KL(original ‖ edited) on forget positions, nats",
     "forget/prediction_shift": "forget positions whose top prediction changed, %",
     "forget/perplexity": "perplexity of the forget tokens",
@@ -196,7 +197,7 @@ class DeletionReport:
         for name in names:
             values = [_number(self.metrics[state].get(name)) for state in states]
             # The caller's own metrics may be called anything.
-            label = _MEANING.get(name, name).replace("|", "\\|")
+            label = OWN_METRICS.get(name, name).replace("|", "\\|")
             lines.append(f"| {label} | " + " | ".join(values) + " |")
         return lines + self._note_lines()
 

@@ -67,8 +67,7 @@ def score_plan(
     adapter = resolve_adapter(model, adapter)
     _check_origin(model, adapter, stats)
     groups = neuron_groups(model, find_layers(model, adapter), config.site)
-    for group in groups:
-        _check_weights(group)
+    norms = [_weight_norm(group) for group in groups]
     moments = [_pooled_moments(group, stats, moments_site(config)) for group in groups]
     offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
     risk, utility, score = ops.contrastive_scores(
@@ -79,7 +78,7 @@ def score_plan(
             ]
         ),
         torch.stack([m.count for m in moments]),
-        torch.cat([g.weight_norm for g in groups]),
+        torch.cat(norms),
         offsets,
         statistic=config.statistic,
         contrast=config.contrast,
@@ -103,7 +102,9 @@ def score_plan(
     )
     plan = plan.with_strength(DEFAULT_STRENGTH if config.auto_strength else config.strength)
     if not plan.note and not plan.attenuated:
-        plan.note = f"strength={plan.strength:g} leaves every factor at 1."
+        plan.note = (
+            f"strength={plan.strength:g} with floor={config.floor:g} leaves every factor at 1."
+        )
     return plan
 
 
@@ -121,13 +122,15 @@ def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> Non
     )
 
 
-def _check_weights(group: NeuronGroup) -> None:
+def _weight_norm(group: NeuronGroup) -> torch.Tensor:
+    norm = group.weight_norm
     # A NaN would silently give its whole layer no utility, and so no protection.
-    if not torch.isfinite(group.weight_norm).all():
+    if not torch.isfinite(norm).all():
         raise UcanError(
             f"the adapter weights of {group.names[0]} are not finite (NaN or Inf); load the "
             "adapter again."
         )
+    return norm
 
 
 def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Moments:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .batches import FORGET, RETAIN
+from .batches import FORGET, RETAIN, group_index
 from .errors import UcanError
 from .files import atomic_write
 
@@ -71,10 +71,13 @@ class ActivationStats:
     Attributes:
         layers: ``layers[name][site] -> Moments``, keyed by ``model.named_modules()`` names.
         fingerprint: of the adapter the statistics were taken on (the origin).
+        context: of the other adapters that were active with it, "" where there were none: they
+            change what its neurons see.
     """
 
     layers: dict[str, dict[str, Moments]] = field(default_factory=dict)
     fingerprint: str = ""
+    context: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -154,15 +157,16 @@ class ActivationStats:
         layers = {
             name: {site: moments[site] for site in sites} for name, moments in self.layers.items()
         }
-        return ActivationStats(layers, self.fingerprint)
+        return ActivationStats(layers, self.fingerprint, self.context)
 
-    def forget_only(self) -> ActivationStats:
-        """The forget group alone, to be added to that of a later request."""
+    def only(self, group: str) -> ActivationStats:
+        """One group alone, the other emptied."""
+        index = group_index(group)
         layers = {
-            name: {site: moments.group(FORGET) for site, moments in sites.items()}
+            name: {site: moments.group(index) for site, moments in sites.items()}
             for name, sites in self.layers.items()
         }
-        return ActivationStats(layers, self.fingerprint)
+        return ActivationStats(layers, self.fingerprint, self.context)
 
     def all_reduce(self) -> ActivationStats:
         """The sum over all processes of ``torch.distributed`` (itself where there is none).
@@ -174,7 +178,7 @@ class ActivationStats:
 
         if not (dist.is_available() and dist.is_initialized()):
             return self
-        shape = (self.fingerprint, [(n, s, m.n) for n, s, m in self._items()])
+        shape = (self.fingerprint, self.context, [(n, s, m.n) for n, s, m in self._items()])
         shapes = [None] * dist.get_world_size()
         dist.all_gather_object(shapes, shape)
         if any(s != shapes[0] for s in shapes):
@@ -184,7 +188,7 @@ class ActivationStats:
             flat = flat.cuda()
         dist.all_reduce(flat)
         flat = flat.cpu()
-        total, start = ActivationStats({}, self.fingerprint), 0
+        total, start = ActivationStats({}, self.fingerprint, self.context), 0
         for name, site, moments in self._items():
             parts = []
             for tensor in moments.tensors():
@@ -208,6 +212,7 @@ class ActivationStats:
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
+            "context": self.context,
             "layers": json.dumps(names),
         }
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -220,7 +225,7 @@ class ActivationStats:
             UcanError: the file is missing, truncated, corrupt or of another kind.
         """
         metadata, tensors = read_safetensors(path, FORMAT, FORMAT_VERSION)
-        stats = cls({}, metadata.get("fingerprint", ""))
+        stats = cls({}, metadata.get("fingerprint", ""), metadata.get("context", ""))
         try:
             for index, (name, site) in enumerate(json.loads(metadata["layers"])):
                 parts = [tensors[f"{index}.{key}"] for key in ("count", "abs_sum", "sq_sum")]
@@ -265,6 +270,12 @@ class ActivationStats:
                 f"{self.fingerprint[:12]} and {other.fingerprint[:12]}). Statistics belong to the "
                 "adapter before any attenuation: undo the applied plan, then collect again."
             )
+        if self.context != other.context:
+            raise UcanError(
+                f"cannot {verb} statistics taken with different other adapters active beside this "
+                "one: its neurons saw other inputs. Activate the same adapters, in the state they "
+                "had when the bank was taken."
+            )
         mine = {(name, site): m.n for name, site, m in self._items()}
         theirs = {(name, site): m.n for name, site, m in other._items()}
         if set(mine) != set(theirs):
@@ -280,7 +291,7 @@ class ActivationStats:
                 )
 
     def _combine(self, other: ActivationStats, rule) -> ActivationStats:
-        result = ActivationStats({}, self.fingerprint)
+        result = ActivationStats({}, self.fingerprint, self.context)
         for name, site, moments in self._items():
             combined = rule(moments, other.layers[name][site], f"{name} ({site})")
             result.layers.setdefault(name, {})[site] = combined
@@ -298,32 +309,8 @@ def _subtract(mine: Moments, theirs: Moments, where: str) -> Moments:
             raise UcanError(
                 f"{where}: the forget set is not contained in the bank (its {what} exceeds the "
                 "bank's). The bank must cover all data, the forget tokens included, run in the "
-                "same sequences."
+                "same sequences, and requests in a row must not overlap: a token deleted twice "
+                "would be taken from it twice."
             )
         parts.append(rest.clamp_min(0))
     return Moments(*parts)
-
-
-def read_safetensors(
-    path: str | os.PathLike, kind: str, version: str
-) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of one of our own files.
-
-    Raises:
-        UcanError: the file is missing, truncated, corrupt, of another kind or a newer version.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UcanError(f"{path} does not exist.") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UcanError(f"{path} is truncated or corrupt: {error}.") from error
-    if metadata.get("format") != kind:
-        raise UcanError(f"{path} is no {kind} file (it says {metadata.get('format')!r}).")
-    if metadata.get("version") != version:
-        raise UcanError(
-            f"{path} has format version {metadata.get('version')}, this ucan_fast reads {version}."
-        )
-    return metadata, tensors

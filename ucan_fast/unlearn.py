@@ -26,7 +26,7 @@ from .marks import check_is_origin
 from .neurons import moments_site
 from .plan import AttenuationPlan
 from .progress import Progress
-from .report import DeletionReport, environment
+from .report import OWN_METRICS, DeletionReport, environment
 from .scoring import score_plan, unsearched_note
 from .stats import ActivationStats
 from .strength import StrengthSearch, search_strength
@@ -75,6 +75,7 @@ def unlearn(
         forget: batches of D_f (see :func:`collect`). With ``token_groups`` they may hold retain
             tokens too.
         retain: batches of D_r. Needed unless there is a bank, or ``forget`` holds retain tokens.
+            Every token counts in its own group, wherever it is passed: pass none of them twice.
         bank: ``collect(model, all_batches)`` over *all* data, D_f included; then only D_f is run,
             and ``retain = bank - forget``.
         calibration: batches of D_r for the strength search, or a function ``model -> loss``.
@@ -87,7 +88,8 @@ def unlearn(
         progress: True for progress bars, or a function ``(done, total, text)``.
         previous: the result (or its statistics) of the last request on this adapter. Its plan is
             taken off, its forget set is added to this one, and one new plan is applied to the
-            origin: the same as one request with the union. The sets must not overlap.
+            origin: the same as one request with the union. Requests must not overlap: a token in
+            two of them would be counted, and taken from the bank, twice.
         adapter: needed when several adapters are active.
 
     Returns:
@@ -98,7 +100,8 @@ def unlearn(
             an empty forget or retain set. The model is as it was before the call.
 
     Warns:
-        UcanWarning: the plan changes nothing, or more than half of all neurons; or the adapter
+        UcanWarning: the plan changes nothing (after ``previous`` this also takes the earlier
+            requests back, and the warning says so), or more than half of all neurons; the adapter
             trained more than LoRA matrices (modules_to_save, biases), which stays as it is.
     """
     config = config or UcanConfig()
@@ -106,8 +109,9 @@ def unlearn(
     adapter = resolve_adapter(model, adapter)
     job = _Job(model, adapter, config, progress)
     with _at_origin(model, adapter, previous):
-        forget = reusable(forget, "forget")
-        retain = None if retain is None else reusable(retain, "retain")
+        if evaluate or config.auto_strength:
+            forget = reusable(forget, "forget")
+            retain = None if retain is None else reusable(retain, "retain")
         with job.timed("collect"):
             stats = _statistics(job, forget, retain, bank, previous)
         with job.timed("score"):
@@ -116,6 +120,12 @@ def unlearn(
             job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
             plan = _choose_strength(job, plan)
+        if previous is not None and not plan.attenuated:
+            plan.note += (
+                " The earlier requests were taken back with it: the adapter is the ORIGIN, and "
+                "nothing of any of these forget sets is attenuated. previous.plan.apply(model) "
+                "puts the earlier plan back."
+            )
         plan.warn_if_unusual()
         with job.timed("evaluate"):
             states, notes = _evaluate(job, plan, forget, evaluate) if evaluate else ({}, {})
@@ -169,6 +179,7 @@ class _Job:
     retain_loss: Callable[[], float] | None = None
     loss_before: float = float("nan")
     calibrated_on_batches: bool = False
+    no_retain_loss: str = "there is no calibration data (calibration= or retain=)"
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -240,8 +251,8 @@ class _Counted:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self.batches:
             yield batch
-            tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-            self.sequences += len(tokens)
+            tokens = batch.get("input_ids")
+            self.sequences += len(batch["inputs_embeds"] if tokens is None else tokens)
 
 
 @contextmanager
@@ -277,7 +288,7 @@ def _statistics(
         raise UcanError("the forget set is empty: no token of it is in group 0 (forget).")
     if previous is not None:
         earlier = previous.stats if isinstance(previous, UnlearnResult) else previous
-        request = request + earlier.select(sites).forget_only()
+        request = request + earlier.select(sites).only("forget")
     if bank is not None:
         return bank.select(sites).with_forget(request)
     if retain is not None:
@@ -294,16 +305,16 @@ def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
     if job.retain_loss is not None:
         job.loss_before = job.retain_loss()
         if not math.isfinite(job.loss_before):
-            raise UcanError(
-                f"the retain loss is {job.loss_before} before any attenuation, so no budget can be "
-                "measured: "
-                + (
-                    "no retain token of the calibration data is scored (it needs a token before "
-                    "it, and a label other than -100)."
-                    if job.calibrated_on_batches and math.isnan(job.loss_before)
-                    else "check the model, the calibration data or the calibration function."
-                )
+            why = (
+                "no retain token of the calibration data is scored (it needs a token before it, "
+                "and a label other than -100)"
+                if job.calibrated_on_batches and math.isnan(job.loss_before)
+                else f"the retain loss is {job.loss_before} before any attenuation; check the "
+                "model, the calibration data or the calibration function"
             )
+            if job.config.auto_strength:
+                raise UcanError(f"the retain budget cannot be measured: {why}.")
+            job.retain_loss, job.no_retain_loss = None, why
     if not job.config.auto_strength or plan.note:
         return plan
     if job.retain_loss is None:
@@ -341,9 +352,7 @@ def _evaluate(
     if not plan.attenuated:
         notes["controls"] = f"not run: the plan changes nothing ({plan.note})"
     elif job.retain_loss is None:
-        notes["controls"] = (
-            "not run: matching the retain loss needs calibration data (calibration= or retain=)"
-        )
+        notes["controls"] = f"not run: the retain loss cannot be matched, {job.no_retain_loss}"
     if job.retain_loss is not None:
         with edit.applied(plan.flat_factors):
             retain_losses["U-CAN"] = job.retain_loss()
@@ -368,19 +377,29 @@ def _evaluate(
         states[name] = _figures(shift, retain_losses.get(name), job.calibrated_on_batches)
     if callable(evaluate):
         with eval_mode(model), torch.no_grad():
-            states["before"].update(_measured(evaluate, model))
+            states["before"] |= _measured(evaluate, model)
             for name in edits:
                 with on[name]():
-                    states[name].update(_measured(evaluate, model))
+                    states[name] |= _measured(evaluate, model)
     if job.retain_loss is None:
-        notes["retain"] = "no retain metric: there is no calibration data to measure it on"
+        notes["retain"] = f"no retain metric: {job.no_retain_loss}"
     return states, notes
 
 
 def _measured(evaluate: Measure, model: nn.Module) -> dict[str, float | None]:
     """What the caller's function measured, as plain floats (it may return tensors)."""
     values = {}
-    for name, value in evaluate(model).items():
+    measured = evaluate(model)
+    if not isinstance(measured, Mapping):
+        raise UcanError(
+            f"evaluate= returned {type(measured).__name__}; it must return {{name: number}}."
+        )
+    for name, value in measured.items():
+        if name in OWN_METRICS:
+            raise UcanError(
+                f"evaluate= returned {name!r}, which is a metric of the report itself; "
+                "choose another name."
+            )
         try:
             values[str(name)] = None if value is None else float(value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -55,10 +55,13 @@ def use_native(operator: str, device: torch.device) -> bool:
 
 
 def backends_in_use() -> dict[str, str]:
-    """For ``doctor``: each operator's backend on the CPU, and why not a faster one."""
+    """For ``doctor``: what each operator runs on for CPU tensors, and why not something faster."""
+    forced = requested_backend() == "reference"
     use = {}
     for operator in ("shrink", "expand", "moments", "scores", "attenuate_"):
         reason = _native_obstacle(operator, torch.device("cpu"))
+        if forced and reason is None:
+            reason = "UCAN_FAST_BACKEND=reference"
         use[operator] = "native" if reason is None else f"reference ({reason})"
     return use
 
