@@ -145,6 +145,7 @@ def test_refusals_name_the_batch(model, two_sided):
     refused(model, [{"input_ids": IDS[0]}], "batch 0", "(3,)")
     refused(model, [{**good, "attention_mask": MASK[:, :2]}], "attention_mask", "(2, 2)", "(2, 3)")
     refused(model, [{**good, "attention_mask": MASK[:, None, None, :]}], "(2, 1, 1, 3)", "2-D")
+    refused(model, [good, {**good, "attention_mask": MASK.tolist()}], "batch 1", "a list", "2-D")
     refused(model, [{**good, "token_groups": G[:1]}], "token_groups", "(1, 3)", "(2, 3)")
     refused(model, [{**good, "token_groups": G.tolist()}], "token_groups", "list")
     refused(model, [{**good, "token_groups": G.float()}], "float32")

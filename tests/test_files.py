@@ -142,8 +142,8 @@ def test_permissions_are_those_of_an_ordinary_file(folder):
 # ------------------------------------------------------------------ atomic_directory
 
 
-def make_folder(target, fill=lambda temporary: None, overwrite=False):
-    with files.atomic_directory(target, overwrite) as temporary:
+def make_folder(target, fill=lambda temporary: None, overwrite=False, **options):
+    with files.atomic_directory(target, overwrite, **options) as temporary:
         fill(temporary)
 
 
@@ -224,3 +224,57 @@ def test_someone_made_the_folder_meanwhile(tmp_path):
     with pytest.raises(UcanError, match="exists already"):
         make_folder(target, fill)
     assert tree(tmp_path) == {"out": None, "out/theirs": b"theirs"}
+
+
+MARKS = ("plan", "report")
+
+
+def never(temporary):
+    pytest.fail("refused before the block")
+
+
+@pytest.mark.parametrize("missing", MARKS)
+def test_only_an_earlier_output_is_replaced(folder, missing):
+    """One that has every mark, or an empty folder; anything else keeps what it holds."""
+    for name in MARKS:
+        (folder / name).write_bytes(b"")
+    (folder / missing).unlink()
+    before = tree(folder.parent)
+    with pytest.raises(UcanError, match=f"no earlier output.*no {missing}"):
+        files.check_output_folder(folder, True, only_with=MARKS)
+    with pytest.raises(UcanError, match="no earlier output"):
+        make_folder(folder, never, True, only_with=MARKS)
+    assert tree(folder.parent) == before
+    (folder / missing).write_bytes(b"")
+    with pytest.raises(UcanError, match="exists already"):
+        files.check_output_folder(folder, False, only_with=MARKS)
+    with files.atomic_directory(folder, overwrite=True, only_with=MARKS) as temporary:
+        (temporary / "new").write_bytes(b"new")
+    assert tree(folder) == {"new": b"new"}
+    (folder / "new").unlink()
+    with files.atomic_directory(folder, overwrite=True, only_with=MARKS):
+        pass
+    assert tree(folder.parent) == {"out": None}
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+
+    def fill(temporary):
+        target.mkdir()
+        (target / "theirs").write_bytes(b"theirs")
+
+    with pytest.raises(UcanError, match="no earlier output"):
+        make_folder(target, fill, True, only_with=MARKS)
+    assert tree(tmp_path) == {"out": None, "out/theirs": b"theirs"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_is_no_output_folder(folder, there):
+    link = folder.parent / "link"
+    link.symlink_to(folder if there else folder.parent / "nowhere")
+    for overwrite in (False, True):
+        with pytest.raises(UcanError, match="symbolic link"):
+            make_folder(link, never, overwrite)
+    assert link.is_symlink()
+    assert tree(folder) == {"file": b"old"}

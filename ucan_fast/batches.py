@@ -159,10 +159,13 @@ def _groups(
     where: str,
     prefix: str,
 ) -> torch.Tensor:
-    if mask is not None and tuple(mask.shape) != tuple(shape):
+    if mask is not None and (
+        not isinstance(mask, torch.Tensor) or tuple(mask.shape) != tuple(shape)
+    ):
+        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise UcanError(
-            f"{where}: {prefix}attention_mask is {tuple(mask.shape)}, the tokens are "
-            f"{tuple(shape)}; pass the plain 2-D mask."
+            f"{where}: {prefix}attention_mask is {got}, the tokens are {tuple(shape)}; pass the "
+            "plain 2-D mask as a tensor."
         )
     if given is None:
         groups = torch.full(tuple(shape), default, dtype=torch.int8)

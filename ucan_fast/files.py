@@ -1,13 +1,19 @@
-"""Writing files so that a crash or a full disk never leaves half of one behind."""
+"""Files that appear whole or not at all, and our safetensors files, whose content is checked."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import UcanError
 
@@ -47,20 +53,22 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike, overwrite: bool = False, *, only_with: Sequence[str] = ()
+) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
     Yields a temporary folder beside ``path``; when the block ends without an error it is
     renamed to ``path``. With ``overwrite`` an existing folder is replaced, and comes back if
-    the last step fails.
+    the last step fails; ``only_with`` as in :func:`check_output_folder`.
 
     Raises:
-        UcanError: ``path`` exists and ``overwrite`` is false (raised before the block runs, or
-            after it if another process made the folder meanwhile), or the folder could not be
-            written.
+        UcanError: ``path`` may not be written (:func:`check_output_folder`; raised before the
+            block runs, or after it if another process made the folder meanwhile), or the folder
+            could not be written.
     """
     path = Path(path)
-    check_output_folder(path, overwrite)
+    check_output_folder(path, overwrite, only_with=only_with)
     temporary = retired = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +76,7 @@ def atomic_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
         yield temporary
         _default_mode(temporary, 0o777)
         # Once more: another run may have finished in the meantime.
-        check_output_folder(path, overwrite)
+        check_output_folder(path, overwrite, only_with=only_with)
         if path.exists():
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, retired / "content")
@@ -86,17 +94,99 @@ def atomic_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
             shutil.rmtree(retired, ignore_errors=True)
 
 
-def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Refuse an output folder that already exists, unless it may be replaced.
+def write_safetensors(
+    path: str | os.PathLike,
+    kind: str,
+    version: str,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Write one of our own files, whole or not at all, for :func:`read_safetensors`.
+
+    Args:
+        path: where the file shall be.
+        kind, version: what it is, in which format version.
+        metadata: anything else about it; the names format, version and sha256 are taken.
+        tensors: on the CPU.
 
     Raises:
-        UcanError: ``path`` is a file, or exists while ``overwrite`` is false.
+        UcanError: the file could not be written; what stood there before is untouched.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {**metadata, "format": kind, "version": version}
+    metadata["sha256"] = _digest(metadata, tensors)
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_safetensors(
+    path: str | os.PathLike, kind: str, version: str
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of one of our own files.
+
+    Raises:
+        UcanError: the file is missing, truncated, corrupt (one bit is enough), of another kind or
+            another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: get_tensor returns the mapped file, which others may still write to.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UcanError(f"{path} does not exist.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UcanError(f"{path} is truncated or corrupt: {error}.") from error
+    if metadata.get("format") != kind:
+        raise UcanError(f"{path} is no {kind} file (it says {metadata.get('format')!r}).")
+    if metadata.get("version") != version:
+        raise UcanError(
+            f"{path} has format version {metadata.get('version')}, this ucan_fast reads {version}."
+        )
+    if metadata.pop("sha256", None) != _digest(metadata, tensors):
+        raise UcanError(
+            f"{path} is truncated or corrupt: its content does not match its checksum. Make it "
+            "again, or copy it again from where it is whole."
+        )
+    return metadata, tensors
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_output_folder(
+    path: str | os.PathLike, overwrite: bool = False, *, only_with: Sequence[str] = ()
+) -> None:
+    """Refuse an output folder that already exists, unless it may be replaced.
+
+    Args:
+        only_with: names by which a folder is known as an earlier output: one that lacks any of
+            them is replaced only if it is empty.
+
+    Raises:
+        UcanError: ``path`` is a file or a symbolic link, exists while ``overwrite`` is false, or
+            is a folder that ``only_with`` protects.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
+    # A rename would replace the link and leave the folder it points to.
+    if path.is_symlink():
+        raise UcanError(f"{path} is a symbolic link; give the folder itself.")
+    if not path.exists():
+        return
+    if not path.is_dir():
         raise UcanError(f"{path} exists and is not a folder; choose another output folder.")
-    if path.exists() and not overwrite:
+    if not overwrite:
         raise UcanError(f"{path} exists already; choose another folder or ask to overwrite it.")
+    lacking = [name for name in only_with if not (path / name).is_file()]
+    if lacking and any(path.iterdir()):
+        raise UcanError(
+            f"{path} is no earlier output (it has no {lacking[0]}) and not empty, so it is not "
+            "replaced; choose another folder."
+        )
 
 
 def _default_mode(path: Path, mode: int) -> None:
