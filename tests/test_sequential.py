@@ -281,3 +281,13 @@ def test_a_later_request_that_selects_nothing_says_that_the_earlier_ones_were_ta
     assert_same_weights(model, origin)
     result.plan.apply(model)  # the way back that the message names
     assert any(not torch.equal(value, origin[name]) for name, value in weights(model).items())
+
+
+def test_the_report_of_a_later_request_says_which_data_its_metrics_cover():
+    model = trained()
+    bank = uf.collect(model, everything())
+    first, second, _ = requests()
+    one = uf.unlearn(model, forget=first, bank=bank, config=FIXED)
+    two = uf.unlearn(model, forget=second, bank=bank, config=FIXED, previous=one)
+    assert "earlier requests" not in one.report.notes
+    assert "this request only" in two.report.notes["earlier requests"]

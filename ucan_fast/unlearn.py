@@ -129,6 +129,11 @@ def unlearn(
         plan.warn_if_unusual()
         with job.timed("evaluate"):
             states, notes = _evaluate(job, plan, forget, evaluate) if evaluate else ({}, {})
+        if previous is not None and states:
+            notes["earlier requests"] = (
+                "forget metrics cover the data of this request only; the earlier ones are in the "
+                "statistics and in the plan, but their data were not run again"
+            )
         before = stats.fingerprint
         untouched = untouched_parts(model, adapter)
         if untouched:
