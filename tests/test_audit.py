@@ -184,14 +184,10 @@ def test_a_plan_of_another_origin_fails(output):
 
 
 def test_a_tampered_plan_fails(output):
-    from safetensors import safe_open
-
-    with safe_open(output / PLAN, "pt") as file:
-        metadata = file.metadata()
-    tensors = tensors_of(output / PLAN)
-    index = int((tensors["factors"] == 1).nonzero()[0])
-    tensors["factors"][index] = 0.5
-    save_file(tensors, output / PLAN, metadata)
+    plan = uf.AttenuationPlan.load(output / PLAN)
+    index = int((plan.flat_factors == 1).nonzero()[0])
+    plan.flat_factors[index] = 0.5
+    plan.save(output / PLAN)
     assert failed(run(output)) == ["plan"]
 
 

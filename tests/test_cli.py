@@ -351,10 +351,16 @@ def full(*_args, **_options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def full_for(kind: str):
+    return lambda tensors, path, metadata: (
+        full() if metadata["format"] == kind else save_file(tensors, path, metadata)
+    )
+
+
 FULL = {
     "adapter": lambda patch: patch(peft.PeftModel, "save_pretrained", full),
-    "statistics": lambda patch: patch("ucan_fast.stats.save_file", full),
-    "plan": lambda patch: patch("ucan_fast.plan.save_file", full),
+    "statistics": lambda patch: patch(files, "save_file", full_for("ucan_fast.statistics")),
+    "plan": lambda patch: patch(files, "save_file", full_for("ucan_fast.plan")),
     "report": lambda patch: patch(uf.DeletionReport, "to_json", full),
     "figure": lambda patch: patch("matplotlib.figure.Figure.savefig", full),
     "rename": lambda patch: patch(
@@ -692,7 +698,7 @@ def test_collect_never_overwrites_unasked(project, out, monkeypatch):
     assert (code, out.read_text()) == (1, "mine")
     assert str(out) in err
     with monkeypatch.context() as patch:
-        patch.setattr("ucan_fast.stats.save_file", full)
+        patch.setattr(files, "save_file", full)
         code, _, err = run(project, "collect", "--overwrite", data="all.jsonl", out=out)
         assert (code, out.read_text()) == (1, "mine")
         assert "No space left" in err

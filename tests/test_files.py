@@ -8,6 +8,9 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ucan_fast import UcanError, files
 
@@ -278,3 +281,66 @@ def test_a_symbolic_link_is_no_output_folder(folder, there):
             make_folder(link, never, overwrite)
     assert link.is_symlink()
     assert tree(folder) == {"file": b"old"}
+
+
+# ------------------------------------------------------------------ our safetensors files
+
+
+def sample() -> dict[str, torch.Tensor]:
+    return {
+        "b": torch.arange(6.0).reshape(2, 3).t(),  # not contiguous
+        "a": torch.tensor(2.5, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False]),
+    }
+
+
+def test_our_files_come_back_as_they_were(tmp_path):
+    path = tmp_path / "file"
+    files.write_safetensors(path, "kind", "1", {"note": "ünïcode"}, sample())
+    metadata, tensors = files.read_safetensors(path, "kind", "1")
+    assert metadata == {"note": "ünïcode", "format": "kind", "version": "1"}
+    assert set(tensors) == set(sample())
+    for name, value in sample().items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value)
+
+
+def test_what_was_read_is_no_view_of_the_file(tmp_path):
+    path = tmp_path / "file"
+    files.write_safetensors(path, "kind", "1", {}, sample())
+    _, tensors = files.read_safetensors(path, "kind", "1")
+    with open(path, "r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\xff" * 64)
+    assert torch.equal(tensors["b"], sample()["b"])
+
+
+def rearranged(tensors, metadata):
+    """Changes that leave every byte of the tensors alone."""
+    swapped = {**tensors, "b": tensors["b"].reshape(2, 3)}
+    renamed = {{"b": "c"}.get(name, name): value for name, value in tensors.items()}
+    retyped = {**tensors, "a": tensors["a"].view(torch.int16)}
+    return {
+        "shape": (swapped, metadata),
+        "name": (renamed, metadata),
+        "dtype": (retyped, metadata),
+        "metadata": (tensors, {**metadata, "note": "other"}),
+        "no checksum": (tensors, {k: v for k, v in metadata.items() if k != "sha256"}),
+        "a tensor less": ({k: v for k, v in tensors.items() if k != "empty"}, metadata),
+    }
+
+
+@pytest.mark.parametrize(
+    "change", ["shape", "name", "dtype", "metadata", "no checksum", "a tensor less"]
+)
+def test_the_checksum_covers_more_than_bytes(tmp_path, change):
+    path = tmp_path / "file"
+    files.write_safetensors(path, "kind", "1", {"note": "mine"}, sample())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    _, tensors = files.read_safetensors(path, "kind", "1")
+    tensors, metadata = rearranged(tensors, metadata)[change]
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+    with pytest.raises(UcanError, match=r"file is truncated or corrupt: .* checksum"):
+        files.read_safetensors(path, "kind", "1")

@@ -36,11 +36,14 @@ from ucan_fast import (
     UcanWarning,
     accelerate,
     collect,
+    files,
     make_plan,
 )
 from ucan_fast import ops as ops_package
 from ucan_fast import plan as plan_module
 from ucan_fast.adapter import fingerprint, tuner_layers
+from ucan_fast.files import read_safetensors, write_safetensors
+from ucan_fast.plan import FORMAT, FORMAT_VERSION
 
 CONFIG = UcanConfig(strength=2.0, fraction=0.3)
 
@@ -652,6 +655,23 @@ def test_a_truncated_file_is_refused(saved, keep):
         AttenuationPlan.load(path)
 
 
+def test_a_flipped_bit_is_refused(saved):
+    _, _, path = saved
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    threshold = content.index(b"threshold")
+    digit = next(i for i in range(threshold, start) if content[i] in b"0123456789")
+    # Tensors, originals among them, and a digit of the threshold in the header.
+    for place in (start, start + 7, (start + len(content)) // 2, len(content) - 1, digit):
+        content[place] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UcanError, match=r"truncated or corrupt: .* checksum"):
+            AttenuationPlan.load(path)
+        content[place] ^= 1
+    path.write_bytes(content)
+    AttenuationPlan.load(path)
+
+
 def test_garbage_and_folders_are_refused(tmp_path):
     (tmp_path / "garbage").write_bytes(b"not a plan " * 100)
     with pytest.raises(UcanError, match="garbage is truncated or corrupt"):
@@ -672,15 +692,13 @@ def test_another_kind_of_file_is_refused(tmp_path, saved):
 
 
 def rewritten(path, change_plan=lambda plan: None, change_tensors=lambda tensors: None, **metadata):
-    """The file, with some of its content exchanged."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])["__metadata__"]
+    """The file, with some of its content exchanged, and a checksum that fits."""
+    header, tensors = read_safetensors(path, FORMAT, FORMAT_VERSION)
     values = json.loads(header["plan"])
     change_plan(values)
-    tensors = load_file(path)
     change_tensors(tensors)
-    save_file(tensors, path, {**header, "plan": json.dumps(values), **metadata})
+    header = {**header, "plan": json.dumps(values), **metadata}
+    write_safetensors(path, FORMAT, header.pop("version"), header, tensors)
 
 
 def test_another_version_is_refused(saved):
@@ -701,6 +719,11 @@ def test_another_version_is_refused(saved):
         {"change_tensors": lambda tensors: tensors.pop("factors")},
         {"change_tensors": lambda tensors: tensors.pop("original.3")},
         {"change_tensors": lambda tensors: tensors.update(risk=torch.ones(3))},
+        {"change_tensors": lambda tensors: tensors["factors"][5:6].fill_(-1000.0)},
+        {"change_tensors": lambda tensors: tensors["factors"][5:6].fill_(-1e-6)},
+        {"change_tensors": lambda tensors: tensors["factors"][5:6].fill_(1.0001)},
+        {"change_tensors": lambda tensors: tensors["factors"][5:6].fill_(float("nan"))},
+        {"change_tensors": lambda tensors: tensors["factors"][5:6].fill_(float("inf"))},
         {"plan": "{"},
         {"plan": "[]"},
         {"plan": "3"},
@@ -712,6 +735,20 @@ def test_a_damaged_file_is_refused(saved, change):
     rewritten(saved[2], **change)
     with pytest.raises(UcanError, match="is damaged"):
         AttenuationPlan.load(saved[2])
+
+
+def test_the_repr_is_one_short_line():
+    _, plan = planned()
+    text = repr(plan)
+    assert len(text) < 200
+    assert "\n" not in text
+    for part in (
+        f"{plan.attenuated} of {plan.neurons} neurons",
+        f"{len(plan.sizes)} layers",
+        repr(plan.config.site),
+        plan.fingerprint[:12],
+    ):
+        assert part in text
 
 
 def test_a_damaged_configuration_is_refused(saved):
@@ -751,7 +788,7 @@ def test_a_failing_write_leaves_the_old_file(monkeypatch, saved):
         Path(target).write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(plan_module, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(UcanError, match=r"could not write .*No space left on device"):
         plan.save(path)
     assert path.read_bytes() == old
@@ -769,7 +806,7 @@ def test_an_interrupted_write_leaves_the_old_file(monkeypatch, saved):
         Path(target).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan_module, "save_file", interrupted)
+    monkeypatch.setattr(files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         plan.save(path)
     assert path.read_bytes() == old

@@ -19,6 +19,8 @@ from torch import nn
 
 import ucan_fast as uf
 from ucan_fast.adapter import fingerprint
+from ucan_fast.files import read_safetensors, write_safetensors
+from ucan_fast.stats import FORMAT, FORMAT_VERSION
 
 SITES = ("input", "rank", "output", "layer")
 
@@ -356,13 +358,11 @@ def test_refuses_damaged_files(kind, stats, tmp_path):
 
 
 def rewritten(path: Path, change) -> None:
-    """The file with its metadata and tensors changed."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    """The file with its metadata and tensors changed, and a checksum that fits."""
+    metadata, tensors = read_safetensors(path, FORMAT, FORMAT_VERSION)
     change(metadata, tensors)
-    save_file(tensors, path, metadata)
+    version = metadata.pop("version")
+    write_safetensors(path, FORMAT, version, metadata, tensors)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +386,36 @@ def test_refuses_files_with_wrong_content(change, word, stats, tmp_path):
     stats.save(path)
     rewritten(path, change)
     refused(lambda: uf.ActivationStats.load(path), str(path), word)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_every_flipped_bit_of_a_tensor_is_noticed(bit, stats, tmp_path):
+    path = tmp_path / "bank"
+    stats.save(path)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in (start, start + 1001, (start + len(content)) // 2, len(content) - 1):
+        content[place] ^= 1 << bit
+        path.write_bytes(content)
+        refused(lambda: uf.ActivationStats.load(path), str(path), "truncated or corrupt")
+        content[place] ^= 1 << bit
+    path.write_bytes(content)
+    assert_same_stats(uf.ActivationStats.load(path), stats)
+
+
+def test_the_repr_is_one_short_line(stats):
+    text = repr(stats)
+    assert len(text) < 200
+    assert "\n" not in text
+    for part in (
+        f"{len(stats.layers)} layers",
+        ", ".join(stats.sites),
+        f"{stats.tokens('forget')} forget",
+        f"{stats.tokens('retain')} retain tokens",
+        stats.fingerprint[:12],
+    ):
+        assert part in text
+    assert "0 layers, sites none" in repr(uf.ActivationStats())
 
 
 def test_a_failed_save_keeps_the_old_file(stats, bank, tmp_path, monkeypatch):

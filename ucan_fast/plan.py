@@ -6,20 +6,18 @@ import dataclasses
 import json
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from . import ops
 from .adapter import find_layers, fingerprint, resolve_adapter, unwrap
 from .config import UcanConfig
 from .errors import UcanError, UcanWarning
-from .files import atomic_write
+from .files import read_safetensors, write_safetensors
 from .marks import clear_mark, is_attenuated, mark_attenuated
 from .neurons import NeuronGroup, neuron_groups
-from .stats import read_safetensors
 from .weights import WeightEdit
 
 FORMAT = "ucan_fast.plan"
@@ -54,7 +52,14 @@ class AttenuationPlan:
     strength: float
     note: str = ""
     applied_fingerprint: str | None = None
-    originals: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+    originals: dict[str, torch.Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"AttenuationPlan({self.attenuated} of {self.neurons} neurons attenuated in "
+            f"{len(self.sizes)} layers, site {self.config.site!r}, strength {self.strength:.4g}, "
+            f"fingerprint {self.fingerprint[:12]})"
+        )
 
     @property
     def factors(self) -> dict[str, torch.Tensor]:
@@ -235,25 +240,19 @@ class AttenuationPlan:
         if include_original and self.originals is None:
             raise UcanError("there are no original values to save: the plan was not applied.")
         for index, key in enumerate(keys):
-            tensors[f"original.{index}"] = self.originals[key].contiguous()
-        metadata = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "plan": json.dumps(
-                {
-                    "config": json.loads(self.config.to_json()),
-                    "fingerprint": self.fingerprint,
-                    "applied_fingerprint": self.applied_fingerprint,
-                    "groups": self.groups,
-                    "sizes": self.sizes,
-                    "threshold": self.threshold,
-                    "strength": self.strength,
-                    "note": self.note,
-                    "originals": keys,
-                }
-            ),
+            tensors[f"original.{index}"] = self.originals[key]
+        values = {
+            "config": json.loads(self.config.to_json()),
+            "fingerprint": self.fingerprint,
+            "applied_fingerprint": self.applied_fingerprint,
+            "groups": self.groups,
+            "sizes": self.sizes,
+            "threshold": self.threshold,
+            "strength": self.strength,
+            "note": self.note,
+            "originals": keys,
         }
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_safetensors(path, FORMAT, FORMAT_VERSION, {"plan": json.dumps(values)}, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AttenuationPlan:
@@ -282,6 +281,9 @@ class AttenuationPlan:
                 raise ValueError("it has another number of sizes than of layers")
             if any(getattr(plan, f"flat_{key}").numel() != sum(plan.sizes) for key in _FIELDS):
                 raise ValueError("the number of neurons does not fit the layers")
+            # Written so that a NaN is refused too.
+            if not ((plan.flat_factors >= 0) & (plan.flat_factors <= 1)).all():
+                raise ValueError("a factor is not a number between 0 and 1")
         except UcanError:
             raise
         except (KeyError, ValueError, TypeError) as error:

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .batches import FORGET, RETAIN, group_index
 from .errors import UcanError
-from .files import atomic_write
+from .files import read_safetensors, write_safetensors
 
 FORMAT = "ucan_fast.statistics"
 FORMAT_VERSION = "1"
@@ -78,6 +76,13 @@ class ActivationStats:
     layers: dict[str, dict[str, Moments]] = field(default_factory=dict)
     fingerprint: str = ""
     context: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStats({len(self.layers)} layers, sites {', '.join(self.sites) or 'none'}, "
+            f"{self.tokens('forget')} forget and {self.tokens('retain')} retain tokens, "
+            f"fingerprint {self.fingerprint[:12]})"
+        )
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -207,15 +212,13 @@ class ActivationStats:
         for index, (name, site, moments) in enumerate(self._items()):
             names.append([name, site])
             for key, tensor in zip(("count", "abs_sum", "sq_sum"), moments.tensors(), strict=True):
-                tensors[f"{index}.{key}"] = tensor.contiguous()
+                tensors[f"{index}.{key}"] = tensor
         metadata = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "context": self.context,
             "layers": json.dumps(names),
         }
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_safetensors(path, FORMAT, FORMAT_VERSION, metadata, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ActivationStats:
