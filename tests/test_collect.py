@@ -507,6 +507,21 @@ def test_a_torch_compiled_wrapper_is_seen_through(way):
     assert_equals_hooks(uf.collect(compiled, MIXED), expected)
 
 
+def test_a_decoder_layer_that_was_compiled_is_measured(way):
+    model = hm.lora(hm.llama())
+    expected = expected_sums(way, model, MIXED)
+    if way == "accelerated":
+        uf.accelerate(model)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    inputs = {k: MIXED[0][k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        model.eval()(**inputs)
+        assert_equals_hooks(uf.collect(model, MIXED), expected)
+        model(**inputs)  # compiled code is not told to record
+    assert_equals_hooks(uf.collect(model, MIXED), expected)
+
+
 # ------------------------------------------------------------------ checkpointing
 
 
@@ -790,6 +805,12 @@ def ready():
 
 def test_refuses_a_model_without_lora():
     assert_refused(hm.llama(layers=1), MIXED, "LlamaForCausalLM", "no LoRA")
+
+
+def test_refuses_a_model_on_the_meta_device():
+    model = hm.lora(hm.llama(layers=1)).to("meta")
+    with pytest.raises(uf.UcanError, match=r"self_attn\.\w_proj .*meta device \(offloaded\)"):
+        uf.collect(model, MIXED)
 
 
 def test_refuses_a_merged_adapter(way):

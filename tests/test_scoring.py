@@ -575,6 +575,13 @@ def test_batch_size_and_order_change_only_what_is_on_the_threshold(site):
         torch.testing.assert_close(other.flat_score, reference.flat_score, rtol=0, atol=1e-5)
 
 
+def test_a_model_on_the_meta_device_is_refused():
+    model = tiny_llama()
+    stats = collect(model, batches())
+    with pytest.raises(UcanError, match=r"_proj .*meta device \(offloaded\)"):
+        make_plan(model.to("meta"), stats)
+
+
 def test_an_accelerated_model_gives_the_same_plan():
     model = tiny_llama()
     plain = make_plan(model, collect(model, batches()), UcanConfig(strength=1.0))

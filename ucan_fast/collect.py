@@ -77,9 +77,9 @@ def collect(
     group_index(group)
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
+    layers = find_layers(model, adapter)
     origin = fingerprint(model, adapter)
     check_is_origin(model, adapter, origin)
-    layers = find_layers(model, adapter)
     wanted = _measured_sites(model, layers, sites)
     pass_ = _Pass(model, layers, wanted)
     options = _forward_options(model, layers)
@@ -365,11 +365,17 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and every mode and random state back afterwards."""
+    """Eval mode, no gradients, nothing compiled; every mode and random state comes back."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+        with (
+            eval_mode(model),
+            torch.no_grad(),
+            torch.random.fork_rng(sorted(devices)),
+            # A submodule that was compiled would run without our hooks and recorders.
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         random.setstate(python_state)

@@ -65,8 +65,9 @@ def score_plan(
     """:func:`make_plan` without its notes and warnings, for callers that search the strength."""
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
+    layers = find_layers(model, adapter)
     _check_origin(model, adapter, stats)
-    groups = neuron_groups(model, find_layers(model, adapter), config.site)
+    groups = neuron_groups(model, layers, config.site)
     norms = [_weight_norm(group) for group in groups]
     moments = [_pooled_moments(group, stats, moments_site(config)) for group in groups]
     offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
