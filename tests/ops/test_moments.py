@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ucan_fast import UcanError, ops
+from ucan_fast.ops import moments as moments_module
+from ucan_fast.ops.moments import moments_reference
 
 
 def exact(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -145,6 +148,36 @@ def test_many_small_batches_do_not_drift_either():
         ops.accumulate_moments(h, groups, moments)
     grown = (moments - start)[0, 1, 0].item()
     assert grown == pytest.approx(600 * value, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [64, 321, 1000])
+def test_blocks_do_not_change_the_sums(tokens, dtype, monkeypatch):
+    h, groups = torch.randn(tokens, 5).to(dtype), random_groups(tokens)
+    want = moments_reference(h, groups)
+    for rows in (32, 64, 300):
+        monkeypatch.setattr(moments_module, "BLOCK_ELEMENTS", rows * 5)
+        # A single last partial may take another matrix product: one fp32 rounding of it.
+        rel = 1e-15 if dtype == torch.float64 else 1e-7
+        assert_relative(moments_reference(h, groups), want, rel)
+
+
+def test_only_a_block_is_widened(monkeypatch):
+    """No tensor that is made on the way holds more than one block of rows."""
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                largest.append(out.numel())
+            return out
+
+    largest = []
+    monkeypatch.setattr(moments_module, "BLOCK_ELEMENTS", 64 * 5)
+    h, groups = torch.randn(2000, 5).bfloat16(), random_groups(2000)
+    with Sizes():
+        moments_reference(h, groups)
+    assert max(largest) == 64 * 5
 
 
 def test_same_input_same_bits():
