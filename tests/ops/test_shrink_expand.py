@@ -152,17 +152,15 @@ def test_dtype_argument_is_the_dtype_of_the_product():
 
 
 def test_moments_describe_the_stored_values():
-    """z's moments are those of the rounded z; δ is taken in fp32 from it; y's of the rounded y."""
+    """z's moments are those of the rounded z; δ is taken in fp32 from it."""
     x, a, b, base, bias = make((40, 12), dtype=torch.bfloat16)
     groups = groups_of(x)
-    sums_x, sums_z, sums_d, sums_y = totals(12), totals(3), totals(10), totals(10)
+    sums_x, sums_z, sums_d = totals(12), totals(3), totals(10)
     z = ops.shrink(x, a, groups=groups, input_moments=sums_x, rank_moments=sums_z)
-    y = ops.expand(
-        base, z, b, S, bias=bias, groups=groups, delta_moments=sums_d, layer_moments=sums_y
-    )
+    y = ops.expand(base, z, b, S, bias=bias, groups=groups, delta_moments=sums_d)
     assert z.dtype == y.dtype == torch.bfloat16
     delta = S * (z.double() @ b.double().t())
-    for got, h in ((sums_x, x), (sums_z, z), (sums_d, delta), (sums_y, y)):
+    for got, h in ((sums_x, x), (sums_z, z), (sums_d, delta)):
         torch.testing.assert_close(got, exact_moments(h, groups), rtol=1e-6, atol=0)
     # The values are the same with and without moments.
     assert torch.equal(z, ops.shrink(x, a))
@@ -177,21 +175,21 @@ def test_moments_add_to_what_is_there_and_one_of_them_is_enough():
         ops.shrink(x, a, groups=groups, **{key: sums})
         torch.testing.assert_close(sums - 1, exact_moments(h, groups), rtol=1e-5, atol=1e-9)
     z = x @ a.t()
-    for key, h in (("delta_moments", S * z @ b.t()), ("layer_moments", base + S * z @ b.t())):
-        sums = torch.ones(2, 2, 10, dtype=torch.float64)
-        ops.expand(base, z, b, S, groups=groups, **{key: sums})
-        torch.testing.assert_close(sums - 1, exact_moments(h, groups), rtol=1e-5, atol=1e-9)
+    sums = torch.ones(2, 2, 10, dtype=torch.float64)
+    ops.expand(base, z, b, S, groups=groups, delta_moments=sums)
+    delta = S * z @ b.t()
+    torch.testing.assert_close(sums - 1, exact_moments(delta, groups), rtol=1e-5, atol=1e-9)
 
 
 def test_poison_in_ignored_rows_stays_there():
     x, a, b, base, _ = make((9, 12))
     groups = torch.tensor([0, 1, -1, 0, 1, -1, 0, 1, 1], dtype=torch.int8)
-    clean = [totals(12), totals(3), totals(10), totals(10)]
-    dirty = [totals(12), totals(3), totals(10), totals(10)]
+    clean = [totals(12), totals(3), totals(10)]
+    dirty = [totals(12), totals(3), totals(10)]
     for sums, value in ((clean, 0.0), (dirty, float("nan"))):
         x[groups == -1] = value
         z = ops.shrink(x, a, groups=groups, input_moments=sums[0], rank_moments=sums[1])
-        ops.expand(base, z, b, S, groups=groups, delta_moments=sums[2], layer_moments=sums[3])
+        ops.expand(base, z, b, S, groups=groups, delta_moments=sums[2])
     for one, two in zip(clean, dirty, strict=True):
         assert torch.equal(one, two)
 
@@ -313,16 +311,7 @@ def test_opcheck_with_moments(which, dtype):
     )
     torch.library.opcheck(
         torch.ops.ucan_fast.expand.moments,
-        (
-            base,
-            (x @ a.t()).to(z_dtype),
-            b,
-            S,
-            bias,
-            groups,
-            totals(10) if first else None,
-            totals(10) if second else None,
-        ),
+        (base, (x @ a.t()).to(z_dtype), b, S, bias if second else None, groups, totals(10)),
     )
 
 
@@ -343,7 +332,7 @@ def test_refuses_arguments_that_do_not_fit():
         (lambda: ops.expand(base[:, :9], z, b, S), "(4, 9)"),
         (lambda: ops.expand(base, z, b, S, bias=bias[:4]), "bias"),
         (lambda: ops.expand(base, z, b.to("meta"), S), "meta"),
-        (lambda: ops.expand(base, z, b, S, layer_moments=totals(10)), "groups"),
+        (lambda: ops.expand(base, z, b, S, delta_moments=totals(10)), "groups"),
         (lambda: ops.expand(base, z, b, S, groups=groups, delta_moments=totals(3)), "(2, 2, 3)"),
     ]
     for call, word in cases:

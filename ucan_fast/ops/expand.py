@@ -19,7 +19,6 @@ def expand(
     bias: torch.Tensor | None = None,
     groups: torch.Tensor | None = None,
     delta_moments: torch.Tensor | None = None,
-    layer_moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The second half of a LoRA layer, added to what the base layer returned.
 
@@ -35,7 +34,6 @@ def expand(
         groups: one integer per token (0 forget, 1 retain, else ignored); needed for moments.
         delta_moments: fp64 ``[2, 2, N]``, increased by the moments of δ = s z Bᵀ taken in fp32
             from the stored z and B (no bias).
-        layer_moments: fp64 ``[2, 2, N]``, increased by the moments of the stored result.
 
     Returns:
         y, ``[..., N]`` in ``base_out``'s dtype.
@@ -61,16 +59,12 @@ def expand(
             "they must share a device."
         )
     requested_backend()
-    if delta_moments is None and layer_moments is None:
+    if delta_moments is None:
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
-    for moments in (delta_moments, layer_moments):
-        if moments is not None:
-            check_moments(base_out, groups, moments)
-    return torch.ops.ucan_fast.expand.moments(
-        base_out, z, b, scaling, bias, groups, delta_moments, layer_moments
-    )
+    check_moments(base_out, groups, delta_moments)
+    return torch.ops.ucan_fast.expand.moments(base_out, z, b, scaling, bias, groups, delta_moments)
 
 
 def delta_reference(z: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -102,15 +96,11 @@ def _expand_moments(
     scaling: float,
     bias: torch.Tensor | None,
     groups: torch.Tensor,
-    delta_moments: torch.Tensor | None,
-    layer_moments: torch.Tensor | None,
+    delta_moments: torch.Tensor,
 ) -> torch.Tensor:
     y = expand_reference(base_out, z, b, scaling, bias)
     with torch.autocast(z.device.type, enabled=False):
-        if delta_moments is not None:
-            delta_moments += moments_reference(delta_reference(z, b, scaling), groups)
-        if layer_moments is not None:
-            layer_moments += moments_reference(y, groups)
+        delta_moments += moments_reference(delta_reference(z, b, scaling), groups)
     return y
 
 
@@ -140,7 +130,7 @@ def _backward(ctx, grad_y: torch.Tensor):
 LIBRARY.define("expand(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias) -> Tensor")
 LIBRARY.define(
     "expand.moments(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias, "
-    "Tensor groups, Tensor(a!)? delta_moments, Tensor(b!)? layer_moments) -> Tensor"
+    "Tensor groups, Tensor(a!) delta_moments) -> Tensor"
 )
 LIBRARY.impl("expand", expand_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("expand.moments", _expand_moments, "CompositeExplicitAutograd")
@@ -153,5 +143,5 @@ def _(base_out, z, b, scaling, bias) -> torch.Tensor:
 
 
 @torch.library.register_fake("ucan_fast::expand.moments", lib=LIBRARY)
-def _(base_out, z, b, scaling, bias, groups, delta_moments, layer_moments) -> torch.Tensor:
+def _(base_out, z, b, scaling, bias, groups, delta_moments) -> torch.Tensor:
     return torch.empty_like(base_out)
