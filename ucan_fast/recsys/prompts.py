@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from ..adapter import module_device
+from ..batches import eval_mode
 from ..errors import UcanError
 from ..metrics import target_ranks
 from .data import InteractionLog, _row_mask
-from .ranking import Verbalizer, _evaluation
+from .ranking import Verbalizer
 from .sequences import _user_mask
 
 if TYPE_CHECKING:
@@ -395,7 +397,8 @@ def prompt_ranks(
     )
     verbalizer = Verbalizer(model, letter_token_ids(tokenizer, letters))
     ranks = []
-    with _evaluation(model) as device:
+    device = module_device(model)
+    with eval_mode(model), torch.no_grad():
         for index, batch in enumerate(batches):
             part = cases[index * batch_size : (index + 1) * batch_size]
             scores = verbalizer({name: value.to(device) for name, value in batch.items()})

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from ..adapter import base_model, module_device
+from ..batches import eval_mode
 from ..errors import UcanError
 from ..metrics import target_ranks
 from .data import InteractionLog, _row_mask
@@ -87,7 +88,8 @@ def held_out_ranks(
     ranks = torch.zeros(len(cases), dtype=torch.int64)
     # Cases of similar length run together: less padding, fewer distinct last positions.
     order = np.argsort(np.minimum(count[heldout_log.user[cases]], max_length), kind="stable")
-    with _evaluation(model) as device:
+    device = module_device(model)
+    with eval_mode(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             users = heldout_log.user[cases[places]]
@@ -139,7 +141,7 @@ class Verbalizer:
     """
 
     def __init__(self, model: torch.nn.Module, letter_token_ids: Sequence[int]) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         config = getattr(base, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise UcanError(
@@ -176,7 +178,7 @@ class Verbalizer:
         return self._by_rows(inputs, last)
 
     def _by_rows(self, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> torch.Tensor:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = base_model(self.model)
         backbone = base.base_model
         hidden = backbone(**inputs, **_no_cache(backbone))[0]
         hidden = hidden[torch.arange(len(last), device=last.device), last]
@@ -191,7 +193,7 @@ class Verbalizer:
 
     def _check(self, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> None:
         self._checked = True
-        with _evaluation(self.model):  # dropout would tell the two ways apart
+        with eval_mode(self.model), torch.no_grad():  # dropout would tell the two ways apart
             own = self._by_full_head(inputs, last)
             rows = self._by_rows(inputs, last)
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
@@ -207,7 +209,8 @@ def _scored_positions(
     exclude_history: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(ranks, groups), both int64 on the CPU, for chunks of the positions with group 0 or 1."""
-    with _evaluation(model) as device:
+    device = module_device(model)
+    with eval_mode(model), torch.no_grad():
         for batch in batches:
             if "token_groups" not in batch:
                 raise UcanError(
@@ -277,8 +280,7 @@ def _no_cache(model: torch.nn.Module) -> dict[str, bool]:
 
 def _arguments(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
     # PEFT's own forward takes **kwargs, so the model that it wraps is asked.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(inner.forward).parameters
+    return inspect.signature(base_model(model).forward).parameters
 
 
 # Configuration fields by which model families scale or cap their logits after lm_head.
@@ -308,21 +310,3 @@ def _why_full_head(model: torch.nn.Module, base: torch.nn.Module) -> str | None:
         if getattr(base.config, name, None) not in (None, 1, 1.0):
             return f"the model's logits are changed after lm_head ({name})"
     return None
-
-
-@contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients; every submodule's own mode comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield _device_of(model)
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _device_of(model: torch.nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
