@@ -558,7 +558,7 @@ def real(name: str) -> Path:
     for place in [*places, beside]:
         if (place / name).is_dir():
             return place / name
-    pytest.skip(f"no {name} in $UCAN_FAST_DATA or in a folder shared/data beside the checkout")
+    pytest.skip(f"no {name}: set UCAN_FAST_DATA to the folder that holds it")
     raise AssertionError
 
 
