@@ -93,7 +93,8 @@ def test_truncation_keeps_the_end(tmp_path, side):
         {"text": "i4 i5 i6 i7", "token_groups": [-1, 0, 1, 0, 1]},
         {"prompt": "i4 i5 i6", "completion": "i7 i8", "token_groups": [-1, 1, 1, 1, 0, 0]},
     )
-    (batch,) = read_jsonl(path, tokenizer(side), max_length=3)
+    with pytest.warns(uf.UcanWarning, match="2 of 2 sequences are longer than 3 tokens"):
+        (batch,) = read_jsonl(path, tokenizer(side), max_length=3)
     assert lists(batch) == {
         "input_ids": [[5, 6, 7], [6, 7, 8]],
         "labels": [[5, 6, 7], [-100, 7, 8]],
@@ -122,7 +123,104 @@ def test_text_of_any_language(tmp_path):
     assert batch["input_ids"].tolist() == [[1, 4, 2, 2, 5]]  # 2: unknown
 
 
+def test_pairs_of_an_encoder_decoder_model(tmp_path):
+    """The tokenizer's special tokens go to both sides; labels are padded on the right."""
+    path = written(
+        tmp_path,
+        {"prompt": "i4 i5 i6", "completion": "i7"},
+        {"prompt": "i8", "completion": "i9 i10"},
+        {"input_ids": [5], "labels": [6, 7]},
+    )
+    for side in ("right", "left"):
+        (batch,) = read_jsonl(path, tokenizer(side), encoder_decoder=True)
+        right = side == "right"
+        assert lists(batch) == {
+            "input_ids": [
+                [1, 4, 5, 6],
+                [1, 8, 3, 3] if right else [3, 3, 1, 8],
+                [5, 3, 3, 3] if right else [3, 3, 3, 5],
+            ],
+            "attention_mask": [
+                [1, 1, 1, 1],
+                [1, 1, 0, 0] if right else [0, 0, 1, 1],
+                [1, 0, 0, 0] if right else [0, 0, 0, 1],
+            ],
+            "labels": [[1, 7, -100], [1, 9, 10], [6, 7, -100]],
+        }
+
+
+def test_the_end_token_comes_with_the_tokenizer(tmp_path):
+    from tokenizers import processors
+
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    path = written(tmp_path, {"prompt": "i4 i5", "completion": "i7"})
+    (batch,) = read_jsonl(path, words, encoder_decoder=True)
+    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[4, 5, 2]], [[7, 2]])
+
+
+def test_groups_and_truncation_of_both_sides(tmp_path):
+    path = written(
+        tmp_path,
+        {"input_ids": [4, 5, 6], "labels": [7, 8]},
+        {"input_ids": [4, 5, 6], "labels": [7, 8], "token_groups": [1, 0, -1]},
+        {"input_ids": [4], "labels": [7, 8, 9], "decoder_token_groups": [0, -1, 1]},
+        {
+            "input_ids": [4],
+            "labels": [7, 8, 9],
+            "token_groups": [0],
+            "decoder_token_groups": [0, 0, 1],
+        },
+    )
+    with pytest.warns(uf.UcanWarning, match="4 of 4 sequences are longer than 2"):
+        batches = [lists(b) for b in read_jsonl(path, None, max_length=2, encoder_decoder=True)]
+    assert [b["labels"] for b in batches] == [[[7, 8]], [[8, 9]], [[7, 8]], [[8, 9]]]
+    assert [b["input_ids"] for b in batches] == [[[5, 6]], [[4]], [[5, 6]], [[4]]]
+    assert [b.get("token_groups") for b in batches] == [None, None, [[0, -1]], [[0]]]
+    assert [b.get("decoder_token_groups") for b in batches] == [None, [[-1, 1]], None, [[0, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "i4 i5"}, "found 'text'; an encoder-decoder model reads one sequence"),
+        ({"input_ids": [4, 5]}, "needed are 'prompt' + 'completion', or 'input_ids' + 'labels'"),
+        ({"input_ids": [4], "labels": [-100, 5]}, "labels must be a list of integers >= 0"),
+        ({"input_ids": [4], "labels": []}, "labels must be a list"),
+        ({"input_ids": [4], "labels": [40]}, "token id 40 is beyond"),
+        (
+            {"input_ids": [4, 5], "labels": [5], "decoder_token_groups": [0, 0]},
+            "decoder_token_groups must hold 0, 1 or -1 for each of the 1 tokens",
+        ),
+        ({"input_ids": [4], "labels": [5, 6], "token_groups": [0, 0]}, "each of the 1 tokens"),
+        ([4], "must be a JSON object with 'prompt'"),
+    ],
+)
+def test_a_malformed_pair_is_named(tmp_path, line, message):
+    path = written(tmp_path, {"input_ids": [1], "labels": [2]}, line)
+    with pytest.raises(uf.UcanError, match=re.escape(f"{path}:2:")) as refusal:
+        read_jsonl(path, tokenizer(), vocabulary=40, encoder_decoder=True)
+    assert message in str(refusal.value)
+
+
+def test_a_side_without_a_token_is_named(tmp_path):
+    from tokenizers import processors
+
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    path = written(tmp_path, {"prompt": "i4", "completion": ""})
+    with pytest.raises(uf.UcanError, match=r"set\.jsonl:1: labels of this line have no token"):
+        read_jsonl(path, words, encoder_decoder=True)
+
+
 BAD = {
+    "labels": ({"input_ids": [1, 2], "labels": [1, 2]}, "'labels' is for encoder-decoder models"),
+    "decoder groups": (
+        {"text": "i4 i5", "decoder_token_groups": [0, 0, 0]},
+        "'decoder_token_groups' is for encoder-decoder",
+    ),
     "no JSON": ("{oops", "not valid JSON"),
     "half a line": ('{"input_ids": [1, 2', "not valid JSON"),
     "a list": ("[1, 2, 3]", "must be a JSON object"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import UcanError
+from .errors import UcanError, UcanWarning
 
 _KINDS = "'text', 'prompt' + 'completion', or 'input_ids'"
+_PAIRS = "'prompt' + 'completion', or 'input_ids' + 'labels'"
+_GROUPS = {"input_ids": "token_groups", "labels": "decoder_token_groups"}
 
 
 def read_jsonl(
@@ -21,6 +24,7 @@ def read_jsonl(
     batch_size: int = 8,
     max_length: int = 1024,
     vocabulary: int | None = None,
+    encoder_decoder: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """Read one set; each line is an object of one of three kinds.
 
@@ -30,14 +34,24 @@ def read_jsonl(
 
     Each may carry ``"token_groups"``: one of 0 (forget), 1 (retain), -1 (ignored) per token; for
     text the count must be that of its tokens. Sequences longer than ``max_length`` lose their
-    beginning. Batches are padded on the tokenizer's side (right without one).
+    beginning, with a warning. Batches are padded on the tokenizer's side (right without one).
+
+    For an encoder-decoder model the kinds are ``{"prompt": str, "completion": str}`` (the encoder
+    reads the prompt, the decoder's labels are the completion, each with the special tokens that
+    the tokenizer adds to it) and ``{"input_ids": [...], "labels": [...]}``. ``"token_groups"``
+    are those of the encoder's tokens, ``"decoder_token_groups"`` those of the labels; either
+    defaults to the set's group. Labels are padded on the right, where no decoder sees it.
 
     Args:
         vocabulary: the model's number of tokens, to refuse ids beyond it by line; None: unknown.
+        encoder_decoder: whether the model is one.
 
     Raises:
         UcanError: a line is malformed (file, line and reason are given), there is no tokenizer
             for text, or the file has no line.
+
+    Warns:
+        UcanWarning: sequences were cut to ``max_length``.
     """
     path = Path(path)
     rows = []
@@ -47,7 +61,7 @@ def read_jsonl(
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path}:{number}"
-                    rows.append(_row(line, where, tokenizer, max_length, vocabulary))
+                    rows.append(_row(line, where, tokenizer, vocabulary, encoder_decoder))
     except FileNotFoundError as error:
         raise UcanError(f"{path} does not exist.") from error
     except OSError as error:
@@ -56,18 +70,32 @@ def read_jsonl(
         raise UcanError(f"{path} holds no line; one JSON object per line is expected.")
     left = getattr(tokenizer, "padding_side", "right") == "left"
     pad = getattr(tokenizer, "pad_token_id", None) or 0
+    long = sum(any(len(values) > max_length for values in row.values()) for row in rows)
+    if long:
+        warnings.warn(
+            f"{path}: {long} of {len(rows)} sequences are longer than {max_length} tokens and "
+            "lost their beginning.",
+            UcanWarning,
+            stacklevel=2,
+        )
+    rows = [{key: values[-max_length:] for key, values in row.items()} for row in rows]
     # A batch needs the groups of all its rows or of none: the default depends on the caller.
-    grouped = [row for row in rows if "token_groups" in row]
-    plain = [row for row in rows if "token_groups" not in row]
+    parts: dict[tuple[bool, ...], list] = {}
+    for row in rows:
+        parts.setdefault(tuple(key in row for key in _GROUPS.values()), []).append(row)
     return [
-        _batch(part[start : start + batch_size], pad, left)
-        for part in (plain, grouped)
+        _batch(part[start : start + batch_size], pad, left, encoder_decoder)
+        for _, part in sorted(parts.items())
         for start in range(0, len(part), batch_size)
     ]
 
 
 def _row(
-    line: bytes, where: str, tokenizer: Any | None, max_length: int, vocabulary: int | None
+    line: bytes,
+    where: str,
+    tokenizer: Any | None,
+    vocabulary: int | None,
+    encoder_decoder: bool,
 ) -> dict[str, list[int]]:
     try:
         entry = json.loads(line.decode())
@@ -76,43 +104,78 @@ def _row(
     except (ValueError, RecursionError) as error:
         raise UcanError(f"{where}: not valid JSON: {error}.") from error
     if not isinstance(entry, dict):
-        raise UcanError(f"{where}: each line must be a JSON object with {_KINDS}.")
+        kinds = _PAIRS if encoder_decoder else _KINDS
+        raise UcanError(f"{where}: each line must be a JSON object with {kinds}.")
+    read = _pair if encoder_decoder else _sequence
+    row = read(entry, where, tokenizer)
+    for key, values in row.items():
+        if not values:
+            raise UcanError(f"{where}: {key} of this line have no token.")
+        largest = max(values)
+        # Without a known vocabulary at least what a tensor can hold.
+        if largest >= (vocabulary or 2**63):
+            raise UcanError(
+                f"{where}: token id {largest} is beyond the model's vocabulary of "
+                f"{vocabulary or 2**63} tokens."
+            )
+    row.setdefault("labels", row["input_ids"])
+    for tokens, key in _GROUPS.items():
+        if key not in entry:
+            continue
+        groups = _integers(entry[key], f"{where}: {key}", -1)
+        if len(groups) != len(row[tokens]) or max(groups) > 1:
+            raise UcanError(
+                f"{where}: {key} must hold 0, 1 or -1 for each of the {len(row[tokens])} tokens; "
+                f"it has {len(groups)} entries up to {max(groups)}."
+            )
+        row[key] = groups
+    return row
+
+
+def _sequence(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[int]]:
+    for key in ("labels", "decoder_token_groups"):
+        if key in entry:
+            raise UcanError(
+                f"{where}: {key!r} is for encoder-decoder models only; to score a part of a "
+                "sequence use 'prompt' + 'completion' or 'token_groups'."
+            )
     if "input_ids" in entry:
         row = {"input_ids": _integers(entry["input_ids"], f"{where}: input_ids", 0)}
     elif isinstance(entry.get("text"), str):
-        row = {"input_ids": _tokens(tokenizer, entry["text"], where, special=True)}
+        row = {"input_ids": _tokens(tokenizer, where, entry["text"])}
     elif isinstance(entry.get("prompt"), str) and isinstance(entry.get("completion"), str):
-        prompt = _tokens(tokenizer, entry["prompt"], where, special=True)
-        completion = _tokens(tokenizer, entry["completion"], where, special=False)
+        prompt = _tokens(tokenizer, where, entry["prompt"])
+        completion = _tokens(tokenizer, where, entry["completion"], add_special_tokens=False)
         row = {
             "input_ids": prompt + completion,
             "labels": [-100] * len(prompt) + completion,
         }
     else:
-        raise UcanError(
-            f"{where}: found {', '.join(map(repr, entry)) or 'nothing'}; needed are {_KINDS}."
-        )
+        raise UcanError(f"{where}: found {_keys(entry)}; needed are {_KINDS}.")
     if len(row["input_ids"]) < 2:
         raise UcanError(
             f"{where}: a sequence needs at least 2 tokens, this has {len(row['input_ids'])}."
         )
-    largest = max(row["input_ids"])
-    # Without a known vocabulary at least what a tensor can hold.
-    if largest >= (vocabulary or 2**63):
-        raise UcanError(
-            f"{where}: token id {largest} is beyond the model's vocabulary of "
-            f"{vocabulary or 2**63} tokens."
-        )
-    row.setdefault("labels", row["input_ids"])
-    if "token_groups" in entry:
-        groups = _integers(entry["token_groups"], f"{where}: token_groups", -1)
-        if len(groups) != len(row["input_ids"]) or max(groups) > 1:
-            raise UcanError(
-                f"{where}: token_groups must hold 0, 1 or -1 for each of the "
-                f"{len(row['input_ids'])} tokens; it has {len(groups)} entries up to {max(groups)}."
-            )
-        row["token_groups"] = groups
-    return {key: values[-max_length:] for key, values in row.items()}
+    return row
+
+
+def _pair(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[int]]:
+    if "input_ids" in entry and "labels" in entry:
+        return {key: _integers(entry[key], f"{where}: {key}", 0) for key in ("input_ids", "labels")}
+    if isinstance(entry.get("prompt"), str) and isinstance(entry.get("completion"), str):
+        return {
+            "input_ids": _tokens(tokenizer, where, entry["prompt"]),
+            # text_target: some tokenizers mark the two sides differently (languages).
+            "labels": _tokens(tokenizer, where, text_target=entry["completion"]),
+        }
+    raise UcanError(
+        f"{where}: found {_keys(entry)}; an encoder-decoder model reads one sequence and answers "
+        f"with another, so needed are {_PAIRS}."
+    )
+
+
+def _keys(entry: dict) -> str:
+    return ", ".join(map(repr, entry)) or "nothing"
 
 
 def _integers(value: Any, what: str, low: int) -> list[int]:
@@ -122,27 +185,36 @@ def _integers(value: Any, what: str, low: int) -> list[int]:
     return value
 
 
-def _tokens(tokenizer: Any | None, text: str, where: str, special: bool) -> list[int]:
+def _tokens(tokenizer: Any | None, where: str, *text: str, **options: Any) -> list[int]:
     if tokenizer is None:
         raise UcanError(
             f"{where}: text needs a tokenizer, and none was found with the base model; give "
             "--tokenizer, or 'input_ids' in the file."
         )
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return list(ids)
+    return list(tokenizer(*text, **options)["input_ids"])
 
 
-def _batch(rows: list[dict[str, list[int]]], pad: int, left: bool) -> dict[str, torch.Tensor]:
-    length = max(len(row["input_ids"]) for row in rows)
-    fills = {"input_ids": pad, "labels": -100, "token_groups": -1}
-    batch = {}
-    for key in rows[0]:
-        batch[key] = torch.tensor([_pad(row[key], length, fills[key], left) for row in rows])
-    ones = [_pad([1] * len(row["input_ids"]), length, 0, left) for row in rows]
-    batch["attention_mask"] = torch.tensor(ones)
-    return batch
+def _batch(
+    rows: list[dict[str, list[int]]], pad: int, left: bool, encoder_decoder: bool
+) -> dict[str, torch.Tensor]:
+    fills = {
+        "input_ids": pad,
+        "labels": -100,
+        "token_groups": -1,
+        "decoder_token_groups": -1,
+        "attention_mask": 0,
+    }
+    decoder = ("labels", "decoder_token_groups") if encoder_decoder else ()
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        key: _padded([row[key] for row in rows], fills[key], left and key not in decoder)
+        for key in rows[0]
+    }
 
 
-def _pad(values: list[int], length: int, fill: int, left: bool) -> list[int]:
-    padding = [fill] * (length - len(values))
-    return padding + values if left else values + padding
+def _padded(rows: list[list[int]], fill: int, left: bool) -> torch.Tensor:
+    length = max(map(len, rows))
+    padding = [[fill] * (length - len(row)) for row in rows]
+    return torch.tensor(
+        [p + row if left else row + p for row, p in zip(rows, padding, strict=True)]
+    )
