@@ -259,6 +259,11 @@ def broken(outputs, tmp_path, how):
         (folder / "adapter_config.json").write_text(json.dumps(config))
     elif how == "no weights":
         (folder / WEIGHTS).unlink()
+    elif how == "a layer too many":
+        tensors = load_file(folder / WEIGHTS)
+        name = sorted(tensors)[0]
+        tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     elif how == "a layer is missing":
         tensors = tensors_of(folder / WEIGHTS)
         tensors.pop(sorted(tensors)[0])
@@ -269,7 +274,11 @@ def broken(outputs, tmp_path, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "rank", "modules", "no weights", "a layer is missing", "no folder"]
+    "how",
+    [
+        *("truncated", "rank", "modules", "no weights", "a layer is missing", "a layer too many"),
+        "no folder",
+    ],
 )
 def test_an_adapter_that_cannot_be_loaded_is_named(outputs, tmp_path, how):
     folder = broken(outputs, tmp_path, how)

@@ -10,13 +10,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import helpers_models as hm
 import peft
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trained_model import as_text, save_project, write_lines
+from trained_model import as_text, save_project, tokenizer, write_lines
 
 import ucan_fast as uf
 from ucan_fast import cli, files
@@ -337,9 +338,15 @@ def test_an_existing_out_is_refused_and_untouched(project, out, kind, monkeypatc
         assert snapshot(out.parent) == before
 
 
-def test_overwrite_replaces_the_folder(project, out):
+def earlier_output(out: Path) -> None:
+    """What --overwrite may replace."""
     out.mkdir(parents=True)
-    (out / "mine").write_text("mine")
+    for name in ("mine", "ucan_plan.safetensors", REPORT):
+        (out / name).write_text("mine")
+
+
+def test_overwrite_replaces_the_folder(project, out):
+    earlier_output(out)
     assert unlearn(project, out, *STRENGTH, "--overwrite", "--no-evaluate")[0] == 0
     assert not (out / "mine").exists()
     assert_same_adapter(out, project / "done")
@@ -374,8 +381,7 @@ REPLACE = files.os.replace
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "overwrite"])
 def test_a_full_disk_leaves_what_was_there(project, out, step, exists, monkeypatch):
     if exists:
-        out.mkdir(parents=True)
-        (out / "mine").write_text("mine")
+        earlier_output(out)
     before = snapshot(out) if exists else None
     FULL[step](monkeypatch.setattr)
     flags = ["--overwrite"] if exists else []
@@ -402,17 +408,135 @@ def test_a_full_disk_leaves_what_was_there(project, out, step, exists, monkeypat
 
 
 def test_an_interrupt_leaves_what_was_there(project, out, monkeypatch):
-    out.mkdir(parents=True)
-    (out / "mine").write_text("mine")
+    earlier_output(out)
+    before = snapshot(out)
 
     def interrupted(*_args, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(uf.DeletionReport, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        unlearn(project, out, *STRENGTH, "--overwrite", "--no-evaluate")
-    assert snapshot(out) == {"mine": b"mine"}
+    code, _, err = unlearn(project, out, *STRENGTH, "--overwrite", "--no-evaluate")
+    assert (code, err) == (130, "ucan-fast unlearn: interrupted\n")
+    assert snapshot(out) == before
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("present", [[], ["ucan_plan.safetensors"], [REPORT]])
+def test_overwrite_replaces_no_foreign_folder(project, out, present, no_loading):
+    out.mkdir(parents=True)
+    for name in ["mine", *present]:
+        (out / name).write_text("mine")
+    before = snapshot(out)
+    code, _, err = unlearn(project, out, *STRENGTH, "--overwrite")
+    assert code == 1
+    assert f"{out} is no earlier output" in err
+    assert snapshot(out.parent) == {f"out/{name}": text for name, text in before.items()}
+
+
+def test_overwrite_fills_an_empty_folder(project, out):
+    out.mkdir(parents=True)
+    assert unlearn(project, out, *STRENGTH, "--overwrite", "--no-evaluate")[0] == 0
+    assert_same_adapter(out, project / "done")
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
+
+
+# Where --out points, in a project folder whose every folder looks like an earlier output.
+NEAR = [
+    *(".", "base", "adapter", "adapter/new", "done", "done/new", "words", "words/new"),
+    *("link/adapter", "link", "sets", "link/adapter/new", "forget.jsonl/new", "hidden"),
+]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("near", NEAR)
+def test_an_out_folder_among_the_inputs_is_refused(spoilt, near, flags, no_loading):
+    for name in ("words", "sets", "hidden"):
+        (spoilt / name).mkdir()
+    (spoilt / "config.json").write_text("{}")
+    shutil.move(spoilt / "retain.jsonl", spoilt / "sets" / "retain.jsonl")
+    # An input that is a link: the folder with the link must stay too.
+    (spoilt / "hidden" / "second.jsonl").symlink_to(spoilt / "second.jsonl")
+    for folder in (spoilt, *(p for p in spoilt.iterdir() if p.is_dir())):
+        for name in ("ucan_plan.safetensors", REPORT):
+            (folder / name).touch()
+    (spoilt / "link").symlink_to(spoilt)
+    before = snapshot(spoilt)
+    code, _, err = unlearn(
+        spoilt, spoilt / near, *STRENGTH, *flags, retain="sets/retain.jsonl", previous="done",
+        tokenizer="words", calibration="hidden/second.jsonl", config="config.json",
+    )  # fmt: skip
+    assert code == 1
+    assert err.startswith("ucan-fast unlearn: refused: ")
+    if near != "link" and (flags or near.endswith("new")):
+        assert f"--out {spoilt / near} and --" in err
+    assert snapshot(spoilt) == before
+
+
+@pytest.mark.parametrize("what", ["retain", "bank", "calibration", "config", "forget"])
+def test_an_out_folder_that_holds_one_input_is_refused(spoilt, out, what, no_loading):
+    earlier_output(out)
+    source = {"bank": "bank.safetensors", "config": None}.get(what, f"{what}.jsonl")
+    if what == "calibration":
+        source = "retain.jsonl"
+    if source is None:
+        (out / "input").write_text("{}")
+    else:
+        shutil.copy(spoilt / source, out / "input")
+    paths = {what: out / "input", **({"retain": None} if what == "bank" else {})}
+    before = snapshot(out)
+    code, _, err = unlearn(spoilt, out, *STRENGTH, "--overwrite", **paths)
+    assert code == 1
+    assert f"--out {out} and --{what} {out / 'input'} must not" in err
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_as_out_is_refused(project, out, there, no_loading):
+    target = out.parent / "target"
+    earlier_output(target)
+    out.symlink_to(target if there else out.parent / "nowhere")
+    before = snapshot(target)
+    runs = {
+        "unlearn": lambda *flags: unlearn(project, out, *STRENGTH, *flags),
+        "collect": lambda *flags: run(project, "collect", *flags, data="all.jsonl", out=out),
+        "audit": lambda *flags: audit(project, *flags, out=out),
+    }
+    for command in runs.values():
+        for flags in ([], ["--overwrite"]):
+            code, _, err = command(*flags)
+            assert code == 1
+            assert f"{out} is a symbolic link" in err
+    assert snapshot(target) == before
+    assert out.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "near",
+    ["all.jsonl", "adapter/adapter_model.safetensors", "base/config.json", "base", "twin"],
+)
+def test_an_out_file_among_the_inputs_is_refused(spoilt, near, no_loading):
+    (spoilt / "twin").hardlink_to(spoilt / "all.jsonl")
+    before = snapshot(spoilt)
+    for flags in ([], ["--overwrite"]):
+        code, _, err = run(spoilt, "collect", *flags, data="all.jsonl", out=near)
+        assert code == 1
+        assert str(spoilt / near) in err
+        code, _, err = audit(spoilt, *flags, forget="all.jsonl", out=near)
+        assert code == 1
+        assert str(spoilt / near) in err
+    code, _, err = audit(spoilt, "--overwrite", out=f"done/{REPORT}")
+    assert code == 1
+    assert "belongs to --unlearned" in err
+    assert snapshot(spoilt) == before
+
+
+def test_a_new_file_inside_the_adapter_folder_is_fine(spoilt):
+    assert run(spoilt, "collect", data="all.jsonl", out="adapter/bank.safetensors")[0] == 0
+    assert audit(spoilt, out="done/audit.json")[0] == 0
 
 
 # Refusals
@@ -434,6 +558,13 @@ def without_a_layer(folder: Path) -> None:
     tensors = adapter_of(folder)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def fewer_layers(base: Path) -> None:
+    path = base / "config.json"
+    config = {**json.loads(path.read_text()), "num_hidden_layers": 1}
+    config.pop("layer_types", None)
+    path.write_text(json.dumps(config))
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -487,6 +618,7 @@ REFUSED = {
     ),
     "truncated adapter": (lambda p: truncate(p / "adapter" / WEIGHTS), {}, "adapter"),
     "adapter without a layer": (lambda p: without_a_layer(p / "adapter"), {}, "lora_A"),
+    "adapter for more layers": (lambda p: fewer_layers(p / "base"), {}, "layers.1."),
     "adapter without weights": (lambda p: (p / "adapter" / WEIGHTS).unlink(), {}, "adapter"),
     "adapter of another rank": (lambda p: edit_config(p / "adapter", r=3), {}, "adapter"),
     "adapter for other layers": (
@@ -555,7 +687,7 @@ REFUSED = {
     "the previous output as the adapter": (
         lambda p: None,
         {"adapter": "done", "previous": "done"},
-        "different adapters",
+        "done is an unlearned adapter already",
     ),
     "no tokenizer there": (lambda p: None, {"tokenizer": "nowhere"}, "tokenizer"),
 }
@@ -566,6 +698,8 @@ FLAGS = {
     "fraction out of range": (["--fraction", "1.5"], "fraction"),
     "unknown dtype": (["--dtype", "int3"], "--dtype"),
     "unknown device": (["--device", "abacus"], "abacus"),
+    "no such CUDA device": (["--device", "cuda:77"], "cuda:77"),
+    "a device without values": (["--device", "meta"], "--device meta"),
 }
 
 
@@ -639,13 +773,19 @@ def test_exactly_one_of_retain_and_bank(project, out, paths):
     assert code == 2
     assert "exactly one of --retain and --bank" in err
     assert nothing_left(out)
+    out.mkdir(parents=True)
+    (out / "mine").write_text("mine")
+    assert unlearn(project, out, *STRENGTH, **paths)[0] == 2
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         (None, ["unlearn", "collect", "audit", "doctor", "Exit code: 0 done, 1 refused", "text"]),
-        ("unlearn", ["--forget", "--retain", "--bank", "--previous", "--overwrite", "input_ids"]),
+        (
+            "unlearn",
+            ["--forget", "--retain", "--bank", "--overwrite", "input_ids", "not overlap", "labels"],
+        ),
         ("collect", ["--data", "--sites", "--group", "token_groups"]),
         ("audit", ["--unlearned", "ORIGINAL", "Exit code"]),
         ("doctor", ["--json"]),
@@ -661,6 +801,115 @@ def test_help_explains(command, words, capsys):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"ucan-fast {uf.__version__}"
+
+
+# An unlearned adapter is no origin
+
+
+def test_an_unlearned_adapter_is_refused_as_the_original(spoilt, out):
+    runs = {
+        "unlearn": lambda adapter, out: unlearn(
+            spoilt, out, *STRENGTH, "--no-evaluate", adapter=adapter
+        ),
+        "collect": lambda adapter, out: run(
+            spoilt, "collect", data="all.jsonl", adapter=adapter, out=out
+        ),
+        "audit": lambda adapter, out: audit(spoilt, adapter=adapter, out=out),
+    }
+    for command in runs.values():
+        code, _, err = command("done", out)
+        assert code == 1
+        assert "done is an unlearned adapter already" in err
+        assert "--previous" in err
+        assert nothing_left(out)
+    # Trained on since, it is an origin of its own; the plan in its folder is only a file.
+    other_adapter(spoilt / "done")
+    assert runs["unlearn"]("done", out)[0] == 0
+    truncate(spoilt / "done" / "ucan_plan.safetensors")
+    code, _, err = runs["collect"]("done", out.parent / "bank")
+    assert code == 1
+    assert "ucan_plan.safetensors" in err
+
+
+# Sequences longer than the model has positions
+
+
+def test_sequences_beyond_the_models_positions_lose_their_beginning(tmp_path):
+    model = hm.lora(hm.gpt2())
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    ids = [4 + i % 30 for i in range(100)]
+    write_lines(tmp_path / "long.jsonl", [{"input_ids": ids}, {"input_ids": [5, 6]}])
+    write_lines(tmp_path / "cut.jsonl", [{"input_ids": ids[-64:]}, {"input_ids": [5, 6]}])
+    code, text, err = run(tmp_path, "collect", data="long.jsonl", out="long")
+    assert code == 0, err
+    assert "1 of 2 sequences are longer than 64 tokens" in err
+    assert "--max-length" not in err
+    code, _, err = run(tmp_path, "collect", "--max-length", "99", data="long.jsonl", out="asked")
+    assert code == 0, err
+    assert "--max-length 99 is more than the model's 64 positions; 64 is used" in err
+    code, cut, err = run(tmp_path, "collect", data="cut.jsonl", out="cut")
+    assert (code, err) == (0, "")
+    assert text.split(":")[0] == cut.split(":")[0]
+    assert cut.startswith("66 ")
+    code, short, _ = run(tmp_path, "collect", "--max-length", "9", data="cut.jsonl", out="short")
+    assert short.startswith("11 ")
+
+
+# Encoder-decoder models
+
+
+@pytest.mark.parametrize("make", [hm.t5, hm.bart])
+def test_an_encoder_decoder_model(tmp_path, make):
+    model = hm.lora(make())
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    pairs = {
+        "forget": [("i4 i5 i6", "i7"), ("i8 i9", "i10 i11")],
+        "retain": [("i20 i21", "i22 i23 i24"), ("i25 i26 i27", "i28")],
+    }
+    for name, lines in pairs.items():
+        write_lines(tmp_path / f"{name}.jsonl", [{"prompt": a, "completion": b} for a, b in lines])
+        ids = [
+            {
+                key: [1, *(int(w[1:]) for w in t.split())]
+                for key, t in zip(("input_ids", "labels"), p, strict=True)
+            }
+            for p in lines
+        ]
+        write_lines(tmp_path / f"{name}_ids.jsonl", ids)
+    code, text, err = unlearn(tmp_path, tmp_path / "out", *STRENGTH)
+    assert code == 0, err
+    assert "forget/kl" in text
+    code, _, err = unlearn(
+        tmp_path, tmp_path / "ids", *STRENGTH, forget="forget_ids.jsonl", retain="retain_ids.jsonl"
+    )
+    assert code == 0, err
+    assert_same_adapter(tmp_path / "out", tmp_path / "ids")
+    # The library on batches written out.
+    model = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter")
+    forget = {
+        "input_ids": torch.tensor([[1, 4, 5, 6], [1, 8, 9, 3]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "labels": torch.tensor([[1, 7, -100], [1, 10, 11]]),
+    }
+    retain = {
+        "input_ids": torch.tensor([[1, 20, 21, 3], [1, 25, 26, 27]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        "labels": torch.tensor([[1, 22, 23, 24], [1, 28, -100, -100]]),
+    }
+    result = uf.unlearn(model, forget=[forget], retain=[retain], config=uf.UcanConfig(strength=2.0))
+    expected = peft.get_peft_model_state_dict(model)
+    for name, value in adapter_of(tmp_path / "out").items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-7), name
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    for name, value in result.report.metrics["U-CAN"].items():
+        assert report["metrics"]["U-CAN"][name] == pytest.approx(value, rel=1e-3), name
+    write_lines(tmp_path / "text.jsonl", [{"text": "i4 i5"}])
+    code, _, err = unlearn(tmp_path, tmp_path / "no", *STRENGTH, forget="text.jsonl")
+    assert code == 1
+    assert "text.jsonl:1: found 'text'; an encoder-decoder model" in err
 
 
 # collect

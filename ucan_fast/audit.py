@@ -116,7 +116,7 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike) -> Iterat
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         try:
-            missing = model.load_adapter(str(folder), adapter_name=_OTHER).missing_keys
+            loaded = model.load_adapter(str(folder), adapter_name=_OTHER)
         except (
             OSError,
             ValueError,
@@ -126,11 +126,7 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike) -> Iterat
             SafetensorError,
         ) as error:
             raise UcanError(f"cannot load the adapter {folder}: {error}") from error
-        if missing:
-            raise UcanError(
-                f"cannot load the adapter {folder}: it has no weights for {missing[0]}"
-                + (f" and {len(missing) - 1} more." if missing[1:] else ".")
-            )
+        check_loaded(loaded, folder)
         yield
     finally:
         if _OTHER in model.peft_config:
@@ -140,6 +136,24 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike) -> Iterat
             parameter.requires_grad_(wanted)
         for module in training:
             module.training = True
+
+
+def check_loaded(loaded: Any, folder: str | os.PathLike) -> None:
+    """Refuse an adapter that fits the model only in part, of which PEFT merely warns.
+
+    Args:
+        loaded: what PEFT's ``load_adapter`` returned.
+
+    Raises:
+        UcanError: weights are missing from the adapter, or have no place in the model.
+    """
+    for names, problem in (
+        (loaded.missing_keys, "it has no weights for"),
+        (loaded.unexpected_keys, "the base model has no place for its"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise UcanError(f"cannot load the adapter {folder}: {problem} {names[0]}{more}.")
 
 
 def _check_plan(

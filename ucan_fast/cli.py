@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,16 +14,25 @@ from typing import Any
 from ._version import __version__
 from .errors import UcanError, UcanWarning
 
-DONE, REFUSED, USAGE = 0, 1, 2
+DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 ADAPTER_STATS = "ucan_statistics.safetensors"
 ADAPTER_PLAN = "ucan_plan.safetensors"
+MAX_LENGTH = 1024
+# The options that name what a command reads.
+_INPUTS = (
+    *("base", "adapter", "tokenizer", "forget", "retain", "data", "bank", "calibration"),
+    *("previous", "unlearned", "config"),
+)
 
 _SETS = """\
 Sets are JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, or {"input_ids": [...]},
 each with an optional "token_groups" (0 forget, 1 retain, -1 ignored, one per token).
+For encoder-decoder models: {"prompt": ..., "completion": ...} (what the encoder reads, and the
+labels), or {"input_ids": [...], "labels": [...]}; "token_groups" are the encoder's tokens', and
+"decoder_token_groups" the labels'.
 
-Exit code: 0 done, 1 refused (nothing was written), 2 wrong usage.
+Exit code: 0 done, 1 refused (nothing was written), 2 wrong usage, 130 interrupted.
 """
 
 
@@ -30,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 refused, 2 wrong usage.
+        0 done, 1 refused, 2 wrong usage, 130 interrupted.
     """
     parser = _parser()
     try:
@@ -45,16 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UcanError as error:
             print(f"ucan-fast {arguments.command}: refused: {error}", file=sys.stderr)
             return REFUSED
+        except KeyboardInterrupt:
+            print(f"ucan-fast {arguments.command}: interrupted", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
+    if (arguments.retain is None) == (arguments.bank is None):
+        return _usage("unlearn", "give exactly one of --retain and --bank")
+
     from .files import atomic_directory, check_output_folder
+    from .report import REPORT
     from .stats import ActivationStats
     from .unlearn import unlearn
 
-    check_output_folder(arguments.out, arguments.overwrite)
-    if (arguments.retain is None) == (arguments.bank is None):
-        return _usage("unlearn", "give exactly one of --retain and --bank")
+    ours = (ADAPTER_PLAN, REPORT)
+    check_output_folder(arguments.out, arguments.overwrite, only_with=ours)
+    _check_apart(arguments)
     config = _config(arguments)
     bank = None if arguments.bank is None else ActivationStats.load(arguments.bank)
     previous = None
@@ -74,7 +91,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     )
     if not result.plan.attenuated:
         raise UcanError(f"the plan changes nothing, so nothing was written. {result.plan.note}")
-    with atomic_directory(arguments.out, arguments.overwrite) as folder:
+    with atomic_directory(arguments.out, arguments.overwrite, only_with=ours) as folder:
         model.save_pretrained(folder)
         result.stats.save(folder / ADAPTER_STATS)
         result.plan.save(folder / ADAPTER_PLAN, include_original=arguments.keep_original)
@@ -89,8 +106,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     from .collect import collect
 
     out = Path(arguments.out)
-    if out.exists() and not arguments.overwrite:
-        raise UcanError(f"{out} exists already; choose another file or pass --overwrite.")
+    _check_output_file(arguments)
     model, tokenizer = _load(arguments)
     stats = collect(
         model,
@@ -111,8 +127,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     from .audit import audit
     from .files import atomic_write
 
-    if arguments.out is not None and Path(arguments.out).exists() and not arguments.overwrite:
-        raise UcanError(f"{arguments.out} exists already; pass --overwrite to replace it.")
+    if arguments.out is not None:
+        _check_output_file(arguments)
     unlearned = Path(arguments.unlearned)
     if not unlearned.is_dir():
         raise UcanError(f"{unlearned} is no folder with an unlearned adapter.")
@@ -131,6 +147,54 @@ def _audit(arguments: argparse.Namespace) -> int:
         atomic_write(arguments.out, (findings.to_json() + "\n").encode())
         print(f"written: {arguments.out}")
     return DONE if findings.passed else REFUSED
+
+
+def _check_apart(arguments: argparse.Namespace) -> None:
+    """Refuse an output folder that is, holds or lies in anything the command reads."""
+    for what, path in _existing_inputs(arguments):
+        if _within(path, arguments.out) or _within(arguments.out, path):
+            raise UcanError(
+                f"--out {arguments.out} and --{what} {path} must not be or hold one another: what "
+                "is read is never written to. Choose another folder."
+            )
+
+
+def _check_output_file(arguments: argparse.Namespace) -> None:
+    """Refuse an output file that exists, unless it may be replaced, and that was read."""
+    out = Path(arguments.out)
+    # A rename would replace the link and leave the file it points to.
+    if out.is_symlink():
+        raise UcanError(f"{out} is a symbolic link; give the file itself.")
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise UcanError(f"{out} is a folder; --out is a file.")
+    if not arguments.overwrite:
+        raise UcanError(f"{out} exists already; choose another file or pass --overwrite.")
+    for what, path in _existing_inputs(arguments):
+        if _within(out, path):
+            raise UcanError(
+                f"--out {out} is or belongs to --{what} {path}, where nothing is replaced. Choose "
+                "another file."
+            )
+
+
+def _existing_inputs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    given = [(what, getattr(arguments, what, None)) for what in _INPUTS]
+    return [(what, path) for what, path in given if path is not None and Path(path).exists()]
+
+
+def _within(inner: str | Path, outer: str | Path) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it, whatever names and links lead there."""
+    try:
+        if not Path(outer).exists():
+            return False
+        # A link lies both where it is and where it leads.
+        places = (Path(inner).resolve(), Path(os.path.abspath(inner)))
+        chain = (p for place in places for p in (place, *place.parents))
+        return any(p.exists() and p.samefile(outer) for p in chain)
+    except (OSError, RuntimeError) as error:
+        raise UcanError(f"cannot tell whether {inner} lies in {outer}: {error}") from error
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -204,10 +268,13 @@ def _parser() -> argparse.ArgumentParser:
         "--previous",
         metavar="DIR",
         help="output of the last request: its forget set is included in this one. --adapter stays "
-        "the original adapter",
+        "the original adapter. The requests must not overlap: a token in both would be counted, "
+        "and taken out of the bank, twice",
     )
     unlearn.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    unlearn.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    unlearn.add_argument(
+        "--overwrite", action="store_true", help="replace --out if it is an earlier output"
+    )
     unlearn.add_argument("--config", metavar="FILE", help="a UcanConfig as JSON")
     for name, kind in (
         ("site", str),
@@ -277,7 +344,12 @@ def _model_arguments(parser: argparse.ArgumentParser, adapter: str = "a PEFT ada
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
     parser.add_argument("--batch-size", type=_positive, default=8)
-    parser.add_argument("--max-length", type=_positive, default=1024, help="in tokens")
+    parser.add_argument(
+        "--max-length",
+        type=_positive,
+        help=f"in tokens; longer sequences lose their beginning (default: {MAX_LENGTH}, or as many "
+        "as the model has positions for)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -294,10 +366,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from .accelerate import accelerate
+    from .audit import check_loaded
 
     if not _progress(arguments):
         logging.disable_progress_bar()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments.device)
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if arguments.dtype != "auto" and arguments.dtype not in dtypes:
         raise UcanError(f"--dtype must be auto or one of {', '.join(dtypes)}.")
@@ -313,14 +386,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         model = PeftModel.from_pretrained(base, arguments.adapter)
         # Again, for what from_pretrained does not return: weights that the adapter lacks are
         # PEFT's fresh initialisation, and only warned of.
-        missing = model.load_adapter(arguments.adapter, model.active_adapter).missing_keys
+        loaded = model.load_adapter(arguments.adapter, model.active_adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UcanError(f"cannot load the adapter {arguments.adapter}: {error}") from error
-    if missing:
-        raise UcanError(
-            f"cannot load the adapter {arguments.adapter}: it has no weights for {missing[0]}"
-            + (f" and {len(missing) - 1} more." if missing[1:] else ".")
-        )
+    check_loaded(loaded, arguments.adapter)
+    _check_not_unlearned(arguments, model)
+    _limit_length(arguments, config)
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.base)
@@ -333,9 +404,58 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _device(name: str | None):
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.device(device).type == "meta":
+            raise UcanError("--device meta holds no values to measure; give cpu or cuda.")
+        torch.empty(0, device=device)
+    except UcanError:
+        raise
+    except Exception as error:
+        # Every device type fails in its own way where it is missing (cuda: an AssertionError).
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UcanError(f"--device {device} cannot be used here: {reason}") from error
+    return device
+
+
+def _check_not_unlearned(arguments: argparse.Namespace, model: Any) -> None:
+    """Refuse an output of ours as the original: its statistics would describe another adapter."""
+    from .adapter import fingerprint
+    from .plan import AttenuationPlan
+
+    plan = Path(arguments.adapter) / ADAPTER_PLAN
+    if not plan.exists():
+        return
+    if AttenuationPlan.load(plan).applied_fingerprint == fingerprint(model, model.active_adapter):
+        raise UcanError(
+            f"{arguments.adapter} is an unlearned adapter already (its {ADAPTER_PLAN} says so), "
+            "and plans do not stack. Give the original adapter with --adapter; for a further "
+            "request on it also --previous with the output of the last one."
+        )
+
+
+def _limit_length(arguments: argparse.Namespace, config: Any) -> None:
+    """--max-length, at most what the model has positions for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        limit = arguments.max_length or MAX_LENGTH
+    if arguments.max_length is not None and arguments.max_length > limit:
+        warnings.warn(
+            f"--max-length {arguments.max_length} is more than the model's {limit} positions; "
+            f"{limit} is used.",
+            UcanWarning,
+            stacklevel=2,
+        )
+    arguments.max_length = min(arguments.max_length or MAX_LENGTH, limit)
+
+
 def _read(
     arguments: argparse.Namespace, path: str | None, model: Any, tokenizer: Any
 ) -> list | None:
+    from .adapter import base_config
     from .jsonl import read_jsonl
 
     if path is None:
@@ -346,6 +466,7 @@ def _read(
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         vocabulary=model.get_input_embeddings().weight.shape[0],
+        encoder_decoder=bool(getattr(base_config(model), "is_encoder_decoder", False)),
     )
 
 
