@@ -491,6 +491,12 @@ def test_an_out_folder_that_holds_one_input_is_refused(spoilt, out, what, no_loa
     code, _, err = unlearn(spoilt, out, *STRENGTH, "--overwrite", **paths)
     assert code == 1
     assert f"--out {out} and --{what} {out / 'input'} must not" in err
+    # The same through a link from elsewhere.
+    link = out.parent / "link"
+    link.symlink_to(out / "input")
+    code, _, err = unlearn(spoilt, out, *STRENGTH, "--overwrite", **{**paths, what: link})
+    assert code == 1
+    assert f"--out {out} and --{what} {link} must not" in err
     assert snapshot(out) == before
 
 
