@@ -241,6 +241,9 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
     Of the base only its configuration and the layers' shapes enter: a base that was trained on is
     not noticed. Values are hashed as fp32 (fp64 where they are), so the dtype an adapter is
     loaded in does not matter as long as its values survive it.
+
+    Raises:
+        UcanError: a weight is on the meta device, where it has no value.
     """
     model = unwrap(model)
     digest = hashlib.sha256(json.dumps(_base_identity(model), sort_keys=True).encode())
@@ -249,6 +252,11 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
             continue
         digest.update(f"{name}|{float(module.scaling.get(adapter, 1.0))!r}".encode())
         for key, weight in _weights_of(module, adapter):
+            if weight.device.type == "meta":
+                raise UcanError(
+                    f"{name}: {key} is on the meta device (offloaded); load the adapter's values "
+                    "onto a real device first."
+                )
             value = weight.detach()
             value = value.to(torch.promote_types(value.dtype, torch.float32)).contiguous().cpu()
             digest.update(f"|{key}{tuple(value.shape)}".encode())

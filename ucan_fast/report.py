@@ -271,6 +271,9 @@ class DeletionReport:
         axes.axhline(0, color="0.85", linewidth=1, zorder=0)
         axes.set_title("how far forget predictions moved, and at what cost", fontsize=10)
         axes.margins(0.15)
+        # Small losses have long tick labels, which would run into each other.
+        axes.locator_params(axis="x", nbins=5)
+        axes.ticklabel_format(scilimits=(-2, 4), useMathText=True)
         axes.legend(fontsize=8, loc="best")
 
 
