@@ -946,18 +946,25 @@ def test_collect_for_the_forget_group(project, out):
     assert stats.tokens("forget") > 0 == stats.tokens("retain")
 
 
-def test_collect_never_overwrites_unasked(project, out, monkeypatch):
+def test_collect_replaces_only_its_own_output_and_only_when_asked(project, out, monkeypatch):
     out.parent.mkdir()
     out.write_text("mine")
-    code, _, err = run(project, "collect", data="all.jsonl", out=out)
-    assert (code, out.read_text()) == (1, "mine")
-    assert str(out) in err
+    for flags in ([], ["--overwrite"]):
+        code, _, err = run(project, "collect", *flags, data="all.jsonl", out=out)
+        assert (code, out.read_text()) == (1, "mine")
+        assert str(out) in err
+    assert "no earlier output" in err
+    out.unlink()
+    assert run(project, "collect", data="forget.jsonl", out=out)[0] == 0
+    earlier = out.read_bytes()
+    assert run(project, "collect", data="all.jsonl", out=out)[0] == 1
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", full)
         code, _, err = run(project, "collect", "--overwrite", data="all.jsonl", out=out)
-        assert (code, out.read_text()) == (1, "mine")
+        assert (code, out.read_bytes()) == (1, earlier)
         assert "No space left" in err
     assert run(project, "collect", "--overwrite", data="all.jsonl", out=out)[0] == 0
+    assert out.read_bytes() != earlier
     uf.ActivationStats.load(out)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
@@ -1038,11 +1045,17 @@ def test_audit_refuses_what_it_cannot_read(spoilt, out):
     assert nothing_left(out)
 
 
-def test_audit_never_overwrites_unasked(project, out):
+def test_audit_replaces_only_its_own_output_and_only_when_asked(project, out):
     out.parent.mkdir()
     out.write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        code, _, err = audit(project, *flags, out=out)
+        assert (code, out.read_text()) == (1, "mine")
+    assert "no earlier output" in err
+    out.unlink()
+    assert audit(project, out=out)[0] == 0
     code, _, err = audit(project, out=out)
-    assert (code, out.read_text()) == (1, "mine")
+    assert code == 1
     assert "--overwrite" in err
     assert audit(project, "--overwrite", out=out)[0] == 0
     json.loads(out.read_text())

@@ -187,7 +187,7 @@ def test_groups_and_truncation_of_both_sides(tmp_path):
     [
         ({"text": "i4 i5"}, "found 'text'; an encoder-decoder model reads one sequence"),
         ({"input_ids": [4, 5]}, "needed are 'prompt' + 'completion', or 'input_ids' + 'labels'"),
-        ({"input_ids": [4], "labels": [-100, 5]}, "labels must be a list of integers >= 0"),
+        ({"input_ids": [4], "labels": [-1, 5]}, "labels must be token ids, or -100"),
         ({"input_ids": [4], "labels": []}, "labels must be a list"),
         ({"input_ids": [4], "labels": [40]}, "token id 40 is beyond"),
         (
@@ -292,3 +292,14 @@ def test_a_missing_file_and_a_folder(tmp_path):
         read_jsonl(tmp_path / "none.jsonl", None)
     with pytest.raises(uf.UcanError, match="cannot be read"):
         read_jsonl(tmp_path, None)
+
+
+def test_labels_of_pairs_may_be_unscored_in_part(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"input_ids": [4, 5], "labels": [7, -100]}\n')
+    (batch,) = read_jsonl(path, None, encoder_decoder=True)
+    assert batch["labels"].tolist() == [[7, -100]]
+    for labels in ("[-100]", "[7, -1]"):
+        path.write_text(f'{{"input_ids": [4, 5], "labels": {labels}}}\n')
+        with pytest.raises(uf.UcanError, match=r"pairs.jsonl:1: labels"):
+            read_jsonl(path, None, encoder_decoder=True)

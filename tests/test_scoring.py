@@ -32,7 +32,7 @@ from ucan_fast import (
     collect,
     make_plan,
 )
-from ucan_fast.adapter import fingerprint
+from ucan_fast.adapter import active_context, fingerprint
 
 # The method, literally: loops over Python floats ----------------------------------------------
 
@@ -507,8 +507,11 @@ def test_several_active_adapters_need_a_name():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(UcanError, match=r"2 adapters are active .* adapter="):
         make_plan(model, random_stats(model))
-    plan = make_plan(model, random_stats(model), UcanConfig(site="rank"), adapter="default")
-    assert plan.sizes == [4] * 7
+    stats = random_stats(model)
+    with pytest.raises(UcanError, match="different other adapters active"):
+        make_plan(model, stats, UcanConfig(site="rank"), adapter="default")
+    stats.context = active_context(model, "default")
+    assert make_plan(model, stats, UcanConfig(site="rank"), adapter="default").sizes == [4] * 7
 
 
 def test_a_model_without_an_adapter_is_refused():

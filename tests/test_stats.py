@@ -596,9 +596,12 @@ def test_refuses_statistics_taken_beside_other_adapters():
     model.add_adapter("second", model.peft_config["default"])
     batches = [{"input_ids": torch.randint(3, 16, (2, 7))}]
     alone = uf.collect(model, batches)
+    split = alone + uf.collect(model, batches, group="forget")
     model.base_model.set_adapter(["default", "second"])
     beside = uf.collect(model, batches, adapter="default")
     assert beside.fingerprint == alone.fingerprint
+    with pytest.raises(uf.UcanError, match="different other adapters active"):
+        uf.make_plan(model, split, adapter="default")
     with pytest.raises(uf.UcanError, match="different other adapters active"):
         beside.with_forget(uf.ActivationStats(alone.layers, alone.fingerprint, alone.context))
     with torch.no_grad():

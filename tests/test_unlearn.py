@@ -356,6 +356,12 @@ def test_metrics_of_the_caller_that_cannot_be_reported_are_refused(measured, mat
     assert_same_weights(model, original)
 
 
+def test_one_batch_is_refused_by_name_also_where_it_is_read_once():
+    options = {"config": FIXED, "evaluate": False, "retain": retain_batches()}
+    with pytest.raises(uf.UcanError, match="forget must be an iterable of batches, not one dict"):
+        uf.unlearn(trained(), forget=forget_batches()[0], **options)
+
+
 def test_an_iterator_that_is_read_once_is_not_kept():
     model = trained()
     bank = uf.collect(model, [*forget_batches(), *retain_batches(count=8)])

@@ -68,14 +68,19 @@ def group_index(group: str) -> int:
     return GROUPS[group]
 
 
+def check_iterable(batches: object, what: str) -> None:
+    """Refuse a single batch (or worse) where batches are wanted."""
+    if isinstance(batches, (Mapping, torch.Tensor, str)):
+        raise UcanError(f"{what} must be an iterable of batches, not one {type(batches).__name__}.")
+
+
 def reusable(batches: Iterable[Mapping[str, Any]], what: str) -> Iterable[Mapping[str, Any]]:
     """The same batches, in a form that can be run through more than once.
 
     A one-shot iterator is read into a list, with a notice; it would be silently empty the second
     time.
     """
-    if isinstance(batches, (Mapping, torch.Tensor, str)):
-        raise UcanError(f"{what} must be an iterable of batches, not one {type(batches).__name__}.")
+    check_iterable(batches, what)
     if isinstance(batches, Iterator):
         kept = list(batches)
         warnings.warn(
@@ -97,8 +102,7 @@ def read_batches(
         UcanError: a batch is no mapping, lacks input_ids, or its masks or groups do not fit. The
             batch is named by its index.
     """
-    if isinstance(batches, (Mapping, torch.Tensor, str)):
-        raise UcanError(f"batches must be an iterable of batches, not {type(batches).__name__}.")
+    check_iterable(batches, "batches")
     default = group_index(group)
     device = module_device(model)
     encoder_decoder = bool(getattr(base_config(model), "is_encoder_decoder", False))

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     from .collect import collect
 
     out = Path(arguments.out)
-    _check_output_file(arguments)
+    _check_output_file(arguments, _is_statistics)
     model, tokenizer = _load(arguments)
     stats = collect(
         model,
@@ -128,7 +128,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from .files import atomic_write
 
     if arguments.out is not None:
-        _check_output_file(arguments)
+        _check_output_file(arguments, _is_findings)
     unlearned = Path(arguments.unlearned)
     if not unlearned.is_dir():
         raise UcanError(f"{unlearned} is no folder with an unlearned adapter.")
@@ -159,8 +159,10 @@ def _check_apart(arguments: argparse.Namespace) -> None:
             )
 
 
-def _check_output_file(arguments: argparse.Namespace) -> None:
-    """Refuse an output file that exists, unless it may be replaced, and that was read."""
+def _check_output_file(
+    arguments: argparse.Namespace, is_earlier_output: Callable[[Path], bool]
+) -> None:
+    """Refuse an output file that exists, unless it is an earlier output that may be replaced."""
     out = Path(arguments.out)
     # A rename would replace the link and leave the file it points to.
     if out.is_symlink():
@@ -177,6 +179,28 @@ def _check_output_file(arguments: argparse.Namespace) -> None:
                 f"--out {out} is or belongs to --{what} {path}, where nothing is replaced. Choose "
                 "another file."
             )
+    if not is_earlier_output(out):
+        raise UcanError(
+            f"{out} is no earlier output of ucan-fast {arguments.command}, so it is not replaced; "
+            "move it away or choose another file."
+        )
+
+
+def _is_statistics(path: Path) -> bool:
+    from .stats import ActivationStats
+
+    try:
+        ActivationStats.load(path)
+    except UcanError:
+        return False
+    return True
+
+
+def _is_findings(path: Path) -> bool:
+    try:
+        return {"checks", "fingerprints", "passed"} <= set(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _existing_inputs(arguments: argparse.Namespace) -> list[tuple[str, str]]:

@@ -161,7 +161,16 @@ def _sequence(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[
 
 def _pair(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[int]]:
     if "input_ids" in entry and "labels" in entry:
-        return {key: _integers(entry[key], f"{where}: {key}", 0) for key in ("input_ids", "labels")}
+        labels = _integers(entry["labels"], f"{where}: labels", -100)
+        if any(-100 < label < 0 for label in labels) or max(labels) < 0:
+            raise UcanError(
+                f"{where}: labels must be token ids, or -100 where nothing is scored, and at least "
+                "one token id."
+            )
+        return {
+            "input_ids": _integers(entry["input_ids"], f"{where}: input_ids", 0),
+            "labels": labels,
+        }
     if isinstance(entry.get("prompt"), str) and isinstance(entry.get("completion"), str):
         return {
             "input_ids": _tokens(tokenizer, where, entry["prompt"]),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .adapter import find_layers, fingerprint, resolve_adapter, unwrap
+from .adapter import active_context, find_layers, fingerprint, resolve_adapter, unwrap
 from .batches import FORGET, RETAIN
 from .config import UcanConfig
 from .errors import UcanError
@@ -112,6 +112,11 @@ def score_plan(
 def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> None:
     now = fingerprint(model, adapter)
     if now == stats.fingerprint:
+        if active_context(model, adapter) != stats.context:
+            raise UcanError(
+                f"the statistics of adapter {adapter!r} were taken with different other adapters "
+                "active beside it; activate the same ones, or collect again."
+            )
         return
     if is_attenuated(model, adapter, now):
         hint = "A plan is applied to it: call plan.undo(model) first."

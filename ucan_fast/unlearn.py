@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .adapter import fingerprint, resolve_adapter, untouched_parts, unwrap
-from .batches import RETAIN, eval_mode, read_batches, reusable
+from .batches import RETAIN, check_iterable, eval_mode, read_batches, reusable
 from .collect import collect
 from .config import UcanConfig
 from .controls import Control, random_control, uniform_control
@@ -108,7 +108,8 @@ def unlearn(
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
     job = _Job(model, adapter, config, progress)
-    with _at_origin(model, adapter, previous):
+    with _at_origin(model, adapter, previous) as undone:
+        check_iterable(forget, "forget")
         if evaluate or config.auto_strength:
             forget = reusable(forget, "forget")
             retain = None if retain is None else reusable(retain, "retain")
@@ -121,11 +122,12 @@ def unlearn(
         with job.timed("search strength"):
             plan = _choose_strength(job, plan)
         if previous is not None and not plan.attenuated:
-            plan.note += (
-                " The earlier requests were taken back with it: the adapter is the ORIGIN, and "
-                "nothing of any of these forget sets is attenuated. previous.plan.apply(model) "
-                "puts the earlier plan back."
-            )
+            plan.note += " Nothing of the earlier requests' forget sets is attenuated either."
+            if undone is not None:
+                plan.note += (
+                    " Their plan was taken off: the adapter is the ORIGIN again. To put it back, "
+                    "apply the earlier result's plan."
+                )
         plan.warn_if_unusual()
         with job.timed("evaluate"):
             states, notes = _evaluate(job, plan, forget, evaluate) if evaluate else ({}, {})
@@ -263,8 +265,8 @@ class _Counted:
 @contextmanager
 def _at_origin(
     model: nn.Module, adapter: str, previous: UnlearnResult | ActivationStats | None
-) -> Iterator[None]:
-    """Take the previous plan off; put it back if what follows fails."""
+) -> Iterator[AttenuationPlan | None]:
+    """Take the previous plan off (and yield it); put it back if what follows fails."""
     now = fingerprint(model, adapter)
     undone = None
     if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == now:
@@ -273,7 +275,7 @@ def _at_origin(
     else:
         check_is_origin(model, adapter, now)
     try:
-        yield
+        yield undone
     except BaseException:
         if undone is not None:
             undone.apply(model, adapter)
