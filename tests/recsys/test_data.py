@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ucan_fast.errors import UcanError
+from ucan_fast.errors import UcanError, UcanWarning
 from ucan_fast.recsys import data as data_module
 from ucan_fast.recsys.data import (
     InteractionLog,
@@ -566,6 +566,19 @@ def counts(log: InteractionLog) -> tuple[int, int, int]:
     return log.n_users, log.n_items, len(log)
 
 
+def test_latest_small_leaves_out_bad_ratings_when_told_to(tmp_path):
+    folder = latest_small(tmp_path)
+    whole = load_movielens_latest_small(folder)
+    with open(folder / "ratings.csv", "a") as file:
+        file.write("2,7,3.0,847 https://example.org\r\n")
+    with pytest.raises(UcanError, match="is not a whole number"):
+        load_movielens_latest_small(folder)
+    with pytest.warns(UcanWarning, match="left out: .*is not a whole number"):
+        log = load_movielens_latest_small(folder, skip_bad_ratings=True)
+    assert (log.user == whole.user).all()
+    assert (log.item == whole.item).all()
+
+
 def test_real_latest_small_has_the_counts_of_llamarec(tmp_path):
     folder = real("ml-latest-small")
     ratings = (folder / "ratings.csv").read_text()
@@ -575,6 +588,10 @@ def test_real_latest_small_has_the_counts_of_llamarec(tmp_path):
         # be refused by name; without the address the row is whole again.
         with pytest.raises(UcanError, match=r"ratings\.csv, line 522: time"):
             load_movielens_latest_small(folder)
+        with pytest.warns(UcanWarning, match=r"left out: .*line 522") as warned:
+            kept = load_movielens_latest_small(folder, skip_bad_ratings=True)
+        assert len(warned) == 1
+        assert counts(k_core(kept)) == (610, 3650, 90_273)
         (tmp_path / "ratings.csv").write_text(ratings.replace(damaged, ""))
         (tmp_path / "movies.csv").write_bytes((folder / "movies.csv").read_bytes())
         folder = tmp_path

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UcanError
+from ..errors import UcanError, UcanWarning
 
 __all__ = [
     "InteractionLog",
@@ -282,10 +283,14 @@ def load_movielens_100k(
     return log
 
 
-def load_movielens_latest_small(path: str | os.PathLike) -> InteractionLog:
+def load_movielens_latest_small(
+    path: str | os.PathLike, *, skip_bad_ratings: bool = False
+) -> InteractionLog:
     """MovieLens ml-latest-small from a folder with `ratings.csv` and `movies.csv`.
 
-    LlamaRec calls this data set "ML-100k". UcanError names file and line of malformed rows.
+    LlamaRec calls this data set "ML-100k". UcanError names file and line of malformed rows. Copies
+    with a damaged rating are about: with `skip_bad_ratings` such rows are left out, and a
+    UcanWarning names them.
     """
     folder = _folder(path, ("ratings.csv", "movies.csv"))
     file = folder / "movies.csv"
@@ -299,7 +304,12 @@ def load_movielens_latest_small(path: str | os.PathLike) -> InteractionLog:
     for line, (user, movie, _rating, time) in _csv_rows(
         file, ("userId", "movieId", "rating", "timestamp")
     ):
-        rows.add(line, user, movie, time)
+        try:
+            rows.add(line, user, movie, time)
+        except UcanError as error:
+            if not skip_bad_ratings:
+                raise
+            warnings.warn(f"left out: {error}", UcanWarning, stacklevel=2)
     return rows.log(genres)
 
 
