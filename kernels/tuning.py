@@ -1,0 +1,58 @@
+"""Block sizes, warps and stages per (GPU, kernel, shape class), with a fallback for any GPU.
+
+A committed table instead of ``triton.autotune``: that needs a GPU at import time of the first
+call, measures again in every process, and lets the same input take two different roads. A kernel
+names its shape classes as it likes; every class needs a ``"default"`` row, and a row for a certain
+GPU is added only with a measurement. The ahead-of-time gate compiles every row for every GPU that
+it can be used on (:func:`rows`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterator
+
+import torch
+
+Config = dict[str, int]
+
+#: Name of a row's GPU -> what its device name contains, and its compute capability times ten.
+GPUS = {"a100": ("A100", 80), "h100": ("H100", 90), "h200": ("H200", 90), "b200": ("B200", 100)}
+
+#: What the ``"default"`` rows must compile for.
+CAPABILITIES = (80, 90, 100)
+
+#: kernel -> (GPU, shape class) -> launch options: block sizes, ``num_warps``, ``num_stages``.
+TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {}
+
+
+def config(kernel: str, key: Hashable, device: torch.device | None = None) -> Config:
+    """The row of this GPU for shape class ``key`` if there is one, else the default row.
+
+    Returns a fresh dict that can be passed on as ``**config(...)`` at launch. An unknown GPU, and
+    the interpreter, get the default; an unknown class is a KeyError, that is, a bug.
+    """
+    table = TABLE[kernel]
+    row = table.get((gpu_of(device), key))
+    return dict(table["default", key] if row is None else row)
+
+
+def rows(kernel: str) -> Iterator[tuple[str, Hashable, Config, tuple[int, ...]]]:
+    """Every row of a kernel: GPU, shape class, options, compute capabilities to compile for."""
+    for (gpu, key), row in TABLE[kernel].items():
+        yield gpu, key, dict(row), CAPABILITIES if gpu == "default" else (GPUS[gpu][1],)
+
+
+def gpu_of(device: torch.device | None) -> str:
+    """``"h100"``, ...; ``"default"`` for an unknown GPU and for anything that is none."""
+    if device is None or device.type != "cuda":
+        return "default"
+    return _gpu_named(torch.cuda.get_device_name(device))
+
+
+@functools.cache
+def _gpu_named(name: str) -> str:
+    for gpu, (part, _) in GPUS.items():
+        if part in name:
+            return gpu
+    return "default"
