@@ -1,8 +1,20 @@
-"""Triton kernels, installed as ``ucan_fast.kernels``.
+"""Triton kernels, installed as ``ucan_fast.kernels``; one file an operator, launchers on tensors.
 
-This release ships no Triton kernel: every operator runs on its PyTorch reference, and
-:func:`availability` says so. The package exists so that the place, the import path and the
-backend report are settled. Importing it imports neither Triton nor torch.
+============== ===============================================================================
+file           kernels
+============== ===============================================================================
+common         what all share: rounding, column sums, folding of partial sums
+tuning         block sizes per kernel, size class and GPU
+moments        Σ|h| and Σh² per column and token group
+shrink         z = x Aᵀ with the moments of x and z, in one read of x
+expand         y = base + s z Bᵀ with the moments of δ, in one read and one write of y
+fused_linear   the whole LoRA linear in one persistent matrix product (opt-in)
+scores         risk, utility, score and factors of all layers
+attenuate      rows or columns of many matrices times their factors
+aot            compiles all of them for sm_80, sm_90 and sm_100, without a GPU
+============== ===============================================================================
+
+Importing this package imports neither Triton nor torch; the files above do.
 
 In a checkout this folder is also visible as a top-level ``kernels``, the name of a package on PyPI
 that transformers looks for. It must therefore stay importable under that name without side effects
@@ -11,18 +23,41 @@ and must never define ``__version__``, by which transformers would take it for t
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
+import sys
 
-__all__ = ["SHIPPED", "availability"]
+__all__ = ["SHIPPED", "availability", "obstacle"]
 
-#: Names of the Triton kernels in this release.
-SHIPPED: tuple[str, ...] = ()
+#: The kernels' files.
+SHIPPED: tuple[str, ...] = ("moments", "shrink", "expand", "fused_linear", "scores", "attenuate")
+
+_OLDEST = (3, 6)
+
+
+def obstacle(device_type: str) -> str | None:
+    """Why the kernels cannot run on tensors of this kind of device, or None.
+
+    Args:
+        device_type: ``torch.device.type``: ``"cpu"`` needs Triton's interpreter.
+    """
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed (pip install 'ucan-fast[triton]')"
+    number = _number(version)
+    if number and number < _OLDEST:
+        return f"Triton {version} is too old, it must be {_OLDEST[0]}.{_OLDEST[1]} or later"
+    if device_type == "cpu" and not _interpreted():
+        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the start)"
+    if device_type not in ("cpu", "cuda"):
+        return f"the kernels have not been written for {device_type} tensors"
+    return None
 
 
 def availability() -> dict[str, object]:
-    """What Triton could do here, for ``ucan-fast doctor``. Never raises, imports Triton nowhere.
+    """What Triton can do here, for ``ucan-fast doctor``. Never raises, imports Triton nowhere.
 
     Returns a dict with
 
@@ -33,22 +68,18 @@ def availability() -> dict[str, object]:
     - ``usable`` (``bool``): whether a shipped kernel can run here;
     - ``reason`` (``str``): one sentence that says why not, or how.
     """
-    version = _triton_version()
-    interpreter = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
     device = _cuda_device()
-    if not SHIPPED:
-        usable, reason = False, "Triton kernels are not part of this release yet"
-    elif version is None:
-        usable, reason = False, "Triton is not installed (pip install 'ucan-fast[triton]')"
-    elif interpreter:
-        usable, reason = True, "runs in Triton's interpreter (TRITON_INTERPRET is set), slowly"
-    elif device is None:
-        usable, reason = False, "there is no CUDA device (TRITON_INTERPRET=1 runs on the CPU)"
-    else:
-        usable, reason = True, f"runs on {device}"
+    reason = obstacle("cuda" if device else "cpu")
+    usable = reason is None
+    if usable and _interpreted():
+        reason = "runs in Triton's interpreter (TRITON_INTERPRET is set), slowly"
+    elif usable:
+        reason = f"runs on {device}"
+    elif not device and _triton_version():
+        reason = f"there is no CUDA device, and {reason}"
     return {
-        "triton": version,
-        "interpreter": interpreter,
+        "triton": _triton_version(),
+        "interpreter": _interpreted(),
         "cuda_device": device,
         "kernels": SHIPPED,
         "usable": usable,
@@ -56,6 +87,14 @@ def availability() -> dict[str, object]:
     }
 
 
+def _interpreted() -> bool:
+    common = sys.modules.get(f"{__name__}.common")
+    if common is not None:  # decided when the kernels were decorated
+        return common.INTERPRET
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
 def _triton_version() -> str | None:
     try:
         if importlib.util.find_spec("triton") is None:
@@ -66,6 +105,11 @@ def _triton_version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _number(version: str) -> tuple[int, ...]:
+    parts = version.split(".")[:2]
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
 
 
 def _cuda_device() -> str | None:

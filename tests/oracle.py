@@ -92,7 +92,11 @@ def hook_sums(
         if "decoder_input_ids" in inputs:
             inputs.pop("labels", None)
         with torch.no_grad(), context():
-            model(**inputs)
+            if accelerated:
+                # Its activations, to the last bit: collect computes z of q, k and v together.
+                uf.collect(model, [batch], adapter=adapter)
+            else:
+                model(**inputs)
         groups = {"encoder": effective_groups(batch, "", default)}
         if "decoder_input_ids" in batch or "decoder_token_groups" in batch:
             groups["decoder"] = effective_groups(batch, "decoder_", default)
@@ -148,7 +152,8 @@ def effective_groups(batch: dict, prefix: str = "", default: int = 1) -> torch.T
 def assert_equals_hooks(stats, expected: dict, sites=("input", "rank", "output"), rel=1e-6) -> None:
     """Every layer, site, group and neuron within ``rel``; counts exactly.
 
-    δ is defined in fp32, so a neuron whose δ nearly cancels is held to its layer's mean instead.
+    z and δ are fp32 products, summed in another order where layers are computed together: a neuron
+    whose z or δ nearly cancels is held to its layer's mean instead.
     """
     assert set(stats.layers) == set(expected)
     for name, by_site in stats.layers.items():
@@ -158,7 +163,7 @@ def assert_equals_hooks(stats, expected: dict, sites=("input", "rank", "output")
             count, abs_sum, sq_sum = expected[name][site]
             where = f"{name} {site}"
             assert moments.count.tolist() == count.tolist(), where
-            to_mean = site == "output"
+            to_mean = site in ("rank", "output")
             assert_relative(moments.abs_sum, abs_sum, rel, f"{where} abs_sum", to_mean)
             assert_relative(moments.sq_sum, sq_sum, rel, f"{where} sq_sum", to_mean)
 

@@ -39,6 +39,16 @@ DEFAULT_SITES = ("input", "rank", "output")
 
 # Where cross-attention modules sit in a decoder: T5, BART and its kin, BLIP and BERT style.
 _CROSS_ATTENTION = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
+# Layers of one parent that read the same tensor, in the order in which models call them.
+_SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+_MAX_STACKED_RANK = 256
 _KEY_VALUE = ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
@@ -106,8 +116,10 @@ class _Pass:
         ]
         self.counts: dict[str, torch.Tensor] = {}
         self.groups: dict[str, torch.Tensor] = {}
-        # q, k and v read the same tensor: its moments are taken once per forward.
-        self.shared: tuple[torch.Tensor, int, str, torch.Tensor] | None = None
+        # The only group that the batch holds, where it holds but one: cheaper sums.
+        self.only_group: dict[str, int | None] = {}
+        self.shared: _SharedInput | None = None
+        _find_companions(self.recorders)
 
     def begin(self, batch: Batch) -> None:
         self.groups = {"encoder": batch.groups}
@@ -117,6 +129,9 @@ class _Pass:
         self.counts = {
             role: torch.stack([(g == 0).sum(), (g == 1).sum()]).to("cpu", torch.float64)
             for role, g in self.groups.items()
+        }
+        self.only_group = {
+            role: None if count.all() else int(count[1] > 0) for role, count in self.counts.items()
         }
 
     def end(self) -> None:
@@ -174,6 +189,7 @@ class _Recorder:
         self.role = role
         self.calls = 0
         self.inside = False
+        self.companions: list[_Recorder] = []
         self.count = torch.zeros(2, dtype=torch.float64)
         rank, inputs = layer.a.shape
         outputs = layer.b.shape[0]
@@ -182,6 +198,17 @@ class _Recorder:
             site: torch.zeros(2, 2, sizes[site], dtype=torch.float64, device=layer.a.device)
             for site in pass_.sites
         }
+
+    def fits_with(self, other: _Recorder) -> bool:
+        """Whether one product could serve both layers."""
+        mine, theirs = self.layer.a, other.layer.a
+        return (
+            isinstance(self.layer.module, FusedLoraLinear)
+            and isinstance(other.layer.module, FusedLoraLinear)
+            and self.role == other.role
+            and (mine.shape[1], mine.dtype, mine.device)
+            == (theirs.shape[1], theirs.dtype, theirs.device)
+        )
 
     def wants(self, adapter: str) -> bool:
         """Whether this adapter's path is the one being measured, in this call."""
@@ -199,21 +226,14 @@ class _Recorder:
     ) -> torch.Tensor:
         """shrink and expand with moments, for the fused forward."""
         groups = self._begin_call(x)
-        known = self._shared_input(x)
-        total = self.totals.get("input")
-        fresh = torch.zeros_like(total) if total is not None and known is None else None
-        z = ops.shrink(
-            x,
-            a,
-            dtype=dtype,
-            groups=groups,
-            input_moments=fresh,
-            rank_moments=self.totals.get("rank"),
-        )
-        if fresh is not None:
-            self._share_input(x, fresh)
-        if total is not None:
-            total += known if fresh is None else fresh
+        shared = self._shared_input(x)
+        if shared is None or not shared.holds(self.layer.name, dtype):
+            shared = self._shrink_together(x, groups, dtype, shared)
+        z, rank_moments = shared.ready.pop(self.layer.name)
+        if shared.moments is not None:
+            self.totals["input"] += shared.moments
+        if rank_moments is not None:
+            self.totals["rank"] += rank_moments
         return ops.expand(
             result,
             z,
@@ -221,14 +241,51 @@ class _Recorder:
             scaling,
             bias=bias,
             groups=groups,
+            only_group=self.pass_.only_group[self.role],
             delta_moments=self.totals.get("output"),
         )
+
+    def _shrink_together(
+        self,
+        x: torch.Tensor,
+        groups: torch.Tensor,
+        dtype: torch.dtype,
+        shared: _SharedInput | None,
+    ) -> _SharedInput:
+        """One shrink for this layer and its companions, and x's moments unless they are known."""
+        # An input that can change unnoticed is used for one layer only.
+        alone = shared is not None or x.is_inference()
+        together = [self] if alone else [self, *self.companions]
+        stacked = [recorder.layer.a for recorder in together]
+        fresh = shared is None and "input" in self.totals
+        moments = torch.zeros_like(self.totals["input"]) if fresh else None
+        ranks = [a.shape[0] for a in stacked]
+        rank_moments = None
+        if "rank" in self.totals:
+            rank_moments = self.totals["rank"].new_zeros(2, 2, sum(ranks))
+        z = ops.shrink(
+            x,
+            stacked[0] if len(stacked) == 1 else torch.cat(stacked),
+            dtype=dtype,
+            groups=groups,
+            only_group=self.pass_.only_group[self.role],
+            input_moments=moments,
+            rank_moments=rank_moments,
+        )
+        if shared is None:
+            shared = _SharedInput(x, self.role, moments)
+            self.pass_.shared = shared
+        parts = z.split(ranks, -1)
+        sums = [None] * len(ranks) if rank_moments is None else rank_moments.split(ranks, -1)
+        for recorder, part, total in zip(together, parts, sums, strict=True):
+            shared.ready[recorder.layer.name] = (part, total)
+        return shared
 
     def layer_output(self, y: torch.Tensor) -> None:
         """The whole output of the layer, for the ``layer`` site."""
         if "layer" in self.totals and _recording():
             with torch.no_grad():
-                ops.accumulate_moments(y, self._flat_groups(y), self.totals["layer"])
+                self._add(self.totals["layer"], y, self._flat_groups(y))
 
     def hook(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Record from PEFT's own forward."""
@@ -274,17 +331,20 @@ class _Recorder:
     def _plain_step(self, x: torch.Tensor, z: torch.Tensor) -> None:
         groups = self._begin_call(x)
         if "input" in self.totals:
-            known = self._shared_input(x)
-            if known is None:
-                known = torch.zeros_like(self.totals["input"])
-                ops.accumulate_moments(x, groups, known)
-                self._share_input(x, known)
-            self.totals["input"] += known
+            shared = self._shared_input(x)
+            if shared is None:
+                shared = _SharedInput(x, self.role, torch.zeros_like(self.totals["input"]))
+                self._add(shared.moments, x, groups)
+                self.pass_.shared = shared
+            self.totals["input"] += shared.moments
         if "rank" in self.totals:
-            ops.accumulate_moments(z, groups, self.totals["rank"])
+            self._add(self.totals["rank"], z, groups)
         if "output" in self.totals:
             delta = delta_reference(z, self.layer.b, self.layer.scaling)
-            ops.accumulate_moments(delta, groups, self.totals["output"])
+            self._add(self.totals["output"], delta, groups)
+
+    def _add(self, total: torch.Tensor, h: torch.Tensor, groups: torch.Tensor) -> None:
+        ops.accumulate_moments(h, groups, total, only_group=self.pass_.only_group[self.role])
 
     def _begin_call(self, x: torch.Tensor) -> torch.Tensor:
         groups = self._flat_groups(x)
@@ -304,16 +364,54 @@ class _Recorder:
         # Layers may lie on several devices; the batch is on the first.
         return groups.reshape(-1).to(h.device)
 
-    def _shared_input(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _shared_input(self, x: torch.Tensor) -> _SharedInput | None:
         shared = self.pass_.shared
-        # Tensors of inference mode have no version: their changes in place would go unnoticed.
-        if x.is_inference() or shared is None:
-            return None
-        return shared[3] if shared[0] is x and shared[1:3] == (x._version, self.role) else None
+        return shared if shared is not None and shared.is_for(x, self.role) else None
 
-    def _share_input(self, x: torch.Tensor, moments: torch.Tensor) -> None:
-        if not x.is_inference():
-            self.pass_.shared = (x, x._version, self.role, moments)
+
+class _SharedInput:
+    """What is known of a tensor that several layers read, as q, k and v do.
+
+    Attributes:
+        moments: its input-site moments, taken by the first of those layers.
+        ready: z and z's moments, per layer that is still to come.
+    """
+
+    def __init__(self, x: torch.Tensor, role: str, moments: torch.Tensor | None) -> None:
+        self.x, self.role, self.moments = x, role, moments
+        # Tensors of inference mode have no version: their changes in place would go unnoticed.
+        self.version = -1 if x.is_inference() else x._version
+        self.ready: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def is_for(self, x: torch.Tensor, role: str) -> bool:
+        """Whether this is about that very tensor, unchanged."""
+        if self.x is not x or self.role != role or x.is_inference():
+            return False
+        return self.version == x._version
+
+    def holds(self, layer: str, dtype: torch.dtype) -> bool:
+        """Whether the layer's z is here, in that dtype."""
+        return layer in self.ready and self.ready[layer][0].dtype == dtype
+
+
+def _find_companions(recorders: list[_Recorder]) -> None:
+    """Which layers after it are expected to read the same tensor as a layer does.
+
+    By name, so that every batch is computed in the same way, the first one too. A wrong guess
+    costs a little time and changes nothing: z is used only for the very same tensor.
+    """
+    by_name = {recorder.layer.name: recorder for recorder in recorders}
+    for recorder in recorders:
+        parent, dot, last = recorder.layer.name.rpartition(".")
+        family = next((names for names in _SAME_INPUT if last in names), (last,))
+        rank = recorder.layer.a.shape[0]
+        for name in family[family.index(last) + 1 :]:
+            other = by_name.get(f"{parent}{dot}{name}")
+            if other is None or not recorder.fits_with(other):
+                continue
+            rank += other.layer.a.shape[0]
+            if rank <= _MAX_STACKED_RANK:
+                recorder.companions.append(other)
 
 
 def _recording() -> bool:

@@ -68,7 +68,10 @@ class NeuronGroup:
 
     @property
     def weight_norm(self) -> torch.Tensor:
-        """L2 norm of each neuron's own parameters as they are now, fp64 ``[n]`` on the CPU."""
+        """L2 norm of each neuron's own parameters as they are now, fp64 ``[n]``.
+
+        On the parameters' device, on the CPU where that has no fp64.
+        """
         return torch.stack([norm() ** 2 for norm in self.norms]).sum(0).sqrt()
 
 
@@ -104,10 +107,10 @@ class _Unit:
 
 def _unit(layer: LoraLayer, site: str) -> _Unit:
     def a() -> torch.Tensor:
-        return layer.a.detach().to("cpu", torch.float64)
+        return _double(layer.a)
 
     def b() -> torch.Tensor:
-        return layer.b.detach().to("cpu", torch.float64)
+        return _double(layer.b)
 
     if site == "input":
         piece = Piece(layer.name, "A", layer.a, axis=1)
@@ -123,6 +126,11 @@ def _unit(layer: LoraLayer, site: str) -> _Unit:
         piece = Piece(layer.name, "B", layer.b, axis=0)
         norm, key = (lambda: b().norm(dim=1)), piece.storage_key()
     return _Unit(layer.name, piece.parameter.shape[piece.axis], [piece], norm, key)
+
+
+def _double(parameter: nn.Parameter) -> torch.Tensor:
+    device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+    return parameter.detach().to(device, torch.float64)
 
 
 def _mlp_units(model: nn.Module, layers: list[LoraLayer]) -> list[_Unit]:

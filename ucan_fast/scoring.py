@@ -68,7 +68,10 @@ def score_plan(
     layers = find_layers(model, adapter)
     _check_origin(model, adapter, stats)
     groups = neuron_groups(model, layers, config.site)
-    norms = [_weight_norm(group) for group in groups]
+    # fp64 sums of a million neurons are worth a GPU where the weights are on one.
+    device = groups[0].pieces[0].parameter.device
+    device = device if device.type == "cuda" else torch.device("cpu")
+    norms = _weight_norms(groups, device)
     moments = [_pooled_moments(group, stats, moments_site(config)) for group in groups]
     offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
     risk, utility, score = ops.contrastive_scores(
@@ -77,16 +80,17 @@ def score_plan(
                 torch.cat([m.abs_sum for m in moments], dim=1),
                 torch.cat([m.sq_sum for m in moments], dim=1),
             ]
-        ),
-        torch.stack([m.count for m in moments]),
-        torch.cat(norms),
-        offsets,
+        ).to(device),
+        torch.stack([m.count for m in moments]).to(device),
+        norms,
+        offsets.to(device),
         statistic=config.statistic,
         contrast=config.contrast,
         normalization=config.normalization,
         fusion=config.fusion,
         utility_weight=float(config.utility_weight),
     )
+    risk, utility, score = risk.cpu(), utility.cpu(), score.cpu()
     threshold, note = select(score, config)
     plan = AttenuationPlan(
         config=config,
@@ -128,15 +132,16 @@ def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> Non
     )
 
 
-def _weight_norm(group: NeuronGroup) -> torch.Tensor:
-    norm = group.weight_norm
+def _weight_norms(groups: list[NeuronGroup], device: torch.device) -> torch.Tensor:
+    norms = torch.cat([group.weight_norm.to(device) for group in groups])
     # A NaN would silently give its whole layer no utility, and so no protection.
-    if not torch.isfinite(norm).all():
+    if not torch.isfinite(norms).all():
+        bad = next(g for g in groups if not torch.isfinite(g.weight_norm).all())
         raise UcanError(
-            f"the adapter weights of {group.names[0]} are not finite (NaN or Inf); load the "
+            f"the adapter weights of {bad.names[0]} are not finite (NaN or Inf); load the "
             "adapter again."
         )
-    return norm
+    return norms
 
 
 def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Moments:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ucan_fast import UcanError, native, ops
+from ucan_fast import UcanError, kernels, native, ops
 from ucan_fast.ops import attenuate as attenuate_module
-from ucan_fast.ops import backend as backend_module
+from ucan_fast.ops import backend
+from ucan_fast.ops.backend import choose, requested_backend
 
 CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def call() -> torch.Tensor:
@@ -61,7 +63,7 @@ def spy(monkeypatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["cuda", "NATIVE", "Reference", "auto ", "1"])
+@pytest.mark.parametrize("name", ["CUDA", "NATIVE", "Reference", "auto ", "1"])
 def test_an_unknown_backend_is_refused_by_every_operator(monkeypatch, name):
     monkeypatch.setenv("UCAN_FAST_BACKEND", name)
     x = torch.ones(1, 2)
@@ -89,7 +91,7 @@ def test_an_unknown_backend_is_refused_by_every_operator(monkeypatch, name):
 
 def test_native_refuses_with_the_reason_when_it_is_missing(monkeypatch, missing):
     monkeypatch.setenv("UCAN_FAST_BACKEND", "native")
-    with pytest.raises(UcanError, match="native cannot run attenuate_: not built: no compiler"):
+    with pytest.raises(UcanError, match="'native' cannot run attenuate_: not built: no compiler"):
         call()
 
 
@@ -99,14 +101,6 @@ def test_native_leaves_the_weight_untouched_when_it_refuses(monkeypatch, missing
     with pytest.raises(UcanError):
         ops.attenuate_([weight], torch.zeros(2), [0], [0])
     assert weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-
-
-def test_native_reports_the_cuda_library_for_cuda_tensors(monkeypatch, missing):
-    monkeypatch.setenv("UCAN_FAST_BACKEND", "native")
-    with pytest.raises(UcanError, match="no nvcc here"):
-        backend_module.use_native("attenuate_", torch.device("cuda"))
-    with pytest.raises(UcanError, match="no native backend for mps"):
-        backend_module.use_native("attenuate_", torch.device("mps"))
 
 
 def test_auto_falls_back_when_native_is_missing(monkeypatch, missing, spy):
@@ -151,16 +145,137 @@ def test_the_variable_is_read_at_every_call(monkeypatch, missing, spy):
     assert spy == ["reference"]
 
 
+def test_native_and_cuda_ask_for_the_library_of_the_tensors(monkeypatch, missing):
+    cuda = torch.device("cuda")
+    for name in ("native", "cuda"):
+        with pytest.raises(UcanError, match="no nvcc here"), ops.use_backend(name):
+            choose("attenuate_", cuda)
+    with pytest.raises(UcanError, match="no code for mps"), ops.use_backend("native"):
+        choose("attenuate_", torch.device("mps"))
+    with pytest.raises(UcanError, match="tensors are on cpu"), ops.use_backend("cuda"):
+        choose("attenuate_", CPU)
+
+
+@pytest.mark.parametrize("name", ["native", "cuda"])
+def test_operators_that_a_backend_does_not_have_go_as_under_auto(monkeypatch, name):
+    monkeypatch.setattr(native, "status", lambda: {"_C": "available", "_C_cuda": "available"})
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
+    with ops.use_backend(name):
+        assert choose("contrastive_scores", CPU) == "reference"
+        assert choose("shrink", torch.device("cuda"), torch.float32) == "triton"
+        assert choose("expand", torch.device("cuda"), torch.bfloat16) == "triton"
+        assert choose("accumulate_moments", torch.device("cuda"), torch.float16) == "triton"
+
+
+# What "auto" takes: (operator, device, the CUDA library, Triton) -> backend.
+AUTO = [
+    ("shrink", "cuda", True, True, "triton"),
+    ("shrink", "cuda", True, False, "reference"),
+    ("shrink", "cpu", True, True, "reference"),
+    ("expand", "cuda", True, True, "triton"),
+    ("expand", "cpu", True, True, "native"),
+    ("accumulate_moments", "cuda", True, True, "triton"),
+    ("accumulate_moments", "cpu", True, True, "native"),
+    ("contrastive_scores", "cuda", True, True, "triton"),
+    ("contrastive_scores", "cpu", True, True, "reference"),
+    ("attenuation_factors", "cuda", True, True, "triton"),
+    ("attenuate_", "cuda", True, True, "native"),
+    ("attenuate_", "cuda", False, True, "triton"),
+    ("attenuate_", "cuda", False, False, "reference"),
+    ("attenuate_", "cpu", True, True, "native"),
+    ("attenuate_", "mps", True, True, "reference"),
+]
+
+
+@pytest.mark.parametrize(("operator", "kind", "library", "triton", "expected"), AUTO)
+def test_auto_takes_the_fastest(monkeypatch, operator, kind, library, triton, expected):
+    status = {"_C": "available", "_C_cuda": "available" if library else "not built"}
+    monkeypatch.setattr(native, "status", lambda: status)
+    monkeypatch.setattr(
+        kernels, "obstacle", lambda k: None if triton and k in ("cpu", "cuda") else "no Triton"
+    )
+    with ops.use_backend("auto"):
+        assert choose(operator, torch.device(kind), torch.float32) == expected
+        if expected == "triton" and operator in ("shrink", "expand", "accumulate_moments"):
+            assert choose(operator, torch.device(kind), torch.float64) == "reference"
+
+
+def test_triton_refuses_what_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
+    with ops.use_backend("triton"):
+        assert choose("shrink", CPU, torch.float32, torch.bfloat16) == "triton"
+        assert choose("contrastive_scores", CPU) == "triton"
+        with pytest.raises(UcanError, match=r"'triton' cannot run shrink: .*not torch.float64"):
+            choose("shrink", CPU, torch.float32, torch.float64)
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: f"nothing for {kind}")
+    with ops.use_backend("triton"):
+        for function in (lambda: call(), call_all):
+            with pytest.raises(UcanError, match="nothing for cpu"):
+                function()
+
+
+def test_use_backend_wins_over_the_variable_and_ends(monkeypatch, missing, spy):
+    monkeypatch.setenv("UCAN_FAST_BACKEND", "native")
+    with ops.use_backend("reference"):
+        call()
+        with ops.use_backend("auto"):
+            call()
+        call()
+    assert spy == ["reference"] * 3
+    with pytest.raises(UcanError):
+        call()
+    with pytest.raises(UcanError, match="use_backend='warp' is unknown"), ops.use_backend("warp"):
+        pass
+    with pytest.raises(ZeroDivisionError), ops.use_backend("reference"):
+        raise ZeroDivisionError
+    assert requested_backend() == "native"
+
+
 def test_backends_in_use_names_every_operator_and_the_reason(missing):
     use = ops.backends_in_use()
-    assert set(use) == {"shrink", "expand", "moments", "scores", "attenuate_"}
-    assert use["attenuate_"] == "reference (not built: no compiler here)"
-    assert all(value.startswith("reference (") for value in use.values())
+    assert set(use) == {
+        *("shrink", "expand", "accumulate_moments"),
+        *("contrastive_scores", "attenuation_factors", "attenuate_"),
+    }
+    assert use["attenuate_"].startswith(f"reference on {DEVICE} tensors (not native: not built: no")
+    assert all("not triton: " in value for value in use.values())
 
 
-def test_backends_in_use_says_native_where_it_is(monkeypatch):
-    monkeypatch.setattr(native, "status", lambda: {"_C": "available", "_C_cuda": "no"})
-    assert ops.backends_in_use()["attenuate_"] == "native"
+def test_backends_in_use_says_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: {"_C": "available", "_C_cuda": "available"})
+    assert ops.backends_in_use()["attenuate_"].startswith(f"native on {DEVICE} tensors")
+    with ops.use_backend("reference"):
+        text = ops.backends_in_use()["attenuate_"]
+    assert "not native: reference was asked for" in text
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: "no Triton at all")
+    with ops.use_backend("triton"):
+        assert "no Triton at all" in ops.backends_in_use()["shrink"]
+
+
+def test_an_extension_older_than_the_code_is_not_called(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: {"_C": "available", "_C_cuda": "available"})
+    monkeypatch.setitem(backend._NATIVE["cpu"], "accumulate_moments", "_not_built_yet_")
+    with ops.use_backend("auto"):
+        assert choose("accumulate_moments", CPU, torch.float32) == "reference"
+    with pytest.raises(UcanError, match="older than this code"), ops.use_backend("native"):
+        choose("accumulate_moments", CPU, torch.float32)
+
+
+def test_obstacles_of_the_kernels(monkeypatch):
+    real = kernels._triton_version
+    monkeypatch.setattr(kernels, "_triton_version", lambda: None)
+    assert "not installed" in kernels.obstacle("cuda")
+    monkeypatch.setattr(kernels, "_triton_version", lambda: "3.5.1")
+    assert "3.5.1 is too old" in kernels.obstacle("cuda")
+    for version in ("3.6.0", "4.0", "unknown", "3.7.1+git123"):
+        monkeypatch.setattr(kernels, "_triton_version", lambda version=version: version)
+        assert kernels.obstacle("cuda") is None
+        assert "xpu" in kernels.obstacle("xpu")
+    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    assert "TRITON_INTERPRET=1" in kernels.obstacle("cpu")
+    monkeypatch.setattr(kernels, "_interpreted", lambda: True)
+    assert kernels.obstacle("cpu") is None
+    assert real() is None or real()[0].isdigit()
 
 
 def test_import_survives_without_the_library(monkeypatch, missing):

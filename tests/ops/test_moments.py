@@ -198,8 +198,9 @@ def test_autocast_does_not_narrow_the_sums():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     h = torch.randn(2, 9, 5).to(dtype)
-    args = (h, random_groups(18), totals(5))
-    torch.library.opcheck(torch.ops.ucan_fast.accumulate_moments.default, args)
+    for only_group in (None, 1):
+        args = (h, random_groups(18), only_group, totals(5))
+        torch.library.opcheck(torch.ops.ucan_fast.accumulate_moments.default, args)
 
 
 def refusals():

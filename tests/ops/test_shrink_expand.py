@@ -307,11 +307,17 @@ def test_opcheck_with_moments(which, dtype):
     first, second = which != "second", which != "first"
     torch.library.opcheck(
         torch.ops.ucan_fast.shrink.moments,
-        (x, a, z_dtype, groups, totals(12) if first else None, totals(3) if second else None),
+        (
+            *(x, a, z_dtype, groups, None if first else 1),
+            *(totals(12) if first else None, totals(3) if second else None),
+        ),
     )
     torch.library.opcheck(
         torch.ops.ucan_fast.expand.moments,
-        (base, (x @ a.t()).to(z_dtype), b, S, bias if second else None, groups, totals(10)),
+        (
+            *(base, (x @ a.t()).to(z_dtype), b, S, bias if second else None),
+            *(groups, 0 if second else None, totals(10)),
+        ),
     )
 
 

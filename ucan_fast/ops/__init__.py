@@ -1,7 +1,7 @@
 """The operators, one a file. They know tensors only: nothing of PEFT, nothing of models."""
 
 from .attenuate import attenuate_
-from .backend import BACKENDS, backends_in_use
+from .backend import BACKENDS, backends_in_use, use_backend
 from .expand import expand
 from .moments import accumulate_moments
 from .scores import attenuation_factors, contrastive_scores
@@ -16,4 +16,5 @@ __all__ = [
     "contrastive_scores",
     "expand",
     "shrink",
+    "use_backend",
 ]

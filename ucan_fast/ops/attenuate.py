@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import UcanError
-from .backend import LIBRARY, use_native
+from .backend import LIBRARY, choose
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -133,12 +133,18 @@ def _dispatch(
     offsets: Sequence[int],
     axes: Sequence[int],
 ) -> None:
-    if use_native("attenuate_", factors.device):
-        torch.ops.ucan_fast._attenuate_native_(weights, factors, offsets, axes)
-        # The stable ABI does not count the write; a backward that saved the old values must notice.
-        torch.autograd.graph.increment_version(list(weights))
-    else:
+    backend = choose("attenuate_", factors.device)
+    if backend == "reference":
         attenuate_reference_(weights, factors, offsets, axes)
+        return
+    if backend == "native":
+        torch.ops.ucan_fast._attenuate_native_(weights, factors, offsets, axes)
+    else:
+        from ..kernels.attenuate import attenuate_ as launch
+
+        launch(weights, factors, offsets, axes)
+    # Neither counts the write; a backward that saved the old values must notice.
+    torch.autograd.graph.increment_version(list(weights))
 
 
 LIBRARY.define("attenuate_(Tensor(a!)[] weights, Tensor factors, int[] offsets, int[] axes) -> ()")

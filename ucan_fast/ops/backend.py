@@ -1,77 +1,188 @@
-"""Which implementation an operator runs on.
+"""Which implementation an operator runs on: the one place that decides.
 
-``UCAN_FAST_BACKEND`` is read at every call:
+Asked at every call, in this order: :func:`use_backend` (a with block), ``UCAN_FAST_BACKEND``, else
+``auto``.
 
-* ``auto`` (default): the fastest backend that works here for these arguments;
-* ``reference``: plain PyTorch, the definition of every operator;
-* ``native``: the C++ extension, for the operators that have it (so far ``attenuate_``); the others
-  have only the reference.
+============== =================================================================================
+``auto``       the fastest that works here for these tensors. CUDA: Triton, and for ``attenuate_``
+               the CUDA extension before Triton. CPU: the C++ extension where it has the operator.
+               Else the reference.
+``reference``  plain PyTorch, the definition of every operator.
+``triton``     the Triton kernels (``kernels/``). CPU tensors need ``TRITON_INTERPRET=1``.
+``native``     the compiled extension (``csrc/``): C++ for CPU tensors, CUDA for CUDA tensors.
+``cuda``       the same, for CUDA tensors only.
+============== =================================================================================
 
-``native`` is an error, never a silent fallback, where an operator has that backend and it cannot be
-used; so is an unknown name. ``ucan-fast doctor`` shows what each operator runs on.
+============================ ============ ============ ===================
+operator                     ``triton``   C++ (CPU)    CUDA extension
+============================ ============ ============ ===================
+``shrink``                   yes          its moments  no
+``expand``                   yes          its moments  no
+``accumulate_moments``       yes          yes          no
+``contrastive_scores``,      yes          no           no
+``attenuation_factors``
+``attenuate_``               yes          yes          yes
+============================ ============ ============ ===================
+
+A backend named by the user is an error, never a silent fallback, where it has the operator and
+cannot run it; operators that it does not have go as under ``auto``. An unknown name is an error.
+``ucan-fast doctor`` shows what each operator runs on, and why not on the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
+from collections.abc import Iterator
 
 import torch
 
-from .. import native
+from .. import kernels, native
 from ..errors import UcanError
 
 #: The operators' schemas are registered here; backends of other files add to the same namespace.
 LIBRARY = torch.library.Library("ucan_fast", "FRAGMENT")
 
-BACKENDS = ("auto", "reference", "native")
-_NATIVE_OPERATORS = ("attenuate_",)
+BACKENDS = ("auto", "reference", "triton", "native", "cuda")
+
+_OPERATORS = (
+    *("shrink", "expand", "accumulate_moments"),
+    *("contrastive_scores", "attenuation_factors", "attenuate_"),
+)
+# By device type: operator -> the extension's. shrink's moments go through accumulate_moments.
+_NATIVE = {
+    "cpu": {
+        "accumulate_moments": "_moments_native_",
+        "expand": "_add_delta_native_",
+        "attenuate_": "_attenuate_native_",
+    },
+    "cuda": {"attenuate_": "_attenuate_native_"},
+}
+_ACTIVATIONS = ("shrink", "expand", "accumulate_moments")
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the with block, operators run on this backend, whatever the environment says.
+
+    Raises:
+        UcanError: no such backend.
+    """
+    token = _chosen.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def requested_backend() -> str:
-    """The backend named by ``UCAN_FAST_BACKEND``.
+    """The backend asked for by :func:`use_backend` or ``UCAN_FAST_BACKEND``.
 
     Raises:
         UcanError: it names no backend.
     """
-    name = os.environ.get("UCAN_FAST_BACKEND", "auto") or "auto"
-    if name not in BACKENDS:
-        raise UcanError(f"UCAN_FAST_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}.")
-    return name
+    return _chosen.get() or _checked(
+        os.environ.get("UCAN_FAST_BACKEND") or "auto", "UCAN_FAST_BACKEND"
+    )
 
 
-def use_native(operator: str, device: torch.device) -> bool:
-    """Whether a call of ``operator`` on ``device`` goes to the C++ extension.
+def choose(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """``"reference"``, ``"triton"`` or ``"native"``, for one call.
+
+    Args:
+        operator: its name.
+        device: of the tensors.
+        dtypes: of the activations and weights that go in and come out.
 
     Raises:
-        UcanError: ``native`` was asked for by name and cannot serve this call.
+        UcanError: a backend was asked for by name and cannot serve this call.
     """
-    name = requested_backend()
-    if name == "reference" or (name == "auto" and operator not in _NATIVE_OPERATORS):
-        return False
-    reason = _native_obstacle(operator, device)
-    if reason and name == "native":
-        raise UcanError(f"UCAN_FAST_BACKEND=native cannot run {operator}: {reason}.")
-    return reason is None
+    requested = requested_backend()
+    if requested == "reference":
+        return "reference"
+    if requested == "triton":
+        chosen, reason = "triton", triton_obstacle(operator, device, *dtypes)
+    elif requested == "native" and any(operator in known for known in _NATIVE.values()):
+        if device.type == "cuda" and operator not in _NATIVE["cuda"]:
+            return _fastest(operator, device, *dtypes)
+        chosen, reason = "native", native_obstacle(operator, device)
+    elif requested == "cuda" and operator in _NATIVE["cuda"]:
+        chosen, reason = "native", native_obstacle(operator, device)
+        if device.type != "cuda":
+            reason = f"the tensors are on {device}"
+    else:
+        return _fastest(operator, device, *dtypes)
+    if reason:
+        raise UcanError(f"backend {requested!r} cannot run {operator}: {reason}.")
+    return chosen
 
 
 def backends_in_use() -> dict[str, str]:
-    """For ``doctor``: what each operator runs on for CPU tensors, and why not something faster."""
-    forced = requested_backend() == "reference"
+    """For ``doctor``: what each operator runs on here, and why not on something faster.
+
+    Judged for fp32 tensors on the CUDA device where there is one, else on the CPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    requested = requested_backend()
     use = {}
-    for operator in ("shrink", "expand", "moments", "scores", "attenuate_"):
-        reason = _native_obstacle(operator, torch.device("cpu"))
-        if forced and reason is None:
-            reason = "UCAN_FAST_BACKEND=reference"
-        use[operator] = "native" if reason is None else f"reference ({reason})"
+    for operator in _OPERATORS:
+        try:
+            chosen = choose(operator, device, torch.float32)
+        except UcanError as error:
+            use[operator] = f"error: {error}"
+            continue
+        reasons = []
+        for other, obstacle in (("native", native_obstacle), ("triton", triton_obstacle)):
+            if other == chosen:
+                continue
+            reason = obstacle(operator, device)
+            if reason is None:
+                reason = f"{requested} was asked for" if requested != "auto" else "slower here"
+            reasons.append(f"not {other}: {reason}")
+        use[operator] = f"{chosen} on {device.type} tensors ({'; '.join(reasons)})"
     return use
 
 
-def _native_obstacle(operator: str, device: torch.device) -> str | None:
-    if operator not in _NATIVE_OPERATORS:
-        return "this operator has no native backend yet"
-    native.load()
-    library = "_C_cuda" if device.type == "cuda" else "_C"
-    status = native.status().get(library, "not built")
-    if device.type not in ("cpu", "cuda"):
-        return f"no native backend for {device.type} tensors"
-    return None if status == "available" else status
+def triton_obstacle(operator: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernel cannot serve such a call, or None."""
+    reason = kernels.obstacle(device.type)
+    if reason is None and operator in _ACTIVATIONS:
+        odd = next((dtype for dtype in dtypes if dtype not in _TRITON_DTYPES), None)
+        reason = None if odd is None else f"the kernel takes fp32, bf16 and fp16, not {odd}"
+    return reason
+
+
+def native_obstacle(operator: str, device: torch.device) -> str | None:
+    """Why the compiled extension cannot serve such a call, or None."""
+    if device.type not in _NATIVE:
+        return f"the extension has no code for {device.type} tensors"
+    if operator not in _NATIVE[device.type]:
+        return f"the extension has no {operator} for {device.type} tensors"
+    status = native.status().get("_C_cuda" if device.type == "cuda" else "_C", "not built")
+    if status != "available":
+        return status
+    if not hasattr(torch.ops.ucan_fast, _NATIVE[device.type][operator]):
+        return (
+            "the installed extension is older than this code; rebuild it with: "
+            "pip install --no-build-isolation --no-deps --force-reinstall ."
+        )
+    return None
+
+
+def _fastest(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    if operator in _NATIVE.get(device.type, ()) and native_obstacle(operator, device) is None:
+        return "native"
+    # Never the interpreter unless asked for: it is a thousand times slower than the reference.
+    if device.type != "cpu" and triton_obstacle(operator, device, *dtypes) is None:
+        return "triton"
+    return "reference"
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise UcanError(f"{where}={name!r} is unknown; use one of {', '.join(BACKENDS)}.")
+    return name

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, requested_backend
-from .moments import check_moments, moments_reference
+from .backend import LIBRARY, choose
+from .moments import add_moments_, check_moments
 
 
 def expand(
@@ -18,6 +18,7 @@ def expand(
     *,
     bias: torch.Tensor | None = None,
     groups: torch.Tensor | None = None,
+    only_group: int | None = None,
     delta_moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The second half of a LoRA layer, added to what the base layer returned.
@@ -32,6 +33,7 @@ def expand(
         scaling: s.
         bias: the adapter's own bias ``[N]``, if it has one.
         groups: one integer per token (0 forget, 1 retain, else ignored); needed for moments.
+        only_group: 0 or 1 counts the tokens of that group alone.
         delta_moments: fp64 ``[2, 2, N]``, increased by the moments of δ = s z Bᵀ taken in fp32
             from the stored z and B (no bias).
 
@@ -58,20 +60,22 @@ def expand(
             f"expand: base_out is on {base_out.device}, z on {z.device}, B on {b.device}; "
             "they must share a device."
         )
-    requested_backend()
     if delta_moments is None:
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
-    check_moments(base_out, groups, delta_moments)
-    return torch.ops.ucan_fast.expand.moments(base_out, z, b, scaling, bias, groups, delta_moments)
+    check_moments(base_out, groups, delta_moments, only_group)
+    return torch.ops.ucan_fast.expand.moments(
+        base_out, z, b, scaling, bias, groups, only_group, delta_moments
+    )
 
 
 def delta_reference(z: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """δ = s z Bᵀ in fp32 (fp64 for fp64): the signal of the output site."""
     wide = torch.promote_types(torch.promote_types(z.dtype, b.dtype), torch.float32)
     with torch.autocast(z.device.type, enabled=False):
-        return F.linear(z.to(wide), b.to(wide)) * scaling
+        delta = F.linear(z.to(wide), b.to(wide))
+        return delta if scaling == 1.0 else delta * scaling
 
 
 def expand_reference(
@@ -89,6 +93,20 @@ def expand_reference(
     return y.to(base_out.dtype)
 
 
+def _expand(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if choose("expand", z.device, base_out.dtype, z.dtype, b.dtype) == "triton":
+        from ..kernels.expand import expand as launch
+
+        return launch(base_out, z, b, scaling, bias)
+    return expand_reference(base_out, z, b, scaling, bias)
+
+
 def _expand_moments(
     base_out: torch.Tensor,
     z: torch.Tensor,
@@ -96,12 +114,44 @@ def _expand_moments(
     scaling: float,
     bias: torch.Tensor | None,
     groups: torch.Tensor,
+    only_group: int | None,
     delta_moments: torch.Tensor,
 ) -> torch.Tensor:
+    backend = choose("expand", z.device, base_out.dtype, z.dtype, b.dtype)
+    if backend == "triton":
+        from ..kernels.expand import expand as launch
+
+        return launch(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
+    if backend == "native" and base_out.numel():
+        return _expand_native(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
     y = expand_reference(base_out, z, b, scaling, bias)
-    with torch.autocast(z.device.type, enabled=False):
-        delta_moments += moments_reference(delta_reference(z, b, scaling), groups)
+    add_moments_(delta_reference(z, b, scaling), groups, only_group, delta_moments)
     return y
+
+
+def _expand_native(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    groups: torch.Tensor,
+    only_group: int | None,
+    delta_moments: torch.Tensor,
+) -> torch.Tensor:
+    # One product in fp32 serves y and the moments; C++ does the rest in one pass over it.
+    n = b.shape[0]
+    delta = delta_reference(z.reshape(-1, z.shape[-1]), b, 1.0)
+    torch.ops.ucan_fast._add_delta_native_(
+        base_out.reshape(-1, n),
+        delta,
+        scaling,
+        None if bias is None else bias.to(delta.dtype),
+        groups,
+        -1 if only_group is None else only_group,
+        delta_moments,
+    )
+    return delta.view(base_out.shape).to(base_out.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -130,9 +180,9 @@ def _backward(ctx, grad_y: torch.Tensor):
 LIBRARY.define("expand(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias) -> Tensor")
 LIBRARY.define(
     "expand.moments(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias, "
-    "Tensor groups, Tensor(a!) delta_moments) -> Tensor"
+    "Tensor groups, int? only_group, Tensor(a!) delta_moments) -> Tensor"
 )
-LIBRARY.impl("expand", expand_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("expand", _expand, "CompositeExplicitAutograd")
 LIBRARY.impl("expand.moments", _expand_moments, "CompositeExplicitAutograd")
 torch.library.register_autograd("ucan_fast::expand", _backward, setup_context=_save, lib=LIBRARY)
 
@@ -143,5 +193,5 @@ def _(base_out, z, b, scaling, bias) -> torch.Tensor:
 
 
 @torch.library.register_fake("ucan_fast::expand.moments", lib=LIBRARY)
-def _(base_out, z, b, scaling, bias, groups, delta_moments) -> torch.Tensor:
+def _(base_out, z, b, scaling, bias, groups, only_group, delta_moments) -> torch.Tensor:
     return torch.empty_like(base_out)

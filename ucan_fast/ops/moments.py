@@ -7,11 +7,13 @@ ignored, whatever their rows hold, NaN included.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, requested_backend
+from .backend import LIBRARY, choose
 
 #: fp32 partial sums span this many tokens; they are folded into fp64 totals in a fixed order.
 ROWS_PER_PARTIAL = 32
@@ -19,28 +21,51 @@ ROWS_PER_PARTIAL = 32
 BLOCK_ELEMENTS = 1 << 22
 
 
-def accumulate_moments(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+def accumulate_moments(
+    h: torch.Tensor,
+    groups: torch.Tensor,
+    moments: torch.Tensor,
+    *,
+    only_group: int | None = None,
+) -> None:
     """Add the moments of ``h`` to ``moments``, in place.
 
     Args:
         h: activations ``[..., n]``, any floating dtype, any strides.
         groups: one integer per token of ``h``, flattened: 0 forget, 1 retain, else ignored.
         moments: running totals, fp64 ``[2, 2, n]``.
+        only_group: 0 or 1 counts the tokens of that group alone. The sums of a batch that holds
+            no other group are the same, and cheaper on a GPU.
 
     Raises:
         UcanError: shapes, dtypes or devices that do not fit together.
     """
-    check_moments(h, groups, moments)
-    requested_backend()
-    torch.ops.ucan_fast.accumulate_moments(h, groups, moments)
+    check_moments(h, groups, moments, only_group)
+    torch.ops.ucan_fast.accumulate_moments(h, groups, only_group, moments)
 
 
-def check_moments(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+def check_moments(
+    h: torch.Tensor,
+    groups: torch.Tensor,
+    moments: torch.Tensor,
+    only_group: int | None = None,
+) -> None:
     """Refuse arguments that would record nonsense."""
     if not h.is_floating_point() or h.dim() < 1:
         raise UcanError(f"moments: h must be floating [..., n], not {h.dtype} {tuple(h.shape)}.")
-    n = h.shape[-1]
-    tokens = h.numel() // n if n else 0
+    tokens = math.prod(h.shape[:-1]) if h.shape[-1] else 0
+    check_totals(tokens, h.shape[-1], h.device, groups, moments, only_group)
+
+
+def check_totals(
+    tokens: int,
+    n: int,
+    device: torch.device,
+    groups: torch.Tensor,
+    moments: torch.Tensor,
+    only_group: int | None,
+) -> None:
+    """:func:`check_moments` for activations ``[tokens, n]`` that do not exist yet."""
     if groups.dim() != 1 or groups.numel() != tokens or groups.is_floating_point():
         raise UcanError(
             f"moments: groups must hold one integer for each of the {tokens} tokens, "
@@ -51,16 +76,22 @@ def check_moments(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) 
             f"moments: the totals must be float64 (2, 2, {n}), "
             f"not {moments.dtype} {tuple(moments.shape)}."
         )
-    if not h.device == groups.device == moments.device:
+    if only_group not in (None, 0, 1):
+        raise UcanError(f"moments: only_group must be None, 0 or 1, not {only_group!r}.")
+    if not device == groups.device == moments.device:
         raise UcanError(
-            f"moments: h is on {h.device}, groups on {groups.device}, totals on {moments.device}; "
+            f"moments: h is on {device}, groups on {groups.device}, totals on {moments.device}; "
             "they must share one device."
         )
 
 
-def moments_reference(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def moments_reference(
+    h: torch.Tensor, groups: torch.Tensor, only_group: int | None = None
+) -> torch.Tensor:
     """Σ|h| and Σh² per group, fp64 ``[2, 2, n]``: the definition."""
     n = h.shape[-1]
+    if only_group is not None:
+        groups = torch.where(groups == only_group, groups, -1)
     h = h.reshape(-1, n)
     total = torch.zeros(2, 2, n, dtype=torch.float64, device=h.device)
     rows = max(1, BLOCK_ELEMENTS // (ROWS_PER_PARTIAL * max(n, 1))) * ROWS_PER_PARTIAL
@@ -83,16 +114,31 @@ def _block_moments(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return partial.sum(1, dtype=torch.float64)
 
 
-def _accumulate(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
-    # Autocast would turn the sums into bf16 products.
-    with torch.autocast(h.device.type, enabled=False):
-        moments += moments_reference(h, groups)
+def add_moments_(
+    h: torch.Tensor, groups: torch.Tensor, only_group: int | None, moments: torch.Tensor
+) -> None:
+    """The operator itself: no checks, the backend chosen for this call."""
+    backend = choose("accumulate_moments", h.device, h.dtype)
+    if backend == "triton":
+        from ..kernels.moments import accumulate_moments_
+
+        accumulate_moments_(h, groups, moments, only_group)
+    elif backend == "native":
+        rows = h.reshape(-1, h.shape[-1]) if h.shape[-1] else h.new_empty(0, 0)
+        group = -1 if only_group is None else only_group
+        torch.ops.ucan_fast._moments_native_(rows, groups, group, moments)
+    else:
+        # Autocast would turn the sums into bf16 products.
+        with torch.autocast(h.device.type, enabled=False):
+            moments += moments_reference(h, groups, only_group)
 
 
-LIBRARY.define("accumulate_moments(Tensor h, Tensor groups, Tensor(a!) moments) -> ()")
-LIBRARY.impl("accumulate_moments", _accumulate, "CompositeExplicitAutograd")
+LIBRARY.define(
+    "accumulate_moments(Tensor h, Tensor groups, int? only_group, Tensor(a!) moments) -> ()"
+)
+LIBRARY.impl("accumulate_moments", add_moments_, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ucan_fast::accumulate_moments", lib=LIBRARY)
-def _(h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor) -> None:
+def _(h, groups, only_group, moments) -> None:
     return None

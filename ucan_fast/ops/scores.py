@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UcanError
-from .backend import LIBRARY, requested_backend
+from .backend import LIBRARY, choose
 
 #: Keeps the ratio contrast finite where a neuron never fires on the retain set.
 TINY = torch.finfo(torch.float32).tiny
@@ -57,7 +57,6 @@ def contrastive_scores(
         )
     if not moments.dtype == counts.dtype == weight_norms.dtype == torch.float64:
         raise UcanError("scores: moments, counts and weight norms must be float64.")
-    requested_backend()
     return torch.ops.ucan_fast.contrastive_scores(
         moments,
         counts,
@@ -87,7 +86,6 @@ def attenuation_factors(
     Returns:
         fp32 ``[n]``.
     """
-    requested_backend()
     return torch.ops.ucan_fast.attenuation_factors(score, threshold, decay, strength, floor)
 
 
@@ -167,6 +165,22 @@ def _over_layer_max(value: torch.Tensor, layer_of: torch.Tensor) -> torch.Tensor
     return _ratio_or_zero(value, top[layer_of])
 
 
+def _scores(moments: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if choose("contrastive_scores", moments.device) == "triton":
+        from ..kernels.scores import contrastive_scores as launch
+
+        return launch(moments, *rest)
+    return scores_reference(moments, *rest)
+
+
+def _factors(score: torch.Tensor, *rest) -> torch.Tensor:
+    if choose("attenuation_factors", score.device) == "triton":
+        from ..kernels.scores import attenuation_factors as launch
+
+        return launch(score, *rest)
+    return factors_reference(score, *rest)
+
+
 LIBRARY.define(
     "contrastive_scores(Tensor moments, Tensor counts, Tensor weight_norms, Tensor offsets, "
     "str statistic, str contrast, str normalization, str fusion, float utility_weight) "
@@ -176,8 +190,8 @@ LIBRARY.define(
     "attenuation_factors(Tensor score, float threshold, str decay, float strength, float floor) "
     "-> Tensor"
 )
-LIBRARY.impl("contrastive_scores", scores_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("attenuation_factors", factors_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("contrastive_scores", _scores, "CompositeExplicitAutograd")
+LIBRARY.impl("attenuation_factors", _factors, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ucan_fast::contrastive_scores", lib=LIBRARY)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, requested_backend
-from .moments import check_moments, moments_reference
+from .backend import LIBRARY, choose
+from .moments import add_moments_, check_moments, check_totals
 
 
 def shrink(
@@ -16,6 +18,7 @@ def shrink(
     *,
     dtype: torch.dtype | None = None,
     groups: torch.Tensor | None = None,
+    only_group: int | None = None,
     input_moments: torch.Tensor | None = None,
     rank_moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -26,6 +29,7 @@ def shrink(
         a: the adapter's A, ``[r, K]``.
         dtype: operands are cast to it before the product, and z has it; default: A's dtype.
         groups: one integer per token (0 forget, 1 retain, else ignored); needed for moments.
+        only_group: 0 or 1 counts the tokens of that group alone.
         input_moments: fp64 ``[2, 2, K]``, increased by the moments of x.
         rank_moments: fp64 ``[2, 2, r]``, increased by the moments of z.
 
@@ -43,17 +47,19 @@ def shrink(
         )
     if x.device != a.device:
         raise UcanError(f"shrink: x is on {x.device}, A on {a.device}; they must share a device.")
-    requested_backend()
     dtype = dtype or a.dtype
     if input_moments is None and rank_moments is None:
         return torch.ops.ucan_fast.shrink(x, a, dtype)
     if groups is None:
         raise UcanError("shrink: moments need groups, one integer per token.")
     if input_moments is not None:
-        check_moments(x, groups, input_moments)
+        check_moments(x, groups, input_moments, only_group)
     if rank_moments is not None:
-        check_moments(x.new_empty((*x.shape[:-1], a.shape[0])), groups, rank_moments)
-    return torch.ops.ucan_fast.shrink.moments(x, a, dtype, groups, input_moments, rank_moments)
+        tokens = math.prod(x.shape[:-1])
+        check_totals(tokens, a.shape[0], x.device, groups, rank_moments, only_group)
+    return torch.ops.ucan_fast.shrink.moments(
+        x, a, dtype, groups, only_group, input_moments, rank_moments
+    )
 
 
 def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -63,20 +69,32 @@ def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> to
         return F.linear(x.to(dtype), a.to(dtype))
 
 
+def _shrink(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":
+        from ..kernels.shrink import shrink as launch
+
+        return launch(x, a, dtype)
+    return shrink_reference(x, a, dtype)
+
+
 def _shrink_moments(
     x: torch.Tensor,
     a: torch.Tensor,
     dtype: torch.dtype,
     groups: torch.Tensor,
+    only_group: int | None,
     input_moments: torch.Tensor | None,
     rank_moments: torch.Tensor | None,
 ) -> torch.Tensor:
+    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":
+        from ..kernels.shrink import shrink as launch
+
+        return launch(x, a, dtype, groups, only_group, input_moments, rank_moments)
     z = shrink_reference(x, a, dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        if input_moments is not None:
-            input_moments += moments_reference(x, groups)
-        if rank_moments is not None:
-            rank_moments += moments_reference(z, groups)
+    if input_moments is not None:
+        add_moments_(x, groups, only_group, input_moments)
+    if rank_moments is not None:
+        add_moments_(z, groups, only_group, rank_moments)
     return z
 
 
@@ -99,10 +117,10 @@ def _backward(ctx, grad_z: torch.Tensor):
 
 LIBRARY.define("shrink(Tensor x, Tensor a, ScalarType dtype) -> Tensor")
 LIBRARY.define(
-    "shrink.moments(Tensor x, Tensor a, ScalarType dtype, Tensor groups, "
+    "shrink.moments(Tensor x, Tensor a, ScalarType dtype, Tensor groups, int? only_group, "
     "Tensor(a!)? input_moments, Tensor(b!)? rank_moments) -> Tensor"
 )
-LIBRARY.impl("shrink", shrink_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("shrink", _shrink, "CompositeExplicitAutograd")
 LIBRARY.impl("shrink.moments", _shrink_moments, "CompositeExplicitAutograd")
 torch.library.register_autograd("ucan_fast::shrink", _backward, setup_context=_save, lib=LIBRARY)
 
@@ -113,5 +131,5 @@ def _(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.library.register_fake("ucan_fast::shrink.moments", lib=LIBRARY)
-def _(x, a, dtype, groups, input_moments, rank_moments) -> torch.Tensor:
+def _(x, a, dtype, groups, only_group, input_moments, rank_moments) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)
