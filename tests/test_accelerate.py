@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import itertools
 import json
@@ -13,13 +14,13 @@ import helpers_models as hm
 import peft
 import pytest
 import torch
+from accelerate_helpers import One, assert_no_worse, count_fused_calls, make_x
 from peft.tuners import lora as peft_lora
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import ucan_fast as uf
-from ucan_fast import ops
 from ucan_fast.accelerate import FusedLoraLinear
 
 K, N = 12, 10
@@ -28,25 +29,7 @@ FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """Grows by one whenever a layer runs the fused forward: outputs alone cannot show which ran."""
-    calls = []
-    real = ops.shrink
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "shrink", counted)
-    return calls
-
-
-class One(nn.Module):
-    def __init__(self, dense: nn.Module) -> None:
-        super().__init__()
-        self.dense = dense
-
-    def forward(self, x):
-        return self.dense(x)
+    return count_fused_calls(monkeypatch)
 
 
 def one_layer(
@@ -94,25 +77,6 @@ def accelerated(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_x(*shape: int, dtype=FP32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    return (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
-
-
-def assert_no_worse(got, pefts, want, what: str = "") -> None:
-    """The tolerance rule: less than twice PEFT's own error in that dtype, plus 1e-6 relative."""
-    assert got.dtype == pefts.dtype, what
-    assert torch.isfinite(got).all(), what
-    scale = want.abs().max().item() if want.numel() else 0.0
-    mine, theirs = error(got, want), error(pefts, want)
-    assert mine <= 2 * theirs + 1e-6 * scale, f"{what}: {mine:.3g}, PEFT {theirs:.3g}"
-
-
 CASES = {
     "fp32": {},
     "fp64": {"base": FP64, "adapter": FP64},
@@ -120,6 +84,9 @@ CASES = {
     "bf16, adapter bf16": {"base": BF16, "adapter": BF16},
     "fp16, adapter fp32": {"base": torch.float16},
     "fp32, adapter bf16": {"adapter": BF16},
+    "bf16, adapter fp16": {"base": BF16, "adapter": torch.float16},
+    "fp32, adapter fp64": {"adapter": FP64},
+    "fp32, adapter fp64, autocast": {"adapter": FP64, "autocast": True},
     "autocast": {"autocast": True},
     "autocast of bf16": {"base": BF16, "autocast": True},
     "three adapters": {"adapters": 3},
@@ -158,6 +125,21 @@ def test_outputs(name, r, fused_calls):
         got, pefts = accelerated(plain)(x), plain(x)
     assert len(fused_calls) == CASES[name].get("adapters", 1)
     assert_no_worse(got, pefts, copy.deepcopy(plain).double()(x.double()))
+
+
+def test_functional_call(fused_calls):
+    """Weights handed in from outside are plain tensors, and they count."""
+    fused = accelerated(one_layer())
+    x = make_x(4, K)
+    weights = {name: p.detach() * 2 for name, p in fused.named_parameters()}
+    got = torch.func.functional_call(fused, weights, x)
+    assert fused_calls
+    doubled = copy.deepcopy(fused)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter *= 2
+    uf.restore(doubled)
+    torch.testing.assert_close(got, doubled(x), rtol=1e-5, atol=1e-6)
 
 
 def strange_inputs(dtype=FP32) -> dict[str, torch.Tensor]:
@@ -205,6 +187,47 @@ def gradients(model, x, context=contextlib.nullcontext, run=lambda model, x: mod
     (y * weight).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"x": x.grad, **found}
+
+
+WIDENED = [
+    ("bf16, adapter fp32", FP32),
+    ("fp16, adapter fp32", FP32),
+    ("autocast of bf16", BF16),
+    ("three adapters bf16", FP32),
+    ("fp32, adapter fp64", FP64),
+    ("fp32, adapter fp64, autocast", FP64),
+]
+
+
+@pytest.mark.parametrize(("name", "product"), WIDENED)
+def test_wide_copies_of_x_are_not_made(name, product, fused_calls):
+    """Widening x is exact, so the operator gets x itself and does it on the fly."""
+    plain, dtype, context = case(name)
+    x = make_x(5, K, dtype=dtype)
+    with torch.no_grad(), context():
+        accelerated(plain)(x)
+    assert fused_calls
+    for (passed, _), options in fused_calls:
+        assert passed is x
+        assert options == {"dtype": product}
+
+
+def test_x_is_narrowed_for_good(fused_calls):
+    """As PEFT does: the second adapter, wider again, sees what the first one's dtype left of x."""
+    plain = one_layer(adapters=2)
+    for module in (layer_of(plain).lora_A, layer_of(plain).lora_B):
+        module["default"].to(BF16)
+    x = make_x(5, K)
+    with torch.no_grad():
+        got, pefts = accelerated(plain)(x), plain(x)
+        dense = copy.deepcopy(layer_of(plain)).double()
+        want = dense.base_layer(x.double())
+        for key in ("default", "second"):
+            z = dense.lora_A[key](x.bfloat16().double())
+            want = want + dense.lora_B[key](z) * dense.scaling[key]
+    assert [call[0][0].dtype for call in fused_calls] == [BF16, BF16]
+    assert [call[1]["dtype"] for call in fused_calls] == [BF16, FP32]
+    assert_no_worse(got, pefts, want)
 
 
 @pytest.mark.parametrize("r", [1, 8, 64])
@@ -357,6 +380,44 @@ def test_subclasses_and_sharded_weights_are_kept():
     assert "tensor parallel" in reason
 
 
+QUANTISED_KINDS = {
+    "awq.AwqLoraLinear": "AWQ",
+    "aqlm.AqlmLoraLinear": "AQLM",
+    "torchao.TorchaoLoraLinear": "torchao",
+    "te.TeLinear": "Transformer Engine",
+}
+
+
+@pytest.mark.parametrize("where", QUANTISED_KINDS)
+def test_layers_over_other_quantised_bases_are_kept_and_named(where):
+    """The class decides: their libraries need not be installed to have it."""
+    module, _, name = where.rpartition(".")
+    cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
+    model = one_layer()
+    layer_of(model).__class__ = cls
+    report = uf.accelerate(model)
+    assert not report.fused
+    assert list(report.kept.values()) == [f"{name} ({QUANTISED_KINDS[where]}) has its own forward"]
+    assert type(layer_of(model)) is cls
+
+
+def test_a_subclass_of_ours_takes_pefts_forward(fused_calls):
+    """FSDP and parametrisations make such classes, around something that must run."""
+    model = accelerated(one_layer())
+
+    class Wrapped(type(layer_of(model))):
+        pass
+
+    layer_of(model).__class__ = Wrapped
+    x = make_x(3, K)
+    want = layer_of(model).base_layer(x)
+    assert not torch.equal(model(x), want)
+    assert not fused_calls
+    assert list(uf.accelerate(model).kept.values()) == ["Wrapped has its own forward"]
+    assert uf.restore(model) == 0
+    assert type(layer_of(model)) is Wrapped
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora", "eva", "gaussian", "orthogonal"])
 def test_other_initialisations_are_ordinary_layers(method, fused_calls):
     if method == "eva":
@@ -439,7 +500,7 @@ def test_repr_shows_which_forward_runs():
     model = one_layer()
     text = repr(model)
     uf.accelerate(model)
-    assert repr(model) == text.replace("lora.Linear", "lora.FusedLoraLinear")
+    assert repr(model) == text.replace("lora.Linear", "lora.FusedLinear")
     assert isinstance(layer_of(model), peft_lora.Linear)
 
 
@@ -682,6 +743,20 @@ def test_a_hook_that_changes_the_result_is_obeyed(fused_calls):
         layer_of(model).lora_B["default"].register_forward_hook(lambda _m, _x, y: y * 3)
     x = make_x(4, K)
     assert torch.equal(fused(x), plain(x))
+    assert not fused_calls
+
+
+def test_hooks_on_all_modules_fire(fused_calls):
+    """Those of torch.nn.modules.module: profilers and module trackers use them."""
+    fused, fired = accelerated(one_layer()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: fired.append(m))
+    try:
+        fused(make_x(4, K))
+    finally:
+        handle.remove()
+    layer = layer_of(fused)
+    assert layer.lora_A["default"] in fired
+    assert layer.lora_B["default"] in fired
     assert not fused_calls
 
 

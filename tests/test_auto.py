@@ -53,7 +53,7 @@ def alone(scenario: Callable, *arguments) -> None:
 
 
 def fused(model) -> int:
-    return sum(type(m) is FusedLoraLinear for m in model.modules())
+    return sum(isinstance(m, FusedLoraLinear) for m in model.modules())
 
 
 def fused_calls(model) -> int:

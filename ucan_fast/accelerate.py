@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -9,20 +10,22 @@ from peft.tuners import lora
 from torch import nn
 
 from . import ops
-from .adapter import call_obstacle, sharded_by, tuner_layers, unfusable
+from .adapter import fusable_parts, sharded_by, tuner_layers, unfusable
 
 
-class FusedLoraLinear(lora.Linear):
-    """``peft.tuners.lora.Linear`` with another forward and no state of its own.
+class FusedLoraLinear:
+    """Another forward for one of PEFT's linear LoRA layers, without any state of its own.
 
-    A layer becomes one by having its ``__class__`` swapped, so that pickle, deepcopy, merging and
-    every other method of PEFT keep working (a forward bound to the instance would be lost).
+    A layer is switched by having its ``__class__`` swapped for a subclass of this one and of its
+    own class, so that pickle, deepcopy, merging and every other method of PEFT keep working (a
+    forward bound to the instance would be lost).
     """
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """PEFT's result; by PEFT's own forward wherever :func:`call_obstacle` finds a reason."""
+        """PEFT's result; by PEFT's own forward wherever :func:`fusable_parts` finds a reason."""
         recorder = self.__dict__.get("_ucan_recorder")
-        if call_obstacle(self, x, args, kwargs) is not None:
+        parts = fusable_parts(self, x, args, kwargs) if is_fused(self) else None
+        if parts is None:
             if recorder is None:
                 return super().forward(x, *args, **kwargs)
             with recorder.hooked():
@@ -30,25 +33,69 @@ class FusedLoraLinear(lora.Linear):
             recorder.layer_output(result)
             return result
 
-        base_out = self.base_layer(x)
-        adapters = [key for key in self.active_adapters if key in self.lora_A]
-        result = base_out
-        if len(adapters) > 1:
+        result = self._call_base(x)
+        y_dtype = result.dtype
+        if len(parts) > 1:
             # PEFT rounds once, after the last adapter, where adapters are wider than the base.
-            result = base_out.to(torch.promote_types(base_out.dtype, torch.float32))
-        for key in adapters:
-            a, b = self.lora_A[key].weight, self.lora_B[key].weight
-            bias, scaling = self.lora_B[key].bias, self.scaling[key]
-            x = self._cast_input_dtype(x, a.dtype)
-            dtype = _product_dtype(x)
-            if recorder is not None and recorder.wants(key):
+            result = result.to(torch.promote_types(y_dtype, torch.float32))
+        casts = self._casts_dtypes()
+        for adapter, a, b, bias, scaling in parts:
+            if casts:
+                x, dtype = _narrowed(x, a.dtype), _product_dtype(x, a.dtype)
+            else:
+                dtype = _product_dtype(x, x.dtype)
+                y_dtype = torch.promote_types(y_dtype, dtype)
+                result = result.to(torch.promote_types(result.dtype, dtype))
+            if recorder is not None and recorder.wants(adapter):
                 result = recorder.fused_step(result, x, a, b, bias, scaling, dtype)
             else:
                 result = ops.expand(result, ops.shrink(x, a, dtype=dtype), b, scaling, bias=bias)
-        result = result.to(base_out.dtype)
+        result = result.to(y_dtype)
         if recorder is not None:
             recorder.layer_output(result)
         return result
+
+    def _call_base(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+    def _casts_dtypes(self) -> bool:
+        # Whether x is cast to the adapter's dtype and the sum back to the base's.
+        return True
+
+
+class FusedLinear(FusedLoraLinear, lora.Linear):
+    """``peft.tuners.lora.Linear``, fused."""
+
+    pefts = lora.Linear
+
+
+class _OverBitsandbytes(FusedLoraLinear):
+    # PEFT clones what the base returns, lest a view of a custom function be changed in place.
+    # Nothing is changed in place here.
+    def _casts_dtypes(self) -> bool:
+        # PEFT's own question: without a device it means CUDA's autocast, on the CPU too.
+        return not torch.is_autocast_enabled()
+
+
+class _OverGptq(FusedLoraLinear):
+    def _call_base(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_linear_module(x)
+
+
+_OVER = {
+    "Linear4bit": _OverBitsandbytes,
+    "Linear8bitLt": _OverBitsandbytes,
+    "GPTQLoraLinear": _OverGptq,
+}
+
+
+def __getattr__(name: str) -> type[FusedLoraLinear]:
+    # FusedLinear4bit and the like are made when first asked for, by accelerate or by pickle:
+    # their bases come from modules of PEFT that import bitsandbytes.
+    own = name.removeprefix("Fused")
+    if own == name or own not in _OVER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _fused_over(getattr(lora, own))
 
 
 @dataclass
@@ -92,31 +139,56 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     report = AccelerationReport()
     sharding = sharded_by(model)
     for name, module in tuner_layers(model):
-        if isinstance(module, FusedLoraLinear):
+        if sharding:
+            report.kept[name] = f"weights are sharded by {sharding}"
+            _give_back(module)
+        elif is_fused(module):
             report.fused.append(name)
-            continue
-        reason = f"weights are sharded by {sharding}" if sharding else unfusable(module)
-        if reason:
+        elif reason := unfusable(module):
             report.kept[name] = reason
         else:
-            module.__class__ = FusedLoraLinear
+            module.__class__ = _fused_class(type(module))
             report.fused.append(name)
     return report
 
 
 def restore(model: nn.Module) -> int:
     """Give every layer PEFT's own forward back. Returns how many were switched."""
-    count = 0
-    for _, module in tuner_layers(model):
-        if isinstance(module, FusedLoraLinear):
-            module.__class__ = lora.Linear
-            count += 1
-    return count
+    return sum(_give_back(module) for _, module in tuner_layers(model))
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
+def is_fused(module: nn.Module) -> bool:
+    """Whether this layer was switched to the fused forward."""
+    # Not a subclass of ours: whoever made it (FSDP does) has put something around the weights.
+    return "pefts" in vars(type(module))
+
+
+def _give_back(module: nn.Module) -> bool:
+    fused = is_fused(module)
+    if fused:
+        module.__class__ = type(module).pefts
+    return fused
+
+
+def _fused_class(cls: type[nn.Module]) -> type[FusedLoraLinear]:
+    return FusedLinear if cls is lora.Linear else _fused_over(cls)
+
+
+@functools.cache
+def _fused_over(cls: type[nn.Module]) -> type[FusedLoraLinear]:
+    body = {"__doc__": f"PEFT's ``{cls.__name__}``, fused.", "__module__": __name__, "pefts": cls}
+    return type(f"Fused{cls.__name__}", (_OVER[cls.__name__], cls), body)
+
+
+def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # PEFT casts x to the adapter's dtype. Widening is exact, so the product may do it on the fly;
+    # narrowing is not, and what the statistics describe is the narrowed x.
+    return x if torch.promote_types(x.dtype, dtype) == dtype else x.to(dtype)
+
+
+def _product_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     # What F.linear would have computed in: autocast narrows fp32, and leaves fp64 alone.
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return dtype

@@ -14,9 +14,11 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .errors import UcanError
 
+_PLAIN = (nn.Parameter, torch.Tensor)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # These hold lora_A and lora_B, but no y = x Aᵀ Bᵀ path whose inputs could be measured.
 _NO_LINEAR_PATH = tuple(
@@ -24,6 +26,23 @@ _NO_LINEAR_PATH = tuple(
     for name in ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
     if hasattr(lora_layer, name)
 )
+# By name: to look up the class of a library that is not in use would import that library.
+_FUSABLE = (
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.gptq.GPTQLoraLinear",
+)
+_OTHER_BASES = {
+    "AqlmLoraLinear": "AQLM",
+    "AwqLoraLinear": "AWQ",
+    "EetqLoraLinear": "EETQ",
+    "HqqLoraLinear": "HQQ",
+    "IncLoraLinear": "Intel Neural Compressor",
+    "LoraParallelLinear": "Megatron tensor parallel",
+    "TeLinear": "Transformer Engine",
+    "TorchaoLoraLinear": "torchao",
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +75,12 @@ class LoraLayer:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and ``DistributedDataParallel`` wrappers."""
+    """The model inside ``torch.compile``, DDP and ``DataParallel`` wrappers."""
     while True:
         # Not hasattr: PeftModel forwards unknown attributes to the model inside.
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         else:
             return model
@@ -74,7 +93,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 def tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module that carries LoRA weights of any adapter, by name."""
-    return [(name, m) for name, m in unwrap(model).named_modules() if is_lora_layer(m)]
+    return [(name, module) for name, module in _named_modules(model) if is_lora_layer(module)]
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
@@ -128,9 +147,16 @@ def find_layers(model: nn.Module, adapter: str) -> list[LoraLayer]:
             on a real device. The layer is named.
     """
     layers = []
-    for name, module in tuner_layers(model):
-        if adapter not in _adapters_of(module):
+    modules = _named_modules(model)
+    sharded = _has_fsdp(module for _, module in modules)
+    for name, module in modules:
+        if not is_lora_layer(module) or adapter not in _adapters_of(module):
             continue
+        if sharded:
+            raise UcanError(
+                f"{name}: weights are sharded by FSDP, so no process holds a whole neuron; "
+                "load the model unsharded for this."
+            )
         reason = unmeasurable(module, adapter)
         if reason:
             raise UcanError(
@@ -147,6 +173,8 @@ def unmeasurable(module: nn.Module, adapter: str) -> str | None:
         return "it is not a linear LoRA layer"
     if type(module).__name__ == "LoraParallelLinear":
         return "Megatron tensor-parallel layers are not supported"
+    if _is_tensor_parallel(module):
+        return "its base layer is tensor parallel"
     for weight in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
         reason = _unusual_weight(weight)
         if reason:
@@ -158,19 +186,24 @@ def unfusable(module: nn.Module) -> str | None:
     """Why the fused forward cannot replace PEFT's own on this layer, or None.
 
     States that may change from call to call (merged, disabled, dropout, hooks) are not asked
-    here but by :func:`call_obstacle`.
+    here but by :func:`fusable_parts`.
     """
-    # Subclasses (torchao, INC, quantised bases) change what forward means.
-    if type(module) is not lora.Linear:
-        return f"{type(module).__name__} has its own forward"
+    # The exact classes: a subclass may change what forward means.
+    cls = type(module)
+    if f"{cls.__module__}.{cls.__qualname__}" not in _FUSABLE:
+        kind = _OTHER_BASES.get(cls.__name__)
+        return f"{cls.__name__}{f' ({kind})' if kind else ''} has its own forward"
     base = module.base_layer
     if base is not module.get_base_layer():
         return "another tuner is nested inside it"
-    for weight in (getattr(base, "weight", None), *_adapter_weights(module)):
-        reason = None if weight is None else _unusual_weight(weight)
-        if reason:
-            return reason
-    if getattr(base, "_hf_tp_plan", None) or getattr(base, "_hf_device_mesh", None):
+    weight = getattr(base, "weight", None)
+    # The base is only called, so how its weight is packed does not matter.
+    reason = None if weight is None else _unusual_weight(weight, packed=_is_packed(module, weight))
+    for weight in _adapter_weights(module):
+        reason = reason or _unusual_weight(weight)
+    if reason:
+        return reason
+    if _is_tensor_parallel(module):
         return "its base layer is tensor parallel"
     if module.lora_variant:
         names = sorted({type(v).__name__ for v in module.lora_variant.values()})
@@ -194,45 +227,54 @@ def is_weight_probe(layer: LoraLayer, x: torch.Tensor) -> bool:
 
 def sharded_by(model: nn.Module) -> str | None:
     """The wrapper that shards this model's weights (FSDP, ZeRO-3), or None."""
-    for module in unwrap(model).modules():
-        kinds = {cls.__name__ for cls in type(module).__mro__}
-        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
-            return "FSDP"
+    if _has_fsdp(module for _, module in _named_modules(model)):
+        return "FSDP"
     if any(hasattr(p, "ds_id") for p in unwrap(model).parameters()):
         return "DeepSpeed ZeRO-3"
     return None
 
 
-def call_obstacle(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> str | None:
-    """Why this very call must take PEFT's own forward, or None. Asked at every call."""
-    if args or kwargs:
-        return "extra arguments (adapter_names, alora_offsets)"
-    if module.disable_adapters or module.merged:
-        return "merged or disabled"
-    if not getattr(module, "cast_input_dtype_enabled", True):
-        return "input dtype casting is disabled"
-    if x.dtype not in _FLOATS:
-        return f"input dtype {x.dtype}"
+def fusable_parts(
+    module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict
+) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None, float]] | None:
+    """``(adapter, A, B, bias of B, s)`` of every active adapter, or None for PEFT's own forward.
+
+    Asked at every call, in training and generation for every layer: dictionaries are read
+    directly, since attributes of an ``nn.Module`` cost ten times as much.
+    """
+    # Arguments: adapter_names, alora_offsets, or ones for the base layer.
+    if args or kwargs or module.disable_adapters or module.merged or x.dtype not in _FLOATS:
+        return None
+    own = module.__dict__
+    if not own.get("cast_input_dtype_enabled", True) or _has_any_global_hook():
+        return None
+    modules, variants, device = own["_modules"], own["lora_variant"], x.device
+    all_a, all_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts = modules["lora_dropout"]._modules
+    parts = []
     for adapter in module.active_adapters:
-        if adapter not in module.lora_A:
+        if adapter not in all_a:
             continue
-        if adapter in module.lora_variant:
-            return "adapter variant"
-        if module.training and not _is_identity(module.lora_dropout[adapter]):
-            return "dropout is active"
-        a, b = module.lora_A[adapter], module.lora_B[adapter]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear:
-            return "lora_A or lora_B was replaced"
-        if _has_hooks(a) or _has_hooks(b) or _has_hooks(module.lora_dropout[adapter]):
-            return "hooks on lora_A or lora_B"
-        if a.weight.device != x.device or b.weight.device != x.device:
-            return "adapter weights on another device"
-        if a.weight.dtype != b.weight.dtype:
-            return "lora_A and lora_B differ in dtype"
-        # One type test covers DTensor and parametrised weights that appeared since.
-        if type(a.weight) not in (nn.Parameter, torch.Tensor):
-            return _unusual_weight(a.weight)
-    return None
+        a, b, dropout = all_a[adapter], all_b[adapter], dropouts[adapter]
+        # A variant (DoRA), or lora_A or lora_B replaced or parametrised.
+        if adapter in variants or type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return None
+        if own["training"] and not _is_identity(dropout):
+            return None
+        if _has_hooks(a) or _has_hooks(b) or _has_hooks(dropout):
+            return None
+        weight_a, weight_b = a._parameters.get("weight"), b._parameters.get("weight")
+        # One type test covers DTensor, and wrappers that took the parameter away. Plain tensors
+        # come from torch.func.functional_call.
+        if type(weight_a) not in _PLAIN or type(weight_b) not in _PLAIN:
+            return None
+        if weight_a.device != device or weight_b.device != device:
+            return None
+        if weight_a.dtype != weight_b.dtype:
+            return None
+        parts.append((adapter, weight_a, weight_b, b._parameters["bias"], own["scaling"][adapter]))
+    # Without an active adapter the forward is all PEFT's: there is nothing to fuse.
+    return parts or None
 
 
 def fingerprint(model: nn.Module, adapter: str) -> str:
@@ -309,6 +351,28 @@ def module_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    # What named_modules gives, by a loop: its nested generators take twice as long, and a
+    # deletion request walks the model some twenty times.
+    found, seen, left = [], set(), [("", unwrap(model))]
+    while left:
+        name, module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((name, module))
+        start = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None:
+                left.append((start + key, child))
+    return found
+
+
+def _has_fsdp(modules: Iterable[nn.Module]) -> bool:
+    kinds = {cls.__name__ for kind in {type(m) for m in modules} for cls in kind.__mro__}
+    return not kinds.isdisjoint(("FullyShardedDataParallel", "FSDPModule"))
+
+
 def _adapters_of(module: nn.Module) -> Iterable[str]:
     keys = [*module.lora_A.keys(), *getattr(module, "lora_embedding_A", {}).keys()]
     return dict.fromkeys(keys)
@@ -341,12 +405,27 @@ def _base_identity(model: nn.Module) -> dict:
     return identity
 
 
-def _unusual_weight(weight: torch.Tensor) -> str | None:
+def _is_packed(module: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether this is the weight of a quantised base layer that may be fused."""
+    # bitsandbytes' classes also reach plain lora.Linear, where the model does not say that it is
+    # loaded in 4 or 8 bits.
+    return type(module) is not lora.Linear or type(weight).__module__.startswith("bitsandbytes.")
+
+
+def _is_tensor_parallel(module: nn.Module) -> bool:
+    base = module.get_base_layer()
+    marks = ("_hf_tp_plan", "_hf_device_mesh")
+    return any(getattr(base, mark, None) is not None for mark in marks)
+
+
+def _unusual_weight(weight: torch.Tensor, *, packed: bool = False) -> str | None:
     if hasattr(weight, "ds_id"):
         return "its weights are sharded (DeepSpeed ZeRO-3)"
     if weight.device.type == "meta":
         return "its weights are on the meta device (offloaded)"
-    if type(weight) not in (nn.Parameter, torch.Tensor):
+    if packed:
+        return None
+    if type(weight) not in _PLAIN:
         return f"its weights are of type {type(weight).__name__}"
     if weight.dtype not in _FLOATS:
         return f"its weights are {weight.dtype}"
@@ -363,5 +442,5 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or hasattr(module, "_hf_hook")
+        or "_hf_hook" in module.__dict__
     )

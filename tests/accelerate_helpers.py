@@ -1,0 +1,49 @@
+"""What the tests of the fused forward share: a model of one layer, and the tolerance rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ucan_fast import ops
+
+
+class One(nn.Module):
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, x):
+        return self.dense(x)
+
+
+def make_x(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert got.shape == want.shape
+    return (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
+
+
+def assert_no_worse(got, pefts, want, what: str = "") -> None:
+    """The tolerance rule: less than twice PEFT's own error in that dtype, plus 1e-6 relative."""
+    assert got.dtype == pefts.dtype, what
+    assert torch.isfinite(got).all(), what
+    scale = want.abs().max().item() if want.numel() else 0.0
+    mine, theirs = error(got, want), error(pefts, want)
+    assert mine <= 2 * theirs + 1e-6 * scale, f"{what}: {mine:.3g}, PEFT {theirs:.3g}"
+
+
+def count_fused_calls(monkeypatch) -> list:
+    """Grows by one whenever a layer runs the fused forward: outputs alone cannot show which ran."""
+    calls = []
+    real = ops.shrink
+
+    def counted(*args, **kwargs):
+        calls.append((args, kwargs))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "shrink", counted)
+    return calls
