@@ -1,10 +1,10 @@
 """Block sizes, warps and stages per (GPU, kernel, shape class), with a fallback for any GPU.
 
-A committed table instead of ``triton.autotune``: that needs a GPU at import time of the first
-call, measures again in every process, and lets the same input take two different roads. A kernel
-names its shape classes as it likes; every class needs a ``"default"`` row, and a row for a certain
-GPU is added only with a measurement. The ahead-of-time gate compiles every row for every GPU that
-it can be used on (:func:`rows`).
+A committed table instead of ``triton.autotune``, which fails without a GPU, measures again in every
+process, and lets the same input give different bits in two of them. A kernel names its shape
+classes as it likes; every class needs a ``"default"`` row, and a row for a certain GPU is added
+only with a measurement. The ahead-of-time gate compiles every row for every GPU that it can be
+used on (:func:`rows`). No row was measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,45 @@ GPUS = {"a100": ("A100", 80), "h100": ("H100", 90), "h200": ("H200", 90), "b200"
 CAPABILITIES = (80, 90, 100)
 
 #: kernel -> (GPU, shape class) -> launch options: block sizes, ``num_warps``, ``num_stages``.
-TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {}
+TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
+    # (dots, padded rank; 256 is a loop over parts of r). Chosen by registers and occupancy, not
+    # measured: tiles of 64 and more rows would take wgmma, whose layout spreads the sums of a
+    # column over the warps and spills.
+    "expand": {
+        ("default", (dots, rank)): {
+            "BLOCK_M": 32,
+            "BLOCK_N": 64 if rank <= 64 else 128,
+            "num_warps": 4 if rank <= 64 else 8,
+            "num_stages": 2,
+        }
+        for dots in ("16-bit", "split", "fp32")
+        for rank in (16, 32, 64, 256)
+    },
+    # (padded rank, bytes of the wider of x and the dot's operands, few or many rows). Rows of 128
+    # bytes are one swizzle; wide ranks take smaller tiles for the registers' sake.
+    "shrink": {
+        ("default", (rank, size, rows)): {
+            "BLOCK_M": 16 if rows == "few" else 128 if rank <= 128 else 64,
+            "BLOCK_K": 128 // size if rank <= 128 else 32,
+            "num_warps": 4 if rows == "few" or rank <= 32 else 8,
+            "num_stages": 3,
+        }
+        for rank in (16, 32, 64, 128, 256)
+        for size in (2, 4)
+        for rows in ("few", "many")
+    },
+    # (padded rank, few or many rows); few rows come with many chunks.
+    "shrink_finish": {
+        ("default", (rank, rows)): {
+            "ROWS": 1 if rows == "few" else min(2048 // rank, 64),
+            "SPLITS": min(2048 // rank, 64) if rows == "few" else 2,
+            "num_warps": 4,
+            "num_stages": 3,
+        }
+        for rank in (16, 32, 64, 128, 256)
+        for rows in ("few", "many")
+    },
+}
 
 
 def config(kernel: str, key: Hashable, device: torch.device | None = None) -> Config:

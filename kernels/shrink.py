@@ -1,0 +1,369 @@
+"""shrink: ``z = x Aᵀ`` and the moments of x and of z, in one read of x.
+
+A program owns a block of rows and a chunk of columns of x: at 8192 tokens there are only 64 blocks
+of 128 rows for the 132 SMs of an H100. It loops over its chunk, adds to z in fp32 and writes the
+column sums of every tile into the slot of its block of rows. Partial z go to a workspace; a second
+kernel adds them in a fixed order, rounds once and takes the moments of z. With one chunk and no
+moments of z the first kernel writes z itself.
+
+Bytes at M tokens, K columns, rank r, S chunks, e bytes per element: M·K·e for x, once; A is read
+from L2 by each of the M/128 blocks of rows; the slots are 4·2·G·K·M/128, written and read by the
+fold (at bf16 and two groups 6 % of x, each way); the partial sums 8·S·M·r (at K = 4096, r = 16 and
+S = 4, 6 % of x in bf16). Operations: 2·M·K·r in the dot (three times that where fp32's digits need
+three products) and about ten a value for the moments of two groups. At bf16, r = 16 and one
+product these are 16 + 5 a byte, against the 240 that an H100's tensor cores would have time for at
+2.9 TB/s, and the about 10 of its fp32 units: bound by bandwidth, 8192 x 4096 takes 23 µs or more
+for x alone. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .common import (
+    CAST_DOT,
+    TRITON_DTYPES,
+    CompileCase,
+    column_sums,
+    fold_,
+    new_slots,
+    on_device,
+    round_to,
+    rows_of,
+    store_sums,
+)
+
+#: At most so many rows are "few": decoding. They get small blocks, and parallelism from K alone.
+FEW_ROWS = 32
+#: Programs of one wave, and of two per SM: an H100 has 132 SMs.
+WAVE, TWO_PER_SM = 132, 264
+MAX_SPLITS = 64
+
+
+@triton.jit
+def as_operand(value, DTYPE: tl.constexpr, CAST_DOT: tl.constexpr):
+    """Rounds to the dtype of the product; under the interpreter the result is widened again."""
+    if CAST_DOT:
+        value = value.to(DTYPE)
+    else:
+        value = round_to(value.to(tl.float32), DTYPE, True).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["m", "only_group"])
+def shrink_kernel(
+    x,
+    a,
+    out,
+    groups,
+    slots,
+    m,
+    k,
+    r,
+    chunk,
+    stride_m,
+    stride_k,
+    only_group,
+    OPERAND: tl.constexpr,
+    SPLIT_A: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BOTH: tl.constexpr,
+    CAST_DOT: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One block of rows, one chunk of columns: its share of z, and the moments of these columns.
+
+    ``out`` is the fp32 workspace ``[chunks, m, r]``, or z itself where nothing is left to do.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank = tl.arange(0, R_PAD)
+    if MOMENTS:
+        group = tl.load(groups + row, mask=row < m, other=-1)
+    x_rows = x + row[:, None] * stride_m
+    a_rows = a + rank.to(tl.int64)[:, None] * k
+    z = tl.zeros([BLOCK_M, R_PAD], dtype=tl.float32)
+    first = part * chunk
+    for start in range(first, tl.minimum(first + chunk, k), BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (column < k)[None, :]
+        x_address = x_rows + column.to(tl.int64)[None, :] * stride_k
+        x_tile = tl.load(x_address, mask=(row < m)[:, None] & inside, other=0.0)
+        a_tile = tl.load(a_rows + column[None, :], mask=(rank < r)[:, None] & inside, other=0.0)
+        left = as_operand(x_tile, OPERAND, CAST_DOT)
+        if SPLIT_A:
+            # Three bf16 parts of 8 bits each hold all 24 of an fp32 A; x is exact in bf16.
+            high = as_operand(a_tile, OPERAND, CAST_DOT)
+            rest = a_tile - high.to(tl.float32)
+            middle = as_operand(rest, OPERAND, CAST_DOT)
+            low = as_operand(rest - middle.to(tl.float32), OPERAND, CAST_DOT)
+            z = tl.dot(left, tl.trans(low), z)
+            z = tl.dot(left, tl.trans(middle), z)
+            z = tl.dot(left, tl.trans(high), z)
+        else:
+            # tf32x3 concerns fp32 operands only: plain tf32 would keep 11 bits of 24.
+            right = as_operand(a_tile, OPERAND, CAST_DOT)
+            z = tl.dot(left, tl.trans(right), z, input_precision="tf32x3")
+        if MOMENTS:
+            a_f, a_r, s_f, s_r = column_sums(x_tile.to(tl.float32), group, only_group, BOTH)
+            store_sums(slots, block, column, k, a_f, a_r, s_f, s_r, BOTH)
+    z = round_to(z, out.dtype.element_ty, not CAST_DOT)
+    target = out + part.to(tl.int64) * m * r + row[:, None] * r + rank[None, :]
+    tl.store(target, z, mask=(row < m)[:, None] & (rank < r)[None, :])
+
+
+@triton.jit(do_not_specialize=["m", "splits", "only_group"])
+def finish_kernel(
+    parts,
+    z,
+    groups,
+    slots,
+    m,
+    r,
+    splits,
+    only_group,
+    MOMENTS: tl.constexpr,
+    BOTH: tl.constexpr,
+    CAST_DOT: tl.constexpr,
+    R_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """z = Σ parts, always in the same order; then rounded, and its moments taken."""
+    block = tl.program_id(0)
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, R_PAD)
+    inside = (row < m)[:, None] & (rank < r)[None, :]
+    place = row[:, None] * r + rank[None, :]
+    total = tl.zeros([ROWS, R_PAD], dtype=tl.float32)
+    for first in range(0, splits, SPLITS):
+        part = first + tl.arange(0, SPLITS)
+        address = parts + (part.to(tl.int64) * m * r)[:, None, None] + place[None, :, :]
+        mask = (part < splits)[:, None, None] & inside[None, :, :]
+        total += tl.sum(tl.load(address, mask=mask, other=0.0), axis=0)
+    total = round_to(total, z.dtype.element_ty, not CAST_DOT)
+    tl.store(z + place, total, mask=inside)
+    if MOMENTS:
+        group = tl.load(groups + row, mask=row < m, other=-1)
+        a_f, a_r, s_f, s_r = column_sums(total.to(tl.float32), group, only_group, BOTH)
+        store_sums(slots, block, rank, r, a_f, a_r, s_f, s_r, BOTH)
+
+
+def chunks(m: int, k: int, r: int, block_m: int, block_k: int) -> tuple[int, int]:
+    """How x is cut along K: the number of chunks, and the columns of one (whole blocks).
+
+    As many as give two programs per SM, but no more than keep the partial sums (8 bytes written
+    and read per chunk, row and rank) under half of x in bf16, unless one wave needs them.
+    """
+    row_blocks = max(1, triton.cdiv(m, block_m))
+    k_blocks = max(1, triton.cdiv(k, block_k))
+    wanted = max(WAVE // row_blocks, min(TWO_PER_SM // row_blocks, k // (8 * r)), 1)
+    chunk = triton.cdiv(k_blocks, min(wanted, k_blocks, MAX_SPLITS)) * block_k
+    return max(1, triton.cdiv(k, chunk)), chunk
+
+
+def dot_mode(x: torch.dtype, a: torch.dtype, product: torch.dtype) -> tuple[torch.dtype, bool]:
+    """The dtype of the dot's operands, and whether A is split in three parts of it.
+
+    An fp32 product of two tensors of the same 16-bit dtype is exact in that dtype.
+    """
+    if product != torch.float32:
+        return product, False
+    if x == a:
+        return x, False
+    if x == torch.bfloat16 and a == torch.float32:
+        return torch.bfloat16, True
+    return torch.float32, False
+
+
+def pad_rank(r: int) -> int:
+    """The smallest rank that a dot can have and that holds r."""
+    return max(16, triton.next_power_of_2(r))
+
+
+def shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    dtype: torch.dtype,
+    groups: torch.Tensor | None = None,
+    only_group: int | None = None,
+    input_moments: torch.Tensor | None = None,
+    rank_moments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``z = x Aᵀ``, with the moments of x as given and of z as stored added in place.
+
+    Args:
+        x: ``[..., K]``, fp32, bf16 or fp16, any strides.
+        a: ``[r, K]``, r at most 256, fp32, bf16 or fp16.
+        dtype: of the product: operands are rounded to it, sums are fp32, z has it.
+        groups: integers ``[tokens]``: 0 forget, 1 retain, else ignored; needed for moments.
+        only_group: 0 or 1 counts only that group's tokens.
+        input_moments: fp64 ``[2, 2, K]``.
+        rank_moments: fp64 ``[2, 2, r]``.
+    """
+    r, k = a.shape
+    z = x.new_empty((*x.shape[:-1], r), dtype=dtype)
+    if z.numel() == 0:
+        return z
+    if k == 0:
+        return z.zero_()
+    x, a = rows_of(x), a.contiguous()
+    m, r_pad, size = x.shape[0], pad_rank(r), "few" if x.shape[0] <= FEW_ROWS else "many"
+    operand, split_a = dot_mode(x.dtype, a.dtype, dtype)
+    tile = tuning.config("shrink", (r_pad, max(x.element_size(), operand.itemsize), size), x.device)
+    row_blocks = triton.cdiv(m, tile["BLOCK_M"])
+    splits, chunk = chunks(m, k, r, tile["BLOCK_M"], tile["BLOCK_K"])
+    at_once = splits == 1 and rank_moments is None
+    out = z if at_once else x.new_empty((splits, m, r), dtype=torch.float32)
+    if input_moments is not None or rank_moments is not None:
+        groups = groups.contiguous()
+    flags = {"BOTH": only_group is None, "CAST_DOT": CAST_DOT, "R_PAD": r_pad}
+    only = -1 if only_group is None else only_group
+    slots = None
+    if input_moments is not None:
+        slots = new_slots(row_blocks, k, only_group, x.device)
+    with on_device(x):
+        shrink_kernel[row_blocks, splits](
+            x,
+            a,
+            out,
+            None if slots is None else groups,
+            slots,
+            m,
+            k,
+            r,
+            chunk,
+            x.stride(0),
+            x.stride(1),
+            only,
+            OPERAND=TRITON_DTYPES[operand],
+            SPLIT_A=split_a,
+            MOMENTS=slots is not None,
+            enable_fp_fusion=True,
+            **flags,
+            **tile,
+        )
+    if slots is not None:
+        fold_(slots, input_moments, only_group)
+    if not at_once:
+        tile = tuning.config("shrink_finish", (r_pad, size), x.device)
+        row_blocks, slots = triton.cdiv(m, tile["ROWS"]), None
+        if rank_moments is not None:
+            slots = new_slots(row_blocks, r, only_group, x.device)
+        with on_device(x):
+            finish_kernel[row_blocks,](
+                out,
+                z,
+                None if slots is None else groups,
+                slots,
+                m,
+                r,
+                splits,
+                only,
+                MOMENTS=slots is not None,
+                enable_fp_fusion=True,
+                **flags,
+                **tile,
+            )
+        if slots is not None:
+            fold_(slots, rank_moments, only_group)
+    return z
+
+
+#: Operands that real models bring: x, A, product. All-bf16, PEFT's default of fp32 adapters under
+#: bf16, fp32, the two autocasts, and the same in fp16.
+_DTYPES = (
+    ("bf16", "bf16", "bf16"),
+    ("bf16", "fp32", "fp32"),
+    ("fp32", "fp32", "fp32"),
+    ("fp32", "fp32", "bf16"),
+    ("bf16", "fp32", "bf16"),
+    ("fp16", "fp16", "fp16"),
+    ("fp16", "fp32", "fp32"),
+    ("fp32", "fp32", "fp16"),
+)
+_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every dtype and row of the table with all moments; the lighter variants of the main ones."""
+    return [*_shrink_cases(), *_finish_cases()]
+
+
+def _shrink_cases() -> Iterator[CompileCase]:
+    for gpu, (rank, size, rows), tile, capabilities in tuning.rows("shrink"):
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        for dtypes in _DTYPES:
+            x, a, product = dtypes
+            operand, split_a = dot_mode(*(_NAMES[name] for name in dtypes))
+            if max(_NAMES[x].itemsize, operand.itemsize) != size:
+                continue
+            # What is stored, moments, of both groups. fp32 partial sums come with all of them.
+            kinds = [("fp32", True, True)]
+            if dtypes in _DTYPES[:3]:
+                kinds += [("fp32", True, False), ("fp32", False, True)]
+            if product != "fp32":
+                kinds += [(product, True, True)]
+            for out, moments, both in kinds:
+                none = dict.fromkeys(() if moments else ("groups", "slots"))
+                pointers = ("x", "a", "out", *(() if none else ("groups", "slots")))
+                what = ("both groups" if both else "one group") if moments else "no moments"
+                yield CompileCase(
+                    name=f"{x} x, {a} A, {operand} dot, {out} out, r {rank}, {rows} rows, "
+                    f"{what}, {gpu}".replace("torch.", ""),
+                    kernel=shrink_kernel,
+                    signature={
+                        **{"x": f"*{x}", "a": f"*{a}", "out": f"*{out}"},
+                        **{"groups": "*i8", "slots": "*fp32", **dict.fromkeys(none, "constexpr")},
+                        **dict.fromkeys(("m", "k", "r", "chunk", "stride_m"), "i32"),
+                        **{"stride_k": "constexpr", "only_group": "i32"},
+                        **dict.fromkeys(("OPERAND", "SPLIT_A", "MOMENTS", "BOTH"), "constexpr"),
+                        **dict.fromkeys(("CAST_DOT", "R_PAD", "BLOCK_M", "BLOCK_K"), "constexpr"),
+                    },
+                    constants={
+                        **none,
+                        **{"stride_k": 1, "OPERAND": TRITON_DTYPES[operand], "SPLIT_A": split_a},
+                        **{"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank},
+                        **tile,
+                    },
+                    divisible=(*pointers, "k", "r", "chunk", "stride_m"),
+                    dot=True,
+                    capabilities=capabilities,
+                    **options,
+                )
+
+
+def _finish_cases() -> Iterator[CompileCase]:
+    for gpu, (rank, rows), tile, capabilities in tuning.rows("shrink_finish"):
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        for dtype in ("fp32", "bf16", "fp16"):
+            for moments in (True, False):
+                none = dict.fromkeys(() if moments else ("groups", "slots"))
+                pointers = ("parts", "z", *(() if none else ("groups", "slots")))
+                yield CompileCase(
+                    name=f"finish, {dtype} z, r {rank}, {rows} rows, "
+                    f"{'moments' if moments else 'no moments'}, {gpu}",
+                    kernel=finish_kernel,
+                    signature={
+                        **{"parts": "*fp32", "z": f"*{dtype}", "groups": "*i8", "slots": "*fp32"},
+                        **dict.fromkeys(none, "constexpr"),
+                        **dict.fromkeys(("m", "r", "splits", "only_group"), "i32"),
+                        **dict.fromkeys(("MOMENTS", "BOTH", "CAST_DOT"), "constexpr"),
+                        **dict.fromkeys(("R_PAD", "ROWS", "SPLITS"), "constexpr"),
+                    },
+                    constants={
+                        **{**none, "MOMENTS": moments, "BOTH": True, "CAST_DOT": True},
+                        **{"R_PAD": rank, **tile},
+                    },
+                    divisible=(*pointers, "r"),
+                    capabilities=capabilities,
+                    **options,
+                )
