@@ -85,12 +85,17 @@ def new_slots(slots: int, n: int, only_group: int | None, device: torch.device) 
 
 @triton.jit
 def round_to(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 to DTYPE, to nearest even. The interpreter truncates to bf16; here it rounds."""
+    """fp32 to DTYPE, to nearest even. The interpreter truncates to bf16 and garbles its subnormal
+    numbers; here the bits are made by hand."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
-    return value.to(DTYPE)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # A NaN stays one: rounding could carry its payload away.
+        nearest = tl.where(value == value, nearest, (bits >> 16) | 0x40)
+        rounded = nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = value.to(DTYPE)
+    return rounded
 
 
 @triton.jit
