@@ -103,7 +103,7 @@ def measure_kernel(
             c = ratio_or_zero(a_f - a_r, tl.sqrt(var_f / count_f + var_r / count_r))
         else:
             c = a_f
-        c = tl.where(inside, tl.maximum(c, 0.0), 0.0)
+        c = tl.maximum(c, 0.0)  # past the end every contrast is 0 or less
         importance = tl.load(weight_norms + neuron, mask=inside, other=0.0) * root_r
         tl.store(risk + neuron, c, mask=inside)
         tl.store(utility + neuron, importance, mask=inside)
