@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -46,7 +48,7 @@ def random_bits(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> torch.
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
 def test_attenuate_equals_the_reference_on_the_cpu_bit_by_bit(dtype, backend, monkeypatch):
     monkeypatch.setenv("UCAN_FAST_BACKEND", backend)
     shapes = [(1, 1), (7, 129), (16, 4096), (4096, 16), (3, 0), (8, 33), (64, 64)] * 30
@@ -143,3 +145,325 @@ def test_unlearn_and_undo_on_the_device(dtype):
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     result.plan.undo(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ------------------------------------------------------------------ the kernels alone
+
+# tokens, K, N, r: decode, odd everything, a small model's, a large model's, the largest rank.
+SIZES = [
+    (1, 64, 48, 8),
+    (129, 100, 72, 3),
+    (512, 1024, 768, 16),
+    (300, 4096, 4096, 64),
+    (70, 256, 320, 256),
+]
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16, adapter fp32": (torch.bfloat16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp16, adapter fp32": (torch.float16, torch.float32),
+}
+
+
+def layer_tensors(size, dtypes, seed: int = 0) -> dict[str, torch.Tensor]:
+    (m, k, n, r), (base, adapter) = size, dtypes
+    x = random_bits((m, k), base, seed)
+    a = random_bits((r, k), torch.float32, seed + 1) / k**0.5
+    b = random_bits((n, r), torch.float32, seed + 2) / r**0.5
+    groups = torch.randint(-1, 2, (m,), generator=torch.Generator().manual_seed(seed))
+    tensors = {
+        "x": x,
+        "a": a.to(adapter),
+        "b": b.to(adapter),
+        "base": random_bits((m, n), base, seed + 3),
+        "groups": groups.to(torch.int8),
+    }
+    return {key: value.cuda() for key, value in tensors.items()}
+
+
+def exact_sums(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    h = h.double()
+    parts = [h[groups == g] for g in (0, 1)]
+    return torch.stack(
+        [torch.stack([f(p).sum(0) for p in parts]) for f in (torch.abs, torch.square)]
+    )
+
+
+def plain_sums(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """As a hook would take them, in fp32."""
+    h = h.float()
+    parts = [h[groups == g] for g in (0, 1)]
+    return torch.stack(
+        [torch.stack([f(p).sum(0) for p in parts]) for f in (torch.abs, torch.square)]
+    )
+
+
+def assert_rule(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    """Less than twice plain torch's error in the same dtype, plus 1e-6 relative."""
+    assert torch.isfinite(got).all(), what
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (got, plain))
+    scale = exact.abs().max().item()
+    assert error <= 2 * allowed + 1e-6 * scale, f"{what}: {error:.3g}, torch {allowed:.3g}"
+
+
+def totals(n: int) -> torch.Tensor:
+    return torch.zeros(2, 2, n, dtype=torch.float64, device="cuda")
+
+
+@pytest.mark.parametrize("only_group", [None, 1])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_small_kernels_against_fp64(size, precision, only_group):
+    t = layer_tensors(size, PRECISIONS[precision])
+    groups = t["groups"]
+    counted = groups if only_group is None else torch.where(groups == only_group, groups, -1)
+    scaling = 1.75
+    t["x"][groups == -1] = float("nan")
+    x_sums, z_sums, d_sums = totals(size[1]), totals(size[3]), totals(size[2])
+    with ops.use_backend("triton"):
+        z = ops.shrink(
+            *(t["x"], t["a"]),
+            groups=groups,
+            only_group=only_group,
+            input_moments=x_sums,
+            rank_moments=z_sums,
+        )
+        y = ops.expand(
+            *(t["base"], z, t["b"], scaling),
+            groups=groups,
+            only_group=only_group,
+            delta_moments=d_sums,
+        )
+    keep = groups != -1
+    x, a, b = t["x"][keep], t["a"], t["b"]
+    exact_z = x.double() @ a.double().T
+    assert_rule(z[keep], x.to(a.dtype) @ a.T, exact_z, "z")
+    exact_y = t["base"][keep].double() + scaling * (z[keep].double() @ b.double().T)
+    plain_y = (t["base"][keep] + scaling * (z[keep] @ b.T)).to(t["base"].dtype)
+    assert_rule(y[keep], plain_y, exact_y, "y")
+    delta = scaling * (z.double() @ b.double().T)
+    for sums, h, plain, what in (
+        (x_sums, t["x"], t["x"], "moments of x"),
+        (z_sums, z, z, "moments of z"),
+        (d_sums, delta, scaling * (z.float() @ b.float().T), "moments of delta"),
+    ):
+        for power in (0, 1):
+            assert_rule(
+                sums[power],
+                plain_sums(plain, counted)[power],
+                exact_sums(h, counted)[power],
+                f"{what}, power {power + 1}",
+            )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_kernels_give_the_same_bits_twice(precision):
+    t = layer_tensors((2048, 1024, 768, 16), PRECISIONS[precision])
+    results = []
+    for _ in range(3):
+        sums = [totals(1024), totals(16), totals(768)]
+        with ops.use_backend("triton"):
+            z = ops.shrink(
+                t["x"], t["a"], groups=t["groups"], input_moments=sums[0], rank_moments=sums[1]
+            )
+            y = ops.expand(t["base"], z, t["b"], 1.5, groups=t["groups"], delta_moments=sums[2])
+        results.append([z, y, *sums])
+    for later in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], later, strict=True))
+
+
+def test_tensors_beyond_32_bit_offsets():
+    """More than 2^31 elements: the last token alone is counted."""
+    m, n = 2**31 // 4096 + 1000, 4096
+    x = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
+    last = random_bits((1, n), torch.bfloat16, 0).cuda()
+    x[-1] = last
+    a, b = (random_bits(s, torch.bfloat16, 1).cuda() for s in ((16, n), (n, 16)))
+    groups = torch.full((m,), -1, dtype=torch.int8, device="cuda")
+    groups[-1] = 0
+    x_sums, d_sums, h_sums = totals(n), totals(n), totals(n)
+    with ops.use_backend("triton"):
+        z = ops.shrink(x, a, groups=groups, input_moments=x_sums)
+        y = ops.expand(x, z, b, 1.0, groups=groups, delta_moments=d_sums)
+        ops.accumulate_moments(y, groups, h_sums)
+    assert torch.equal(x_sums[0, 0], last[0].abs().double())
+    want = last.double() + z[-1:].double() @ b.double().T
+    torch.testing.assert_close(y[-1:].double(), want, rtol=1e-2, atol=1e-2)
+    assert torch.equal(h_sums[0, 0], y[-1].abs().double())
+    assert not y[: m - 1].any()
+    assert not d_sums[:, 1].any()
+
+
+def test_thirty_million_tokens_neither_stall_nor_drift():
+    h = torch.full((1_000_000, 1), 0.1, device="cuda")
+    groups = torch.zeros(1_000_000, dtype=torch.int8, device="cuda")
+    sums = totals(1)
+    with ops.use_backend("triton"):
+        for _ in range(30):
+            ops.accumulate_moments(h, groups, sums)
+    value = torch.tensor(0.1).double().item()
+    assert sums[0, 0, 0].item() == pytest.approx(3e7 * value, rel=1e-6)
+    assert sums[1, 0, 0].item() == pytest.approx(3e7 * value**2, rel=1e-6)
+
+
+def test_small_scores_and_factors_are_the_references():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [64, 1, 500, 0, 128]
+    n = sum(sizes)
+    moments = torch.rand(2, 2, n, generator=generator, dtype=torch.float64)
+    arguments = (
+        moments,
+        torch.randint(1, 50, (len(sizes), 2), generator=generator).double(),
+        torch.rand(n, generator=generator, dtype=torch.float64),
+        torch.tensor([0, *sizes]).cumsum(0),
+    )
+    options = {
+        "statistic": "rms",
+        "contrast": "zscore",
+        "normalization": "global",
+        "fusion": "protect",
+        "utility_weight": 0.5,
+    }
+    with ops.use_backend("reference"):
+        expected = ops.contrastive_scores(*arguments, **options)
+    with ops.use_backend("triton"):
+        got = ops.contrastive_scores(*(t.cuda() for t in arguments), **options)
+        factors = ops.attenuation_factors(
+            got[2], 0.1, decay="exponential", strength=2.0, floor=0.05
+        )
+    for one, two in zip(expected, got, strict=True):
+        torch.testing.assert_close(two.cpu(), one, rtol=1e-12, atol=1e-14)
+    with ops.use_backend("reference"):
+        want = ops.attenuation_factors(
+            expected[2], 0.1, decay="exponential", strength=2.0, floor=0.05
+        )
+    torch.testing.assert_close(factors.cpu(), want, rtol=1e-6, atol=0)
+    assert torch.equal(factors.cpu() < 1, want < 1)
+
+
+# ------------------------------------------------------------------ whole models
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plan_is_the_references(dtype):
+    model = small_model(dtype).cuda()
+    uf.accelerate(model)
+    forget, retain = batches(0, 0, 30), batches(1, 30, 97)
+    config = uf.UcanConfig(strength=2.0, min_score=0.0)
+    plans = []
+    for backend in ("reference", "auto"):
+        with ops.use_backend(backend):
+            bank = uf.collect(model, forget + retain)
+            stats = bank.with_forget(uf.collect(model, forget, group="forget"))
+            plans.append(uf.make_plan(model, stats, config))
+    expected, got = plans
+    slack = 1e-5 if dtype is torch.float32 else 2e-2
+    differ = (got.flat_factors < 1) != (expected.flat_factors < 1)
+    assert expected.attenuated
+    assert not (differ & ((expected.flat_score - expected.threshold).abs() > slack)).any()
+
+
+def test_training_gradients_equal_pefts():
+    exact = small_model().cuda().train()
+    plain, fused = copy.deepcopy(exact), copy.deepcopy(exact)
+    exact.double()
+    assert uf.accelerate(fused).fused
+    ids = batches(0, 0, 97)[0]["input_ids"].cuda()
+    for model in (plain, fused, exact):
+        model(input_ids=ids, labels=ids).loss.backward()
+    truth, theirs = dict(exact.named_parameters()), dict(plain.named_parameters())
+    for name, parameter in fused.named_parameters():
+        if parameter.grad is not None:
+            assert_rule(parameter.grad, theirs[name].grad, truth[name].grad, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_model_without_graph_breaks(dtype):
+    model = small_model(dtype).cuda()
+    uf.accelerate(model)
+    ids = batches(0, 0, 97)[0]["input_ids"].cuda()
+    with torch.no_grad():
+        eager = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True)(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(
+        compiled, eager, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-4
+    )
+
+
+def test_cuda_graph_of_a_decode_step():
+    """Captured once, replayed with other tokens: what eager gives for those."""
+    from transformers import StaticCache
+
+    model = small_model(torch.bfloat16).cuda()
+    uf.accelerate(model)
+    token = torch.tensor([[5]], device="cuda")
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
+    prompt = torch.arange(1, 9, device="cuda")[None]
+
+    def fresh_cache():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(
+                input_ids=prompt,
+                past_key_values=cache,
+                cache_position=torch.arange(8, device="cuda"),
+            )
+        return cache
+
+    def step(cache):
+        with torch.no_grad():
+            return model(
+                input_ids=token,
+                past_key_values=cache,
+                cache_position=position,
+                position_ids=position[None],
+            ).logits
+
+    position.fill_(8)
+    cache = fresh_cache()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(cache)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(cache)
+    for value in (7, 30):
+        token.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(captured, step(fresh_cache()), rtol=1e-2, atol=1e-2)
+
+
+def test_cuda_graph_of_attenuate():
+    """The CUDA kernel's table travels in its arguments: a graph keeps it."""
+    assert native.status()["_C_cuda"] == "available", native.status()
+    weights = [random_bits((16, 64), torch.bfloat16, i).cuda() for i in range(448)]
+    before = [w.clone() for w in weights]
+    factors = torch.full((64 * 448,), 0.5, device="cuda")
+    offsets, axes = [64 * i for i in range(448)], [1] * 448
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), ops.use_backend("cuda"), torch.no_grad():
+        ops.attenuate_(weights, factors, offsets, axes)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(w, b * 0.5) for w, b in zip(weights, before, strict=True))
+
+
+def test_448_matrices_are_one_launch():
+    assert native.status()["_C_cuda"] == "available", native.status()
+    weights = [random_bits((16, 64), torch.bfloat16, i).cuda() for i in range(448)]
+    factors = torch.full((64 * 448,), 0.5, device="cuda")
+    call = (weights, factors, [64 * i for i in range(448)], [1] * 448)
+    for backend in ("cuda", "triton"):
+        with ops.use_backend(backend), torch.no_grad():
+            ops.attenuate_(*call)
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                ops.attenuate_(*call)
+                torch.cuda.synchronize()
+        names = [e.name for e in seen.events() if "attenuate" in e.name.lower()]
+        kernels = [name for name in names if "kernel" in name]
+        assert len(kernels) == 1, (backend, names)

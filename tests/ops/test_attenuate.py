@@ -13,14 +13,6 @@ from ucan_fast import UcanError, native, ops
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.fixture(params=["reference", "native"])
-def backend(request, monkeypatch) -> str:
-    if request.param == "native" and native.status()["_C"] != "available":
-        pytest.skip(f"no native library: {native.status()['_C']}")
-    monkeypatch.setenv("UCAN_FAST_BACKEND", request.param)
-    return request.param
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The stored bytes, so that -0.0 and NaN payloads count."""
     return tensor.detach().contiguous().view(torch.uint8).clone()

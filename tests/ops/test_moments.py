@@ -10,6 +10,8 @@ from ucan_fast import UcanError, ops
 from ucan_fast.ops import moments as moments_module
 from ucan_fast.ops.moments import moments_reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def exact(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """By boolean indexing in fp64."""
@@ -125,8 +127,10 @@ def test_nan_in_a_counted_row_is_not_hidden():
     assert (moments[:, 1, 0] == 0).all()
 
 
-def test_thirty_million_tokens_of_a_constant_neither_stall_nor_drift():
+def test_thirty_million_tokens_of_a_constant_neither_stall_nor_drift(backend):
     """In fp32 totals Σ stops growing at 0.1 x 2^24 tokens; the truth is n x float32(0.1)."""
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter; test_gpu.py runs it on a GPU")
     rows, runs = 1_000_000, 30
     h = torch.full((rows, 1), 0.1)
     groups = torch.zeros(rows, dtype=torch.int8)
@@ -144,10 +148,10 @@ def test_many_small_batches_do_not_drift_either():
     h, groups, moments = torch.full((3, 1), 0.1), torch.ones(3, dtype=torch.int8), totals(1)
     moments += 3e7 * value  # as if 3e7 tokens had been seen
     start = moments.clone()
-    for _ in range(200):
+    for _ in range(50):
         ops.accumulate_moments(h, groups, moments)
     grown = (moments - start)[0, 1, 0].item()
-    assert grown == pytest.approx(600 * value, rel=1e-6)
+    assert grown == pytest.approx(150 * value, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -12,6 +12,8 @@ import torch
 from ucan_fast import UcanError, ops
 from ucan_fast.config import UcanConfig
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 STATISTICS = ("mean_abs", "rms")
 CONTRASTS = ("symmetric", "difference", "ratio", "zscore", "none")
 NORMALIZATIONS = ("none", "layer", "global")

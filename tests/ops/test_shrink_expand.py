@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from ucan_fast import UcanError, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RANKS = [1, 3, 8, 16, 64]
 SHAPES = [(5, 12), (2, 3, 12), (2, 3, 4, 12), (0, 12), (2, 0, 12), (1, 12), (129, 12), (12,)]
