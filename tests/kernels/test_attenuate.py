@@ -33,12 +33,14 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def random_values(shape, dtype: torch.dtype) -> torch.Tensor:
-    """Random bit patterns of every exponent, NaN and infinities among them."""
+    """Ordinary values, random bits of every exponent, and NaN of every payload and signal."""
     size = dtype.itemsize
     patterns = torch.randint(-(2 ** (8 * size - 1)), 2 ** (8 * size - 1) - 1, shape)
-    values = patterns.to(BITS[size]).view(dtype)
+    patterns = patterns.to(BITS[size])
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(BITS[size]))
+    patterns = torch.where(torch.rand(shape) < 0.2, patterns | infinity, patterns)
     ordinary = torch.randn(shape).to(dtype)
-    return torch.where(torch.rand(shape) < 0.5, values, ordinary)
+    return torch.where(torch.rand(shape) < 0.5, patterns.view(dtype), ordinary)
 
 
 def laid_out(rows: int, cols: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
