@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
-# Build, test and sanitize on a machine with a CUDA GPU; prints one table, leaves JSON in $OUT.
+# Build, compile, test, sanitize on a machine with a CUDA GPU; prints one table, leaves JSON in $OUT.
 #
-#   ci/gpu.sh                        with the python on PATH, which must have a CUDA torch,
-#                                    transformers, peft, pytest and an nvcc on PATH
-#   PYTHON=.venv/bin/python ci/gpu.sh
+#   ci/gpu.sh                        every step, with the python on PATH, which must have a CUDA
+#                                    torch, triton, transformers, peft, pytest; nvcc on PATH
+#   ci/gpu.sh build tests            only these steps
+#   PYTHON=.venv/bin/python OUT=build/gpu ci/gpu.sh
 #
-# Exit code 0 only if the build and every test passed. A sanitizer that the driver refuses is
-# reported as such and does not fail the run.
+# Steps: build (the extension), aot (every kernel for sm_80, sm_90 and sm_100: no spills), tests
+# (pytest -m gpu), kernels (the kernels' own tests, compiled), quantised (bitsandbytes, where it is
+# installed), memcheck, racecheck (compute-sanitizer over the Triton and CUDA kernels).
+#
+# Exit code 0 only if the build and every test passed. A sanitizer that is not installed or that the
+# driver refuses is reported as such and does not fail the run.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
+WORKERS=${WORKERS:-4}
 mkdir -p "$OUT"
 results="$OUT/steps.tsv"
 : >"$results"
+wanted=" ${*:-build aot tests kernels quantised memcheck racecheck} "
 
-# step NAME COMMAND...: runs it, logs it, and notes how it ended and how long it took.
+# step NAME COMMAND...: runs it if it is wanted, logs it, notes how it ended and how long it took.
 step() {
     local name=$1 start=$SECONDS status
     shift
+    [[ $wanted == *" $name "* ]] || return 0
     "$@" >"$OUT/$name.log" 2>&1
     status=$?
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$results"
@@ -27,24 +35,38 @@ step() {
     return "$status"
 }
 
+# pytest in several processes where pytest-xdist is there.
+parallel() { "$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $WORKERS"; }
+run_pytest() { "$PYTHON" -m pytest -p no:cacheprovider "$@"; }
+
 build() {
     UCAN_FAST_REQUIRE_EXTENSION=1 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
 }
-gpu_tests() { "$PYTHON" -m pytest -m gpu tests -p no:cacheprovider --junitxml="$OUT/gpu-tests.xml"; }
+aot() { "$PYTHON" -m ucan_fast.kernels.aot --json "$OUT/aot.json"; }
+gpu_tests() { run_pytest -m gpu tests --junitxml="$OUT/tests.xml"; }
+# shellcheck disable=SC2046  # two words on purpose
+kernel_tests() {
+    run_pytest $(parallel) tests/kernels tests/test_triton_path.py --junitxml="$OUT/kernels.xml"
+}
+quantised() { run_pytest tests/test_quantised.py --junitxml="$OUT/quantised.xml"; }
 sanitize() {
-    compute-sanitizer --tool "$1" --error-exitcode 9 \
-        "$PYTHON" -m pytest -m gpu tests/test_gpu.py -k attenuate -p no:cacheprovider
+    # Small shapes of every kernel: the tool slows them a hundred times.
+    compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
+        "$PYTHON" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -k "attenuate or small"
 }
 
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || {
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || {
     echo "ci/gpu.sh: no NVIDIA GPU here (nvidia-smi failed)."
     exit 1
 }
-step build build && step tests gpu_tests
+step build build && step aot aot
+step tests gpu_tests
+step kernels kernel_tests
+step quantised quantised
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
         step "$tool" sanitize "$tool"
-    else
+    elif [[ $wanted == *" $tool "* ]]; then
         printf '%s\tnot installed\t0\n' "$tool" >>"$results"
     fi
 done

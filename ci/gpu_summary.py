@@ -13,6 +13,7 @@ import torch
 
 # What compute-sanitizer prints where it may not attach, rather than where it found something.
 REFUSALS = ("not supported", "permission", "Unable to", "Device not supported", "ERR_NVGPUCTRPERM")
+PACKAGES = ("transformers", "peft", "triton", "bitsandbytes")
 
 
 def main(folder: Path) -> int:
@@ -20,26 +21,41 @@ def main(folder: Path) -> int:
     steps = []
     for line in (folder / "steps.tsv").read_text().splitlines():
         name, status, seconds = line.split("\t")
-        steps.append({"step": name, "result": _result(folder, name, status), "seconds": seconds})
-    tests = _tests(folder / "gpu-tests.xml")
+        steps.append(
+            {
+                "step": name,
+                "result": _result(folder, name, status),
+                "seconds": int(seconds),
+                **_tests(folder / f"{name}.xml"),
+            }
+        )
     summary = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("transformers", "peft")},
-        "tests": tests,
+        **{name: _version(name) for name in PACKAGES},
         "steps": steps,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{summary['device']}, torch {summary['torch']} (CUDA {summary['cuda']})")
-    print(f"gpu tests: {tests}")
-    print(f"{'step':<12}{'result':<40}{'seconds':>8}")
+    print(
+        f"{summary['device']}, torch {summary['torch']} (CUDA {summary['cuda']}), "
+        + ", ".join(f"{name} {summary[name]}" for name in PACKAGES)
+    )
+    print(f"{'step':<11}{'result':<42}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
     for step in steps:
-        print(f"{step['step']:<12}{step['result']:<40}{step['seconds']:>8}")
-    complete = {"build", "tests"} <= {step["step"] for step in steps}
+        counts = "".join(f"{step.get(key, ''):>8}" for key in ("passed", "failed", "skipped"))
+        print(f"{step['step']:<11}{step['result']:<42}{counts}{step['seconds']:>9}")
     failed = any(step["result"].startswith("FAILED") for step in steps)
-    return int(failed or not complete or not tests.get("passed"))
+    nothing = any(step.get("passed") == 0 and step["step"] != "quantised" for step in steps)
+    return int(failed or nothing or not steps)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _result(folder: Path, name: str, status: str) -> str:
@@ -52,6 +68,8 @@ def _result(folder: Path, name: str, status: str) -> str:
         refusal = next((text for text in REFUSALS if text in log), None)
         if refusal:
             return f"refused by the driver ({refusal!r})"
+    if name == "quantised" and "No module named 'bitsandbytes'" in log:
+        return "bitsandbytes is not installed"
     return f"FAILED (exit {status})"
 
 
@@ -59,9 +77,13 @@ def _tests(path: Path) -> dict[str, int]:
     if not path.exists():
         return {}
     suite = next(iter(ElementTree.parse(path).getroot().iter("testsuite")))
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    counts["passed"] = counts["tests"] - sum(counts[k] for k in ("failures", "errors", "skipped"))
-    return counts
+    number = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = number["failures"] + number["errors"]
+    return {
+        "passed": number["tests"] - failed - number["skipped"],
+        "failed": failed,
+        "skipped": number["skipped"],
+    }
 
 
 if __name__ == "__main__":
