@@ -306,35 +306,29 @@ def _shrink_cases() -> Iterator[CompileCase]:
             operand, split_a = dot_mode(*(_NAMES[name] for name in dtypes))
             if max(_NAMES[x].itemsize, operand.itemsize) != size:
                 continue
-            # What is stored, moments, of both groups. fp32 partial sums come with all of them.
+            # What is stored, whether moments are taken, and whether of both groups.
             kinds = [("fp32", True, True)]
             if dtypes in _DTYPES[:3]:
                 kinds += [("fp32", True, False), ("fp32", False, True)]
-            if product != "fp32":
+            if dtypes == _DTYPES[0]:
                 kinds += [(product, True, True)]
             for out, moments, both in kinds:
                 none = dict.fromkeys(() if moments else ("groups", "slots"))
-                pointers = ("x", "a", "out", *(() if none else ("groups", "slots")))
                 what = ("both groups" if both else "one group") if moments else "no moments"
+                constants = {"stride_k": 1, "OPERAND": TRITON_DTYPES[operand], "SPLIT_A": split_a}
+                constants |= {"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank}
+                types = {"x": f"*{x}", "a": f"*{a}", "out": f"*{out}"}
+                types |= {"groups": "*i8", "slots": "*fp32"} if moments else {}
+                sizes = ("m", "k", "r", "chunk", "stride_m", "only_group")
                 yield CompileCase(
-                    name=f"{x} x, {a} A, {operand} dot, {out} out, r {rank}, {rows} rows, "
-                    f"{what}, {gpu}".replace("torch.", ""),
+                    name=f"{x} x, {a} A{' in three parts' if split_a else ''}, {product} product, "
+                    f"{out} out, r {rank}, {rows} rows, {what}, {gpu}",
                     kernel=shrink_kernel,
-                    signature={
-                        **{"x": f"*{x}", "a": f"*{a}", "out": f"*{out}"},
-                        **{"groups": "*i8", "slots": "*fp32", **dict.fromkeys(none, "constexpr")},
-                        **dict.fromkeys(("m", "k", "r", "chunk", "stride_m"), "i32"),
-                        **{"stride_k": "constexpr", "only_group": "i32"},
-                        **dict.fromkeys(("OPERAND", "SPLIT_A", "MOMENTS", "BOTH"), "constexpr"),
-                        **dict.fromkeys(("CAST_DOT", "R_PAD", "BLOCK_M", "BLOCK_K"), "constexpr"),
-                    },
-                    constants={
-                        **none,
-                        **{"stride_k": 1, "OPERAND": TRITON_DTYPES[operand], "SPLIT_A": split_a},
-                        **{"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank},
-                        **tile,
-                    },
-                    divisible=(*pointers, "k", "r", "chunk", "stride_m"),
+                    signature=dict.fromkeys(shrink_kernel.arg_names, "constexpr")
+                    | types
+                    | dict.fromkeys(sizes, "i32"),
+                    constants=none | constants | tile,
+                    divisible=(*types, "k", "r", "chunk", "stride_m"),
                     dot=True,
                     capabilities=capabilities,
                     **options,
@@ -344,26 +338,20 @@ def _shrink_cases() -> Iterator[CompileCase]:
 def _finish_cases() -> Iterator[CompileCase]:
     for gpu, (rank, rows), tile, capabilities in tuning.rows("shrink_finish"):
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-        for dtype in ("fp32", "bf16", "fp16"):
-            for moments in (True, False):
-                none = dict.fromkeys(() if moments else ("groups", "slots"))
-                pointers = ("parts", "z", *(() if none else ("groups", "slots")))
-                yield CompileCase(
-                    name=f"finish, {dtype} z, r {rank}, {rows} rows, "
-                    f"{'moments' if moments else 'no moments'}, {gpu}",
-                    kernel=finish_kernel,
-                    signature={
-                        **{"parts": "*fp32", "z": f"*{dtype}", "groups": "*i8", "slots": "*fp32"},
-                        **dict.fromkeys(none, "constexpr"),
-                        **dict.fromkeys(("m", "r", "splits", "only_group"), "i32"),
-                        **dict.fromkeys(("MOMENTS", "BOTH", "CAST_DOT"), "constexpr"),
-                        **dict.fromkeys(("R_PAD", "ROWS", "SPLITS"), "constexpr"),
-                    },
-                    constants={
-                        **{**none, "MOMENTS": moments, "BOTH": True, "CAST_DOT": True},
-                        **{"R_PAD": rank, **tile},
-                    },
-                    divisible=(*pointers, "r"),
-                    capabilities=capabilities,
-                    **options,
-                )
+        for dtype, moments in (("bf16", True), ("bf16", False), ("fp32", True)):
+            none = dict.fromkeys(() if moments else ("groups", "slots"))
+            types = {"parts": "*fp32", "z": f"*{dtype}"}
+            types |= {"groups": "*i8", "slots": "*fp32"} if moments else {}
+            constants = {"MOMENTS": moments, "BOTH": True, "CAST_DOT": True, "R_PAD": rank}
+            yield CompileCase(
+                name=f"finish, {dtype} z, r {rank}, {rows} rows, "
+                f"{'moments' if moments else 'no moments'}, {gpu}",
+                kernel=finish_kernel,
+                signature=dict.fromkeys(finish_kernel.arg_names, "constexpr")
+                | types
+                | dict.fromkeys(("m", "r", "splits", "only_group"), "i32"),
+                constants=none | constants | tile,
+                divisible=(*types, "r"),
+                capabilities=capabilities,
+                **options,
+            )

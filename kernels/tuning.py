@@ -22,15 +22,19 @@ GPUS = {"a100": ("A100", 80), "h100": ("H100", 90), "h200": ("H200", 90), "b200"
 #: What the ``"default"`` rows must compile for.
 CAPABILITIES = (80, 90, 100)
 
+#: (GPU, dtype, N, K) where fused_linear was measured to beat cuBLAS and expand. None was yet.
+FUSED_LINEAR_WINS: frozenset[tuple[str, torch.dtype, int, int]] = frozenset()
+
 #: kernel -> (GPU, shape class) -> launch options: block sizes, ``num_warps``, ``num_stages``.
 TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
-    # (dots, padded rank; 256 is a loop over parts of r). Chosen by registers and occupancy, not
-    # measured: tiles of 64 and more rows would take wgmma, whose layout spreads the sums of a
+    # (dots, padded rank; 256 is a loop over parts of BLOCK_R). Chosen by registers and occupancy,
+    # not measured: tiles of 64 and more rows would take wgmma, whose layout spreads the sums of a
     # column over the warps and spills.
     "expand": {
         ("default", (dots, rank)): {
             "BLOCK_M": 32,
             "BLOCK_N": 64 if rank <= 64 else 128,
+            "BLOCK_R": rank if rank <= 64 else 32 if dots == "16-bit" else 16,
             "num_warps": 4 if rank <= 64 else 8,
             "num_stages": 2,
         }
@@ -42,7 +46,7 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
     "shrink": {
         ("default", (rank, size, rows)): {
             "BLOCK_M": 16 if rows == "few" else 128 if rank <= 128 else 64,
-            "BLOCK_K": 128 // size if rank <= 128 else 32,
+            "BLOCK_K": (256 if (rank, rows) == (16, "few") else 128 if rank <= 128 else 64) // size,
             "num_warps": 4 if rows == "few" or rank <= 32 else 8,
             "num_stages": 3,
         }

@@ -1,0 +1,343 @@
+"""The shrink kernels: z = x Aᵀ, the moments of x and of z, and the choice of launch options."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+import triton
+
+from ucan_fast.kernels import shrink as module
+from ucan_fast.kernels import tuning
+from ucan_fast.kernels.shrink import chunks, compile_cases, dot_mode, pad_rank, shrink
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+ALL = list(itertools.product((FP32, BF16, FP16), repeat=3))  # of x, of A, of the product
+MAIN = [(BF16, BF16, BF16), (BF16, FP32, FP32), (FP32, FP32, FP32), (FP32, FP32, BF16)]
+WAYS = ("as chosen", "one chunk", "chunks of two blocks")
+
+
+def name_of(value) -> str:
+    if isinstance(value, tuple):
+        return "-".join(name_of(item) for item in value)
+    return str(value).replace("torch.", "")
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Memory that a kernel forgets to write shows up as NaN."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poisoned(tensor):
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+
+
+@pytest.fixture
+def way(request, monkeypatch):
+    """Makes the launcher cut K in the way of the test's parameter."""
+
+    def one(m, k, r, block_m, block_k):
+        return 1, triton.cdiv(k, block_k) * block_k
+
+    def twos(m, k, r, block_m, block_k):
+        return triton.cdiv(k, 2 * block_k), 2 * block_k
+
+    if request.param == WAYS[1]:
+        monkeypatch.setattr(module, "chunks", one)
+    elif request.param == WAYS[2]:
+        monkeypatch.setattr(module, "chunks", twos)
+    return request.param
+
+
+def randn(*shape, dtype=FP32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def random_groups(x: torch.Tensor, dtype=torch.int8):
+    generator = torch.Generator().manual_seed(5)
+    tokens = x[..., 0].numel()
+    return torch.randint(-1, 2, (tokens,), generator=generator).to(dtype).to(DEVICE)
+
+
+def zeros(n: int) -> torch.Tensor:
+    return torch.zeros(2, 2, n, dtype=torch.float64, device=DEVICE)
+
+
+def assert_z(z, x, a, dtype):
+    """The tolerance rule: less than twice plain torch's error, plus 1e-6 relative."""
+    want = F.linear(x.to(dtype).double(), a.to(dtype).double())
+    plain = F.linear(x.to(dtype), a.to(dtype))
+    assert z.shape == want.shape
+    assert z.dtype == dtype
+    assert z.is_contiguous()
+    if want.numel():
+        bound = 2 * (plain - want).abs().max() + 1e-6 * want.abs().max()
+        assert (z - want).abs().max() <= bound
+
+
+def sums(h: torch.Tensor, groups: torch.Tensor, dtype: torch.dtype, only=None) -> torch.Tensor:
+    """Σ|h| and Σh² by boolean indexing, in ``dtype``."""
+    rows = h.reshape(-1, h.shape[-1]).to(dtype)
+    return torch.stack(
+        [
+            torch.stack([f(rows[groups == g]).sum(0) * (only in (None, g)) for g in (0, 1)])
+            for f in (torch.abs, torch.square)
+        ]
+    )
+
+
+def assert_moments(got, h, groups, only=None):
+    want = sums(h, groups, torch.float64, only)
+    plain = sums(h, groups, FP32, only).double()
+    for mine, torchs, exact in zip(got, plain, want, strict=True):
+        bound = 2 * (torchs - exact).abs().amax() + 1e-6 * exact.abs().amax()
+        assert torch.all((mine - exact).abs() <= bound)
+
+
+def check(x, a, dtype, only=None):
+    """One call with everything, and one without moments, which must give the same z."""
+    groups = random_groups(x)
+    of_x, of_z = zeros(x.shape[-1]), zeros(a.shape[0])
+    z = shrink(x, a, dtype, groups, only, of_x, of_z)
+    assert_z(z, x, a, dtype)
+    assert_moments(of_x, x, groups, only)  # as given, whatever the product's dtype
+    assert_moments(of_z, z, groups, only)  # as stored
+    assert torch.equal(shrink(x, a, dtype), z)
+    return z
+
+
+# ------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("dtypes", ALL, ids=name_of)
+def test_every_mix_of_dtypes(dtypes):
+    check(randn(37, 150, dtype=dtypes[0]), randn(3, 150, dtype=dtypes[1], seed=1), dtypes[2])
+
+
+@pytest.mark.parametrize("dtypes", MAIN, ids=name_of)
+@pytest.mark.parametrize("r", [1, 3, 8, 16, 48, 64, 100, 256])
+def test_ranks(dtypes, r):
+    x, a = randn(33, 77, dtype=dtypes[0]), randn(r, 77, dtype=dtypes[1], seed=1)
+    check(x, a, dtypes[2])
+    check(x[:2], a, dtypes[2])
+
+
+@pytest.mark.parametrize("dtypes", MAIN, ids=name_of)
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize(("m", "k"), [(1, 45), (7, 150), (33, 64), (129, 31), (130, 200)])
+def test_sizes(dtypes, way, m, k):
+    check(randn(m, k, dtype=dtypes[0]), randn(5, k, dtype=dtypes[1], seed=1), dtypes[2])
+
+
+@pytest.mark.parametrize("only", [0, 1])
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("m", [7, 129])
+def test_one_group(only, way, m):
+    check(randn(m, 150, dtype=BF16), randn(5, 150, seed=1), FP32, only)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_fp32_keeps_its_digits(dtype):
+    """A's lowest bits count although x is bf16, and so does every one of the three parts."""
+    a = torch.tensor([1 + 2.0**-23, 1 + 2.0**-12, 3 - 2.0**-22, -(2.0**-100)], device=DEVICE)
+    x = torch.eye(4, dtype=dtype, device=DEVICE) * 2
+    assert torch.equal(shrink(x, a[None, :], FP32)[:, 0], 2 * a)
+
+
+def test_operands_are_rounded_to_the_product():
+    """1 + 2^-9 is 1 in bf16, and 1 + 3·2^-9 is 1 + 2^-7: not what truncation would make of it."""
+    x = torch.tensor([[1 + 2.0**-9, 1 + 3 * 2.0**-9]], device=DEVICE)
+    eye = torch.eye(2, device=DEVICE)
+    want = torch.tensor([[1.0, 1 + 2.0**-7]], dtype=BF16, device=DEVICE)
+    assert torch.equal(shrink(x, eye, BF16), want)
+    assert torch.equal(shrink(eye, x, BF16)[:, 0], want[0])
+    of_x = zeros(2)
+    shrink(x, eye, BF16, torch.zeros(1, dtype=torch.int8, device=DEVICE), None, of_x)
+    assert torch.equal(of_x[0, 0], x[0].double())
+
+
+# ------------------------------------------------------------------ shapes and strides
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (2, 3, 12), (2, 3, 4, 12), (0, 12), (2, 0, 12)])
+def test_shapes(shape):
+    z = check(randn(*shape), randn(3, 12, seed=1), FP32)
+    assert z.shape == (*shape[:-1], 3)
+
+
+def test_no_columns():
+    z = shrink(randn(4, 0), randn(3, 0), BF16)
+    assert torch.equal(z, torch.zeros(4, 3, dtype=BF16, device=DEVICE))
+
+
+STRIDED = {
+    "every other row": lambda: randn(80, 70)[::2],
+    "every other column": lambda: randn(20, 140)[:, ::2],
+    "transposed": lambda: randn(70, 37).t(),
+    "one row repeated": lambda: randn(1, 70).expand(9, 70),
+    "permuted 3-D": lambda: randn(4, 70, 5).permute(2, 0, 1),
+    "a slice of a wider row": lambda: randn(3, 4, 100)[..., 7:77],
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_strides_of_x(name, dtype):
+    check(STRIDED[name]().to(dtype), randn(5, 70, seed=1), FP32)
+
+
+def test_strides_of_a():
+    x = randn(7, 70)
+    check(x, randn(70, 5, seed=1).t(), FP32)
+    check(x, randn(10, 140, seed=1)[::2, ::2], FP32)
+
+
+def test_stacked_adapters_give_each_its_own():
+    """Layers that read the same x are served by one call with their A's stacked."""
+    x, parts = randn(40, 150, dtype=BF16), [randn(16, 150, dtype=BF16, seed=s) for s in (1, 2, 3)]
+    z = check(x, torch.cat(parts), BF16)
+    for part, own in zip(z.split(16, dim=-1), parts, strict=True):
+        assert_z(part.contiguous(), x, own, BF16)
+
+
+# ------------------------------------------------------------------ moments
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("only", [None, 0, 1])
+def test_moments_are_added_and_each_can_be_had_alone(way, only):
+    x, a = randn(131, 150), randn(5, 150, seed=1)
+    groups = random_groups(x, torch.int64)
+    of_x, of_z = zeros(150) + 3, zeros(5) + 4
+    z = shrink(x, a, FP32, groups, only, input_moments=of_x)
+    again = shrink(x, a, FP32, groups, only, rank_moments=of_z)
+    assert torch.equal(z, again)
+    assert_z(z, x, a, FP32)
+    assert_moments(of_x - 3, x, groups, only)
+    assert_moments(of_z - 4, z, groups, only)
+    if only is not None:
+        assert torch.all(of_x[:, 1 - only] == 3)
+        assert torch.all(of_z[:, 1 - only] == 4)
+
+
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
+@pytest.mark.parametrize("m", [20, 135])
+def test_ignored_rows_do_not_spread(way, m):
+    x, a = randn(m, 150), randn(5, 150, seed=1)
+    groups = torch.tensor([0, 1, -1, 2, -100] * (m // 5), device=DEVICE)
+    counted = (groups == 0) | (groups == 1)
+    x[~counted] = torch.nan
+    of_x, of_z = zeros(150), zeros(5)
+    z = shrink(x, a, FP32, groups, None, of_x, of_z)
+    assert z[~counted].isnan().all()
+    assert_z(z[counted], x[counted], a, FP32)
+    assert_moments(of_x, x[counted], groups[counted])
+    assert_moments(of_z, z[counted], groups[counted])
+
+
+@pytest.mark.parametrize("m", [3, 140])
+def test_same_input_same_bits(m):
+    x, a = randn(m, 150, dtype=BF16), randn(5, 150, seed=1)
+    groups = random_groups(x)
+    runs = []
+    for _ in range(2):
+        of_x, of_z = zeros(150), zeros(5)
+        runs.append((shrink(x, a, FP32, groups, None, of_x, of_z), of_x, of_z))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+# ------------------------------------------------------------------ what is launched
+
+
+def test_chunks_cover_k_once():
+    for m, k, r, (block_m, block_k) in itertools.product(
+        (1, 7, 33, 128, 129, 4096, 8192, 65536),
+        (1, 31, 64, 65, 576, 4096, 14336),
+        (1, 16, 256),
+        ((16, 64), (128, 32), (64, 16)),
+    ):
+        splits, chunk = chunks(m, k, r, block_m, block_k)
+        assert 1 <= splits <= module.MAX_SPLITS
+        assert chunk % block_k == 0
+        assert (splits - 1) * chunk < k <= splits * chunk
+
+
+def test_chunks_fill_the_gpu():
+    assert chunks(8192, 4096, 16, 128, 64) == (4, 1024)  # 256 programs: two on each of 132 SMs
+    assert chunks(1, 4096, 16, 16, 64) == (64, 64)  # decoding: parallelism from K alone
+    assert chunks(65536, 4096, 16, 128, 64) == (1, 4096)  # rows enough: no workspace
+    assert chunks(8192, 4096, 256, 128, 64) == (2, 2048)  # wide z: partial sums are not free
+    assert chunks(8192, 1 << 20, 16, 128, 64)[0] == 4
+
+
+def test_few_rows_and_many_take_their_own_tiles(monkeypatch):
+    seen = []
+    config = tuning.config
+    monkeypatch.setattr(tuning, "config", lambda *args: seen.append(args[:2]) or config(*args))
+    for m, x, a, dtype in (
+        (module.FEW_ROWS, BF16, BF16, BF16),
+        (module.FEW_ROWS + 1, BF16, FP32, FP32),
+        (1, FP32, BF16, BF16),
+        (1, FP16, FP32, FP32),
+    ):
+        shrink(randn(m, 20, dtype=x), randn(48, 20, dtype=a), dtype)
+    assert [key for kernel, key in seen if kernel == "shrink"] == [
+        (64, 2, "few"),
+        (64, 2, "many"),
+        (64, 4, "few"),
+        (64, 4, "few"),
+    ]
+
+
+def test_dot_modes():
+    assert dot_mode(BF16, BF16, FP32) == (BF16, False)  # exact products
+    assert dot_mode(BF16, FP32, FP32) == (BF16, True)
+    assert dot_mode(FP32, BF16, FP32) == (FP32, False)
+    assert dot_mode(FP16, FP32, FP32) == (FP32, False)
+    assert dot_mode(BF16, FP16, FP32) == (FP32, False)
+    assert dot_mode(FP32, FP32, FP32) == (FP32, False)
+    assert dot_mode(FP32, FP32, BF16) == (BF16, False)
+    assert dot_mode(BF16, FP32, FP16) == (FP16, False)
+
+
+def test_pad_rank():
+    assert [pad_rank(r) for r in (1, 16, 17, 48, 64, 65, 256)] == [16, 16, 32, 64, 64, 128, 256]
+
+
+def test_table_has_every_class_and_falls_back(monkeypatch):
+    for rank, size, rows in itertools.product((16, 32, 64, 128, 256), (2, 4), ("few", "many")):
+        assert tuning.config("shrink", (rank, size, rows))["BLOCK_M"] <= 128
+        assert tuning.config("shrink_finish", (rank, rows))["ROWS"] <= 128
+    key = (16, 2, "many")
+    default = tuning.config("shrink", key)
+    other = {**default, "num_warps": 16}
+    monkeypatch.setitem(tuning.TABLE["shrink"], ("h100", key), other)
+    names = {"cuda:0": "NVIDIA H100 80GB HBM3", "cuda:1": "NVIDIA GeForce RTX 4090"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
+    assert tuning.config("shrink", key, torch.device("cuda:0")) == other
+    assert tuning.config("shrink", key, torch.device("cuda:1")) == default
+    assert tuning.config("shrink", key, torch.device("cpu")) == default
+    assert ("h100", key, other, (90,)) in tuning.rows("shrink")
+    with pytest.raises(KeyError):
+        tuning.config("shrink", (17, 2, "many"))
+    tuning.config("shrink", key)["num_warps"] = 1  # a copy, not the table's own row
+    assert tuning.config("shrink", key) == default
+
+
+def test_cases_describe_the_kernels():
+    cases = compile_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        assert list(case.signature) == case.kernel.arg_names
+        constants = {name for name, kind in case.signature.items() if kind == "constexpr"}
+        assert constants == set(case.constants)
