@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -36,14 +38,22 @@ def assert_no_worse(got, pefts, want, what: str = "") -> None:
     assert mine <= 2 * theirs + 1e-6 * scale, f"{what}: {mine:.3g}, PEFT {theirs:.3g}"
 
 
-def count_fused_calls(monkeypatch) -> list:
+@dataclasses.dataclass(repr=False)
+class Call:
+    """One fused forward. No repr: a failing assert must not print tensors that FSDP freed."""
+
+    x: torch.Tensor
+    dtype: torch.dtype
+
+
+def count_fused_calls(monkeypatch) -> list[Call]:
     """Grows by one whenever a layer runs the fused forward: outputs alone cannot show which ran."""
     calls = []
     real = ops.shrink
 
-    def counted(*args, **kwargs):
-        calls.append((args, kwargs))
-        return real(*args, **kwargs)
+    def counted(x, a, *, dtype, **options):
+        calls.append(Call(x, dtype))
+        return real(x, a, dtype=dtype, **options)
 
     monkeypatch.setattr(ops, "shrink", counted)
     return calls

@@ -207,9 +207,9 @@ def test_wide_copies_of_x_are_not_made(name, product, fused_calls):
     with torch.no_grad(), context():
         accelerated(plain)(x)
     assert fused_calls
-    for (passed, _), options in fused_calls:
-        assert passed is x
-        assert options == {"dtype": product}
+    for call in fused_calls:
+        assert call.x is x
+        assert call.dtype == product
 
 
 def test_x_is_narrowed_for_good(fused_calls):
@@ -225,8 +225,8 @@ def test_x_is_narrowed_for_good(fused_calls):
         for key in ("default", "second"):
             z = dense.lora_A[key](x.bfloat16().double())
             want = want + dense.lora_B[key](z) * dense.scaling[key]
-    assert [call[0][0].dtype for call in fused_calls] == [BF16, BF16]
-    assert [call[1]["dtype"] for call in fused_calls] == [BF16, FP32]
+    assert [call.x.dtype for call in fused_calls] == [BF16, BF16]
+    assert [call.dtype for call in fused_calls] == [BF16, FP32]
     assert_no_worse(got, pefts, want)
 
 

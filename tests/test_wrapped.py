@@ -132,7 +132,7 @@ def test_prepared_by_accelerate(accelerator, precision, first, fused_calls):
 
     got = lora_gradients(prepared)
     assert len(fused_calls) == 7
-    assert fused_calls[0][1]["dtype"] == (FP32 if precision == "no" else BF16)
+    assert fused_calls[0].dtype == (FP32 if precision == "no" else BF16)
     want = lora_gradients(helper.prepare(plain))
     assert len(fused_calls) == 7
     rough = {"rtol": 1e-4, "atol": 1e-7} if precision == "no" else {"rtol": 0.1, "atol": 2e-3}
@@ -204,7 +204,7 @@ def test_generation_gives_pefts_tokens(options, fused_calls):
     got = fused.generate(**BATCH, **settings)
     assert torch.equal(got, want)
     assert len(fused_calls) >= 6 * 14
-    tokens = {args[0].shape[-2] for args, _ in fused_calls}
+    tokens = {call.x.shape[-2] for call in fused_calls}
     assert (1 in tokens) == options.get("use_cache", True), "the cache was not used"
 
 
