@@ -34,9 +34,9 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         ("default", (dots, rank)): {
             "BLOCK_M": 32,
             "BLOCK_N": 64 if rank <= 64 else 128,
-            "BLOCK_R": rank if rank <= 64 else 32 if dots == "16-bit" else 16,
+            "BLOCK_R": rank if rank <= 64 else 32,
             "num_warps": 4 if rank <= 64 else 8,
-            "num_stages": 2,
+            "num_stages": 2 if rank <= 64 or dots == "16-bit" else 1,
         }
         for dots in ("16-bit", "split", "fp32")
         for rank in (16, 32, 64, 256)

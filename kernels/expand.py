@@ -1,0 +1,408 @@
+"""expand: y = base_out + s (z Bᵀ + bias) and the output-site moments, in one pass over y.
+
+Bytes: base_out is read and y written once, 2·M·N elements. z is read again for every tile of
+columns and B for every slot, above rank 64 for every tile, from the L2 cache. The slots add 16·N
+bytes per 32 to 512 rows. Operations: 2·M·N·r for the product, three times that in fp32 (three
+tf32 products), and about ten per element for the rest. At M = 8192, N = 4096 in bf16: 134 MB, 46
+µs at 2.9 TB/s, and 4 MB of slots. With r = 16 the product is 1.1 GFLOP, 2 µs at 700 TFLOP/s; in
+fp32 it is 3.2 GFLOP, about 10 µs at half of that: bound by the bandwidth. In fp32 that ends near
+r = 64.
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    CAST_DOT,
+    CompileCase,
+    fold_,
+    new_slots,
+    on_device,
+    round_to,
+    rows_of,
+    store_sums,
+)
+from .tuning import config
+from .tuning import rows as table_rows
+
+#: Rows of one slot at most, and programs that a launch aims at: about fifteen for each of 132
+#: SMs, of which five to seven run at a time. The same on every GPU, so that the order of the
+#: sums does not depend on it.
+MAX_ROWS, PROGRAMS = 512, 2048
+#: Row r of a tile is summed with rows r + 8, r + 16, ...: a thread of a tensor-core tile holds
+#: these, so the loop over the rows sums in registers and no two threads meet before its end.
+LANES = 8
+
+#: In split dots the rest of B is scaled up by this, so that fp16 holds it without underflow.
+_SPLIT_SCALE = tl.constexpr(2048.0)
+
+
+def rows_per_program(m: int, column_tiles: int, block_m: int) -> int:
+    """How many rows one program loops over: a multiple of ``block_m``, at most ``MAX_ROWS``.
+
+    Few rows keep all SMs busy when the matrix is small; many rows mean few slots.
+    """
+    tiles = -(-m // block_m) * column_tiles
+    return min(max(tiles // PROGRAMS, 1), MAX_ROWS // block_m) * block_m
+
+
+@triton.jit
+def load_b(b, column, rank, n, r):
+    """B's rows ``column`` and columns ``rank``, zero outside, in its own dtype."""
+    address = b + column.to(tl.int64)[:, None] * r + rank[None, :]
+    return tl.load(address, mask=(column < n)[:, None] & (rank < r)[None, :], other=0.0)
+
+
+@triton.jit
+def operand(value, DTYPE: tl.constexpr, CAST_DOT: tl.constexpr):
+    """A dot's operand, rounded to DTYPE: in DTYPE on a GPU, in fp32 under the interpreter."""
+    if CAST_DOT:
+        result = value.to(DTYPE)
+    else:
+        result = round_to(value.to(tl.float32), DTYPE, True).to(tl.float32)
+    return result
+
+
+@triton.jit
+def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl.constexpr):
+    """``product += z bᵀ``, b rounded to z's dtype; ``rest += z (b - rounded b)ᵀ`` with SPLIT.
+
+    What rounding takes from an fp32 b is the sum of two numbers of z's dtype, to 2⁻²⁴ of b or
+    better, and products of such numbers are exact in fp32: both b in full and b rounded are had
+    for three 16-bit dots. ``rest`` is scaled up by _SPLIT_SCALE.
+    """
+    dtype: tl.constexpr = z_part.dtype
+    z_part = operand(z_part, dtype, CAST_DOT)
+    high = operand(b_part, dtype, CAST_DOT)
+    # tf32x3 is the precision of fp32 on tensor cores; 16-bit operands do not know of it.
+    product = tl.dot(z_part, tl.trans(high), product, input_precision="tf32x3")
+    if SPLIT:
+        left = (b_part.to(tl.float32) - high.to(tl.float32)) * _SPLIT_SCALE
+        middle = operand(left, dtype, CAST_DOT)
+        low = operand(left - middle.to(tl.float32), dtype, CAST_DOT)
+        rest = tl.dot(z_part, tl.trans(low), rest)
+        rest = tl.dot(z_part, tl.trans(middle), rest)
+    return product, rest
+
+
+@triton.jit
+def fold_rows(value, LANES: tl.constexpr):
+    """``[rows, columns]`` to ``[LANES, columns]``: the sums over every LANES-th row."""
+    rows: tl.constexpr = value.shape[0] // LANES
+    return tl.sum(tl.reshape(value, [rows, LANES, value.shape[1]]), axis=0)
+
+
+@triton.jit
+def lane_sums(h, group, only_group, BOTH: tl.constexpr, LANES: tl.constexpr):
+    """As ``common.column_sums``, but only over every LANES-th row.
+
+    The sum over the lanes needs other threads; it is taken once per program, not once per tile.
+    """
+    if BOTH:
+        forget = group == 0
+        retain = group == 1
+        # where, not a product: a NaN in an ignored row must not spread.
+        h = tl.where((forget | retain)[:, None], h, 0.0)
+        f = forget.to(tl.float32)[:, None]
+        r = retain.to(tl.float32)[:, None]
+        size = tl.abs(h)
+        square = h * h
+        abs_f = fold_rows(size * f, LANES)
+        abs_r = fold_rows(size * r, LANES)
+        sq_f = fold_rows(square * f, LANES)
+        sq_r = fold_rows(square * r, LANES)
+    else:
+        h = tl.where((group == only_group)[:, None], h, 0.0)
+        abs_f = fold_rows(tl.abs(h), LANES)
+        sq_f = fold_rows(h * h, LANES)
+        abs_r = abs_f
+        sq_r = sq_f
+    return abs_f, abs_r, sq_f, sq_r
+
+
+@triton.jit(do_not_specialize=["m", "rows", "only_group"])
+def expand_kernel(
+    base_out,
+    z,
+    b,
+    bias,
+    groups,
+    slots,
+    y,
+    m,
+    n,
+    r,
+    rows,
+    stride_m,
+    stride_n,
+    stride_z,
+    scaling,
+    only_group,
+    MOMENTS: tl.constexpr,
+    BOTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    LANES: tl.constexpr,
+    CAST_DOT: tl.constexpr,
+):
+    """One program: one slot's rows of one tile of columns."""
+    column_tiles = tl.cdiv(n, BLOCK_N)
+    # Neighbouring programs take neighbouring columns: whole rows of base_out at a time.
+    slot = tl.program_id(0) // column_tiles
+    column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.arange(0, BLOCK_R)
+    if not CHUNKED:
+        b_part = load_b(b, column, rank, n, r)
+    if HAS_BIAS:
+        bias_row = tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
+        bias_row = operand(bias_row, z.dtype.element_ty, CAST_DOT).to(tl.float32) * scaling
+    abs_f = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
+    abs_r = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
+    sq_f = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
+    sq_r = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
+    for step in range(0, rows, BLOCK_M):
+        row = slot.to(tl.int64) * rows + step + tl.arange(0, BLOCK_M)
+        inside = (row < m)[:, None] & (column < n)[None, :]
+        address = base_out + row[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_n
+        # Loaded before the product so that its way from memory and the product overlap.
+        base = tl.load(address, mask=inside, other=0.0)
+        product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        rest = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        z_address = z + row[:, None] * stride_z + rank[None, :]
+        if CHUNKED:
+            for start in range(0, r, BLOCK_R):
+                z_mask = (row < m)[:, None] & (start + rank < r)[None, :]
+                z_part = tl.load(z_address + start, mask=z_mask, other=0.0)
+                b_part = load_b(b, column, start + rank, n, r)
+                product, rest = add_product(z_part, b_part, product, rest, SPLIT, CAST_DOT)
+        else:
+            z_mask = (row < m)[:, None] & (rank < r)[None, :]
+            z_part = tl.load(z_address, mask=z_mask, other=0.0)
+            product, rest = add_product(z_part, b_part, product, rest, SPLIT, CAST_DOT)
+        delta = product * scaling
+        # Spelled out, so that y has the same bits whether moments are taken or not.
+        result = tl.fma(product, scaling, base.to(tl.float32))
+        if HAS_BIAS:
+            result += bias_row[None, :]
+        result = round_to(result, y.dtype.element_ty, not CAST_DOT)
+        tl.store(y + row[:, None] * n + column[None, :], result, mask=inside)
+        if MOMENTS:
+            if SPLIT:
+                delta += rest * (scaling / _SPLIT_SCALE)
+            group = tl.load(groups + row, mask=row < m, other=-1)
+            a_f, a_r, s_f, s_r = lane_sums(delta, group, only_group, BOTH, LANES)
+            abs_f += a_f
+            abs_r += a_r
+            sq_f += s_f
+            sq_r += s_r
+    if MOMENTS:
+        store_sums(
+            slots,
+            slot,
+            column,
+            n,
+            tl.sum(abs_f, axis=0),
+            tl.sum(abs_r, axis=0),
+            tl.sum(sq_f, axis=0),
+            tl.sum(sq_r, axis=0),
+            BOTH,
+        )
+
+
+def expand(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
+    only_group: int | None = None,
+    delta_moments: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``base_out + scaling (z bᵀ + bias)``, and the moments of ``scaling z bᵀ``.
+
+    The product is that of z's dtype: b and bias are rounded to it, sums are in fp32, y is rounded
+    once. The moments are those of z and b as given, without the bias.
+
+    Args:
+        base_out: ``[..., N]``, fp32, bf16 or fp16, any strides.
+        z: ``[..., r]``, fp32, bf16 or fp16; a slice of a wider z is read in place.
+        b: ``[N, r]``, fp32, bf16 or fp16.
+        scaling: s.
+        bias: ``[N]``, or None.
+        groups: integers ``[tokens]``: 0 forget, 1 retain, else ignored. For the moments.
+        only_group: 0 or 1 counts only that group's tokens.
+        delta_moments: fp64 ``[2, 2, N]``, increased in place; None takes no moments.
+
+    Returns:
+        y, contiguous, of ``base_out``'s shape and dtype.
+    """
+    y = torch.empty(base_out.shape, dtype=base_out.dtype, device=base_out.device)
+    if y.numel() == 0:
+        return y
+    base_out, z, b = rows_of(base_out), rows_of(z), b.contiguous()
+    if z.stride(1) != 1:
+        z = z.contiguous()
+    if b.dtype != z.dtype:
+        # Exact for B; fewer kernels. What is given as fp32 is rounded to z's dtype by the kernel.
+        b = b.float()
+    if bias is not None:
+        bias = bias.to(b.dtype).contiguous()
+    (m, n), r = base_out.shape, z.shape[1]
+    moments = delta_moments is not None
+    rank = rank_class(r)
+    options = config("expand", (_dot_class(z.dtype, b.dtype, moments), rank), y.device)
+    column_tiles = triton.cdiv(n, options["BLOCK_N"])
+    rows = rows_per_program(m, column_tiles, options["BLOCK_M"])
+    count = triton.cdiv(m, rows)
+    slots = new_slots(count, n, only_group, y.device) if moments else None
+    with on_device(y):
+        expand_kernel[(count * column_tiles,)](
+            base_out,
+            z,
+            b,
+            bias,
+            groups.contiguous() if moments else None,
+            slots,
+            y,
+            m,
+            n,
+            r,
+            rows,
+            base_out.stride(0),
+            base_out.stride(1),
+            z.stride(0),
+            float(scaling),
+            -1 if only_group is None else only_group,
+            **_flags(z.dtype, b.dtype, moments, only_group is None, bias is not None, rank),
+            **options,
+            enable_fp_fusion=True,
+        )
+    if moments:
+        fold_(slots, delta_moments, only_group)
+    return y
+
+
+def rank_class(r: int) -> int:
+    """16, 32 or 64: r padded to it, B held over all rows. 256: a loop over parts of r."""
+    return next((padded for padded in (16, 32, 64) if r <= padded), 256)
+
+
+def _dot_class(z_dtype: torch.dtype, b_dtype: torch.dtype, moments: bool) -> str:
+    """Which dots are taken; names the rows of the table of configurations."""
+    if z_dtype == torch.float32:
+        return "fp32"
+    return "split" if moments and b_dtype != z_dtype else "16-bit"
+
+
+def _flags(
+    z_dtype: torch.dtype, b_dtype: torch.dtype, moments: bool, both: bool, bias: bool, rank: int
+) -> dict[str, int | bool]:
+    """The constexpr arguments that are not block sizes."""
+    return {
+        "MOMENTS": moments,
+        # Without moments it changes nothing, and one kernel is enough.
+        "BOTH": both or not moments,
+        "HAS_BIAS": bias,
+        "SPLIT": _dot_class(z_dtype, b_dtype, moments) == "split",
+        "CHUNKED": rank > 64,
+        "LANES": LANES,
+        "CAST_DOT": CAST_DOT,
+    }
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _case(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    rank: int,
+    *,
+    moments: bool = True,
+    both: bool = True,
+    bias: bool = False,
+    aligned: bool = True,
+    contiguous: bool = True,
+) -> list[CompileCase]:
+    """One launch as the ahead-of-time gate compiles it, for every row of the table it may use."""
+    base_type, z_type, b_type = (_NAMES[dtype] for dtype in dtypes)
+    absent = ([] if bias else ["bias"]) + ([] if moments else ["groups", "slots"])
+    flags = _flags(dtypes[1], dtypes[2], moments, both, bias, rank)
+    key = (_dot_class(dtypes[1], dtypes[2], moments), rank)
+    cases = []
+    for gpu, row_key, options, capabilities in table_rows("expand"):
+        if row_key != key:
+            continue
+        blocks = {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_R")}
+        constants = dict.fromkeys(absent) | ({"stride_n": 1} if contiguous else {}) | flags | blocks
+        signature = {
+            **dict.fromkeys(("base_out", "y"), f"*{base_type}"),
+            **dict.fromkeys(("b", "bias"), f"*{b_type}"),
+            "z": f"*{z_type}",
+            "groups": "*i8",
+            "slots": "*fp32",
+            **dict.fromkeys(("m", "n", "r", "rows", "stride_m", "stride_n", "stride_z"), "i32"),
+            "scaling": "fp32",
+            "only_group": "i32",
+            **dict.fromkeys(constants, "constexpr"),
+        }
+        divisible = ["base_out", "z", "b", "bias", "groups", "slots", "y", "n", "stride_m"]
+        divisible += ["r", "stride_z"] if aligned else []
+        words = [
+            f"{base_type} y, {z_type} z, {b_type} B",
+            ("r > 64" if rank > 64 else f"r <= {rank}") + ("" if aligned else " odd"),
+            ("moments" if both else "moments of one group") if moments else "no moments",
+            *(["bias"] if bias else []),
+            *([] if contiguous else ["strided base"]),
+            *([] if gpu == "default" else [gpu]),
+        ]
+        cases.append(
+            CompileCase(
+                name=", ".join(words),
+                kernel=expand_kernel,
+                signature=signature,
+                constants=constants,
+                divisible=tuple(name for name in divisible if signature[name] != "constexpr"),
+                num_warps=options["num_warps"],
+                num_stages=options["num_stages"],
+                dot=True,
+                wide_loads=contiguous,
+                capabilities=capabilities,
+            )
+        )
+    return cases
+
+
+def compile_cases() -> list[CompileCase]:
+    """The flags of every dtype that models bring, at every rank class; fewer of the rare dtypes."""
+    single, bf16, half = torch.float32, torch.bfloat16, torch.float16
+    # PEFT's default, an adapter in the base's dtype, autocast; then the same in fp16; all fp32.
+    common = [(bf16, single, single), (bf16, bf16, bf16), (bf16, bf16, single)]
+    common += [(half, single, single), (half, half, half), (half, half, single)]
+    common += [(single, single, single)]
+    rare = [(single, bf16, bf16), (single, bf16, single), (single, half, half)]
+    rare += [(single, half, single), (bf16, half, half), (bf16, half, single)]
+    rare += [(half, bf16, bf16), (half, bf16, single)]
+    cases = []
+    for dtypes in common:
+        for rank in (16, 32, 64, 256):
+            cases += _case(dtypes, rank, moments=False)
+            cases += _case(dtypes, rank)
+            cases += _case(dtypes, rank, both=False)
+            cases += _case(dtypes, rank, bias=True)
+        cases += _case(dtypes, 16, moments=False, bias=True)
+        cases += _case(dtypes, 16, aligned=False)
+        cases += _case(dtypes, 256, aligned=False)
+    for dtypes in rare:
+        for rank in (16, 32, 64, 256):
+            cases += _case(dtypes, rank, moments=False) + _case(dtypes, rank)
+    cases += _case(common[0], 16, contiguous=False)
+    return cases
