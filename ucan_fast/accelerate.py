@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners import lora
 from torch import nn
 
 from . import ops
-from .adapter import fusable_parts, sharded_by, tuner_layers, unfusable
+from .adapter import fusable_parts, plain_linear, sharded_by, tuner_layers, unfusable
 
 
 class FusedLoraLinear:
@@ -33,6 +34,9 @@ class FusedLoraLinear:
             recorder.layer_output(result)
             return result
 
+        whole = self._base_product(x, parts)
+        if whole is not None:
+            return self._one_product(x, *whole, parts[0], recorder)
         result = self._call_base(x)
         y_dtype = result.dtype
         if len(parts) > 1:
@@ -46,17 +50,36 @@ class FusedLoraLinear:
                 dtype = _product_dtype(x, x.dtype)
                 y_dtype = torch.promote_types(y_dtype, dtype)
                 result = result.to(torch.promote_types(result.dtype, dtype))
-            if recorder is not None and recorder.wants(adapter):
-                result = recorder.fused_step(result, x, a, b, bias, scaling, dtype)
-            else:
-                result = ops.expand(result, ops.shrink(x, a, dtype=dtype), b, scaling, bias=bias)
+            z, moments = _shrink(x, a, dtype, adapter, recorder)
+            result = ops.expand(result, z, b, scaling, bias=bias, **moments)
         result = result.to(y_dtype)
+        if recorder is not None:
+            recorder.layer_output(result)
+        return result
+
+    def _one_product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        base_bias: torch.Tensor | None,
+        part: tuple,
+        recorder: Any,
+    ) -> torch.Tensor:
+        adapter, a, b, bias, scaling = part
+        z, moments = _shrink(x, a, a.dtype, adapter, recorder)
+        result = ops.fused_linear(
+            x, weight, z, b, scaling, bias=base_bias, lora_bias=bias, **moments
+        )
         if recorder is not None:
             recorder.layer_output(result)
         return result
 
     def _call_base(self, x: torch.Tensor) -> torch.Tensor:
         return self.base_layer(x)
+
+    def _base_product(self, x: torch.Tensor, parts: list[tuple]) -> tuple | None:
+        # The base layer's weight and bias where one product is to do it all.
+        return None
 
     def _casts_dtypes(self) -> bool:
         # Whether x is cast to the adapter's dtype and the sum back to the base's.
@@ -67,6 +90,15 @@ class FusedLinear(FusedLoraLinear, lora.Linear):
     """``peft.tuners.lora.Linear``, fused."""
 
     pefts = lora.Linear
+
+    def _base_product(self, x: torch.Tensor, parts: list[tuple]) -> tuple | None:
+        if len(parts) > 1 or torch.is_autocast_enabled(x.device.type):
+            return None
+        base = plain_linear(self.base_layer)
+        narrows = torch.promote_types(x.dtype, parts[0][1].dtype) != parts[0][1].dtype
+        if base is None or narrows or not ops.fused_linear_wanted(x, base[0]):
+            return None
+        return base
 
 
 class _OverBitsandbytes(FusedLoraLinear):
@@ -178,6 +210,15 @@ def _fused_class(cls: type[nn.Module]) -> type[FusedLoraLinear]:
 def _fused_over(cls: type[nn.Module]) -> type[FusedLoraLinear]:
     body = {"__doc__": f"PEFT's ``{cls.__name__}``, fused.", "__module__": __name__, "pefts": cls}
     return type(f"Fused{cls.__name__}", (_OVER[cls.__name__], cls), body)
+
+
+def _shrink(
+    x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype, adapter: str, recorder: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    # z, and what expand has to record.
+    if recorder is not None and recorder.wants(adapter):
+        return recorder.shrink(x, a, dtype)
+    return ops.shrink(x, a, dtype=dtype), {}
 
 
 def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

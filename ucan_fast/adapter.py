@@ -277,6 +277,16 @@ def fusable_parts(
     return parts or None
 
 
+def plain_linear(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight and bias of a base layer that is nothing but ``nn.Linear``, else None."""
+    if type(base) is not nn.Linear or _has_hooks(base):
+        return None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
+        return None
+    return weight, bias
+
+
 def fingerprint(model: nn.Module, adapter: str) -> str:
     """SHA-256 over one adapter: names, values and scaling of its layers.
 

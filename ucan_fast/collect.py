@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .accelerate import FusedLoraLinear
+from .accelerate import FusedLoraLinear, is_fused
 from .adapter import (
     LoraLayer,
     active_context,
@@ -203,8 +203,8 @@ class _Recorder:
         """Whether one product could serve both layers."""
         mine, theirs = self.layer.a, other.layer.a
         return (
-            isinstance(self.layer.module, FusedLoraLinear)
-            and isinstance(other.layer.module, FusedLoraLinear)
+            is_fused(self.layer.module)
+            and is_fused(other.layer.module)
             and self.role == other.role
             and (mine.shape[1], mine.dtype, mine.device)
             == (theirs.shape[1], theirs.dtype, theirs.device)
@@ -214,40 +214,31 @@ class _Recorder:
         """Whether this adapter's path is the one being measured, in this call."""
         return adapter == self.layer.adapter and _recording()
 
-    def fused_step(
-        self,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        bias: torch.Tensor | None,
-        scaling: float,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """shrink and expand with moments, for the fused forward."""
+    def shrink(
+        self, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """z and its moments, for the fused forward, and what its expand has to record."""
         groups = self._begin_call(x)
         shared = self._shared_input(x)
         if shared is None or not shared.holds(self.layer.name, dtype):
-            shared = self._shrink_together(x, groups, dtype, shared)
+            shared = self._shrink_together(x, a, groups, dtype, shared)
         z, rank_moments = shared.ready.pop(self.layer.name)
         if shared.moments is not None:
             self.totals["input"] += shared.moments
         if rank_moments is not None:
             self.totals["rank"] += rank_moments
-        return ops.expand(
-            result,
-            z,
-            b,
-            scaling,
-            bias=bias,
-            groups=groups,
-            only_group=self.pass_.only_group[self.role],
-            delta_moments=self.totals.get("output"),
-        )
+        if "output" not in self.totals:
+            return z, {}
+        return z, {
+            "groups": groups,
+            "only_group": self.pass_.only_group[self.role],
+            "delta_moments": self.totals["output"],
+        }
 
     def _shrink_together(
         self,
         x: torch.Tensor,
+        a: torch.Tensor,
         groups: torch.Tensor,
         dtype: torch.dtype,
         shared: _SharedInput | None,
@@ -256,7 +247,7 @@ class _Recorder:
         # An input that can change unnoticed is used for one layer only.
         alone = shared is not None or x.is_inference()
         together = [self] if alone else [self, *self.companions]
-        stacked = [recorder.layer.a for recorder in together]
+        stacked = [a, *(recorder.layer.a for recorder in together[1:])]
         fresh = shared is None and "input" in self.totals
         moments = torch.zeros_like(self.totals["input"]) if fresh else None
         ranks = [a.shape[0] for a in stacked]

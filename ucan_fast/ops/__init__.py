@@ -3,6 +3,7 @@
 from .attenuate import attenuate_
 from .backend import BACKENDS, backends_in_use, use_backend
 from .expand import expand
+from .fused_linear import fused_linear, fused_linear_wanted
 from .moments import accumulate_moments
 from .scores import attenuation_factors, contrastive_scores
 from .shrink import shrink
@@ -15,6 +16,8 @@ __all__ = [
     "backends_in_use",
     "contrastive_scores",
     "expand",
+    "fused_linear",
+    "fused_linear_wanted",
     "shrink",
     "use_backend",
 ]

@@ -18,6 +18,7 @@ operator                     ``triton``   C++ (CPU)    CUDA extension
 ============================ ============ ============ ===================
 ``shrink``                   yes          its moments  no
 ``expand``                   yes          its moments  no
+``fused_linear``             yes          no           no
 ``accumulate_moments``       yes          yes          no
 ``contrastive_scores``,      yes          no           no
 ``attenuation_factors``
@@ -47,7 +48,7 @@ LIBRARY = torch.library.Library("ucan_fast", "FRAGMENT")
 BACKENDS = ("auto", "reference", "triton", "native", "cuda")
 
 _OPERATORS = (
-    *("shrink", "expand", "accumulate_moments"),
+    *("shrink", "expand", "fused_linear", "accumulate_moments"),
     *("contrastive_scores", "attenuation_factors", "attenuate_"),
 )
 # By device type: operator -> the extension's. shrink's moments go through accumulate_moments.
@@ -59,7 +60,7 @@ _NATIVE = {
     },
     "cuda": {"attenuate_": "_attenuate_native_"},
 }
-_ACTIVATIONS = ("shrink", "expand", "accumulate_moments")
+_ACTIVATIONS = ("shrink", "expand", "fused_linear", "accumulate_moments")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)

@@ -93,7 +93,7 @@ def expand_reference(
     return y.to(base_out.dtype)
 
 
-def _expand(
+def run_expand(
     base_out: torch.Tensor,
     z: torch.Tensor,
     b: torch.Tensor,
@@ -107,7 +107,7 @@ def _expand(
     return expand_reference(base_out, z, b, scaling, bias)
 
 
-def _expand_moments(
+def run_expand_moments(
     base_out: torch.Tensor,
     z: torch.Tensor,
     b: torch.Tensor,
@@ -162,19 +162,32 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_y: torch.Tensor):
     z, b = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
+    grad_z, grad_b, grad_bias = lora_gradients(grad_y, z, b, ctx.scaling, ctx.bias_dtype, needs)
+    return grad_y, grad_z, grad_b, None, grad_bias
+
+
+def lora_gradients(
+    grad_y: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias_dtype: torch.dtype | None,
+    needs: list[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of z, B and the adapter's bias, those that are needed."""
     grad_z = grad_b = grad_bias = None
     with torch.autocast(z.device.type, enabled=False):
-        grad_delta = (grad_y.to(torch.promote_types(grad_y.dtype, z.dtype)) * ctx.scaling).to(
-            z.dtype
-        )
+        wide = grad_y.to(torch.promote_types(grad_y.dtype, z.dtype))
+        grad_delta = (wide * scaling).to(z.dtype)
         rows = grad_delta.reshape(-1, grad_delta.shape[-1])
-        if ctx.needs_input_grad[1]:
+        if needs[0]:
             grad_z = grad_delta @ b.to(z.dtype)
-        if ctx.needs_input_grad[2]:
+        if needs[1]:
             grad_b = (rows.t() @ z.reshape(-1, z.shape[-1])).to(b.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_y, grad_z, grad_b, None, grad_bias
+        if needs[2]:
+            grad_bias = rows.sum(0).to(bias_dtype)
+    return [grad_z, grad_b, grad_bias]
 
 
 LIBRARY.define("expand(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias) -> Tensor")
@@ -182,8 +195,8 @@ LIBRARY.define(
     "expand.moments(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias, "
     "Tensor groups, int? only_group, Tensor(a!) delta_moments) -> Tensor"
 )
-LIBRARY.impl("expand", _expand, "CompositeExplicitAutograd")
-LIBRARY.impl("expand.moments", _expand_moments, "CompositeExplicitAutograd")
+LIBRARY.impl("expand", run_expand, "CompositeExplicitAutograd")
+LIBRARY.impl("expand.moments", run_expand_moments, "CompositeExplicitAutograd")
 torch.library.register_autograd("ucan_fast::expand", _backward, setup_context=_save, lib=LIBRARY)
 
 
