@@ -184,6 +184,13 @@ def dot_mode(x: torch.dtype, a: torch.dtype, product: torch.dtype) -> tuple[torc
     return torch.float32, False
 
 
+def dots(x: torch.dtype, operand: torch.dtype, split_a: bool) -> str:
+    """The shape class of a dot mode: where 32 bits are loaded or multiplied, tiles are narrower."""
+    if split_a:
+        return "three"
+    return "16-bit" if max(x.itemsize, operand.itemsize) == 2 else "32-bit"
+
+
 def pad_rank(r: int) -> int:
     """The smallest rank that a dot can have and that holds r."""
     return max(16, triton.next_power_of_2(r))
@@ -218,7 +225,7 @@ def shrink(
     x, a = rows_of(x), a.contiguous()
     m, r_pad, size = x.shape[0], pad_rank(r), "few" if x.shape[0] <= FEW_ROWS else "many"
     operand, split_a = dot_mode(x.dtype, a.dtype, dtype)
-    tile = tuning.config("shrink", (r_pad, max(x.element_size(), operand.itemsize), size), x.device)
+    tile = tuning.config("shrink", (r_pad, dots(x.dtype, operand, split_a), size), x.device)
     row_blocks = triton.cdiv(m, tile["BLOCK_M"])
     splits, chunk = chunks(m, k, r, tile["BLOCK_M"], tile["BLOCK_K"])
     at_once = splits == 1 and rank_moments is None
@@ -299,12 +306,12 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _shrink_cases() -> Iterator[CompileCase]:
-    for gpu, (rank, size, rows), tile, capabilities in tuning.rows("shrink"):
+    for gpu, (rank, kind_of_dots, rows), tile, capabilities in tuning.rows("shrink"):
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
         for dtypes in _DTYPES:
             x, a, product = dtypes
             operand, split_a = dot_mode(*(_NAMES[name] for name in dtypes))
-            if max(_NAMES[x].itemsize, operand.itemsize) != size:
+            if dots(_NAMES[x], operand, split_a) != kind_of_dots:
                 continue
             # What is stored, whether moments are taken, and whether of both groups.
             kinds = [("fp32", True, True)]

@@ -41,17 +41,17 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for dots in ("16-bit", "split", "fp32")
         for rank in (16, 32, 64, 256)
     },
-    # (padded rank, bytes of the wider of x and the dot's operands, few or many rows). Rows of 128
-    # bytes are one swizzle; wide ranks take smaller tiles for the registers' sake.
+    # (padded rank, dots, few or many rows). 64 columns of 16 bits and 32 of 32 are rows of 128
+    # bytes, one swizzle; wide ranks take smaller tiles for the registers' sake.
     "shrink": {
-        ("default", (rank, size, rows)): {
-            "BLOCK_M": 16 if rows == "few" else 128 if rank <= 128 else 64,
-            "BLOCK_K": (256 if (rank, rows) == (16, "few") else 128 if rank <= 128 else 64) // size,
+        ("default", (rank, dots, rows)): {
+            "BLOCK_M": 16 if rows == "few" else 128 if rank <= 64 else 64,
+            "BLOCK_K": 32 if dots == "32-bit" or (dots == "three" and rank >= 64) else 64,
             "num_warps": 4 if rows == "few" or rank <= 32 else 8,
             "num_stages": 3,
         }
         for rank in (16, 32, 64, 128, 256)
-        for size in (2, 4)
+        for dots in ("16-bit", "three", "32-bit")
         for rows in ("few", "many")
     },
     # (padded rank, few or many rows); few rows come with many chunks.

@@ -292,10 +292,10 @@ def test_few_rows_and_many_take_their_own_tiles(monkeypatch):
     ):
         shrink(randn(m, 20, dtype=x), randn(48, 20, dtype=a), dtype)
     assert [key for kernel, key in seen if kernel == "shrink"] == [
-        (64, 2, "few"),
-        (64, 2, "many"),
-        (64, 4, "few"),
-        (64, 4, "few"),
+        (64, "16-bit", "few"),
+        (64, "three", "many"),
+        (64, "32-bit", "few"),
+        (64, "32-bit", "few"),
     ]
 
 
@@ -315,10 +315,12 @@ def test_pad_rank():
 
 
 def test_table_has_every_class_and_falls_back(monkeypatch):
-    for rank, size, rows in itertools.product((16, 32, 64, 128, 256), (2, 4), ("few", "many")):
-        assert tuning.config("shrink", (rank, size, rows))["BLOCK_M"] <= 128
+    for rank, kind, rows in itertools.product(
+        (16, 32, 64, 128, 256), ("16-bit", "three", "32-bit"), ("few", "many")
+    ):
+        assert tuning.config("shrink", (rank, kind, rows))["BLOCK_M"] <= 128
         assert tuning.config("shrink_finish", (rank, rows))["ROWS"] <= 128
-    key = (16, 2, "many")
+    key = (16, "16-bit", "many")
     default = tuning.config("shrink", key)
     other = {**default, "num_warps": 16}
     monkeypatch.setitem(tuning.TABLE["shrink"], ("h100", key), other)
@@ -329,7 +331,7 @@ def test_table_has_every_class_and_falls_back(monkeypatch):
     assert tuning.config("shrink", key, torch.device("cpu")) == default
     assert ("h100", key, other, (90,)) in tuning.rows("shrink")
     with pytest.raises(KeyError):
-        tuning.config("shrink", (17, 2, "many"))
+        tuning.config("shrink", (17, "16-bit", "many"))
     tuning.config("shrink", key)["num_warps"] = 1  # a copy, not the table's own row
     assert tuning.config("shrink", key) == default
 
