@@ -29,14 +29,14 @@ FUSED_LINEAR_WINS: frozenset[tuple[str, torch.dtype, int, int]] = frozenset()
 TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
     # (dots, padded rank; 256 is a loop over parts of BLOCK_R). Chosen by registers and occupancy,
     # not measured: tiles of 64 and more rows would take wgmma, whose layout spreads the sums of a
-    # column over the warps and spills.
+    # column over the warps and spills, as the loop over parts does if it is pipelined.
     "expand": {
         ("default", (dots, rank)): {
             "BLOCK_M": 32,
             "BLOCK_N": 64 if rank <= 64 else 128,
             "BLOCK_R": rank if rank <= 64 else 32,
             "num_warps": 4 if rank <= 64 else 8,
-            "num_stages": 2 if rank <= 64 or dots == "16-bit" else 1,
+            "num_stages": 2 if rank <= 64 else 1,
         }
         for dots in ("16-bit", "split", "fp32")
         for rank in (16, 32, 64, 256)
