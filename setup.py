@@ -2,7 +2,7 @@
 
 The extension is two libraries without a Python interface, loaded by ``ucan_fast.native``:
 
-- ``ucan_fast/_C.abi3.so``: operator schema and CPU code (any C++17 compiler);
+- ``ucan_fast/_C.abi3.so``: operator schemas and CPU code (any C++20 compiler);
 - ``ucan_fast/_C_cuda.abi3.so``: the CUDA kernel (nvcc; needs neither a GPU nor a CUDA torch here).
 
 Both use PyTorch's stable ABI, so one build serves every torch from 2.10 on and every Python from
@@ -90,7 +90,8 @@ def extensions() -> list[Extension]:
         return []
 
     common = ["csrc/checks.h", "csrc/matrix.h"]
-    libraries = [Extension(CPU, ["csrc/attenuate_cpu.cpp"], depends=common, py_limited_api=True)]
+    sources = ["csrc/attenuate_cpu.cpp", "csrc/moments_cpu.cpp"]
+    libraries = [Extension(CPU, sources, depends=common, py_limited_api=True)]
     if switch("UCAN_FAST_SKIP_CUDA"):
         skip(CUDA, "UCAN_FAST_SKIP_CUDA is set")
     elif find_nvcc() is None:

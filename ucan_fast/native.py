@@ -1,8 +1,9 @@
 """Loads the optional native extension, or says why not.
 
-- ``_C``: the schema of ``ucan_fast::_attenuate_native_`` and its CPU code;
-- ``_C_cuda``: its CUDA kernel, loaded only where torch is a CUDA build. It is compiled and linked,
-  but has not been run on a GPU yet.
+- ``_C``: the schemas of ``ucan_fast::_attenuate_native_``, ``_moments_native_`` and
+  ``_add_delta_native_``, and their CPU code;
+- ``_C_cuda``: the CUDA kernel of ``_attenuate_native_``, loaded only where torch is a CUDA build.
+  It is compiled and linked, but has not been run on a GPU yet.
 
 Both go through PyTorch's stable ABI, so one build serves torch 2.10 and later. Importing this
 module loads nothing and never fails.
@@ -21,6 +22,7 @@ __all__ = ["load", "status"]
 
 LIBRARIES = ("_C", "_C_cuda")
 _OPERATOR = "ucan_fast::_attenuate_native_"
+_OPERATORS = (_OPERATOR, "ucan_fast::_moments_native_", "ucan_fast::_add_delta_native_")
 _AVAILABLE = "available"
 _REBUILD = "rebuild it with: pip install --no-build-isolation --no-deps --force-reinstall ."
 
@@ -79,15 +81,16 @@ def _load_library(name: str) -> str:
     try:
         torch.ops.load_library(str(paths[0]))
         if name == "_C":
-            torch.library.register_fake(_OPERATOR)(_fake)
+            for operator in _OPERATORS:
+                torch.library.register_fake(operator)(_fake)
     except Exception as error:  # whatever it is, the reference still works
         # torch wraps what the dynamic linker said.
         return diagnose(str(error.__cause__ or error), paths[0].name)
     return _AVAILABLE
 
 
-def _fake(weights, factors, offsets, axes) -> None:
-    return None
+def _fake(*_) -> None:
+    """All of them write in place and return nothing."""
 
 
 def _why_missing(name: str) -> str:
