@@ -87,7 +87,7 @@ def new_slots(slots: int, n: int, only_group: int | None, device: torch.device) 
 def round_to(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """fp32 to DTYPE, to nearest even. The interpreter truncates to bf16 and garbles its subnormal
     numbers; here the bits are made by hand."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # A NaN stays one: rounding could carry its payload away.
@@ -201,8 +201,13 @@ def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) ->
 def compile_cases() -> list[CompileCase]:
     """The fold kernel as launched."""
     signature = {
-        **{"slots": "*fp32", "totals": "*fp64", "slot_count": "i32", "n": "i32"},
-        **{"total_stride": "i32", "GROUPS": "constexpr", "SLOTS": "constexpr"},
+        "slots": "*fp32",
+        "totals": "*fp64",
+        "slot_count": "i32",
+        "n": "i32",
+        "total_stride": "i32",
+        "GROUPS": "constexpr",
+        "SLOTS": "constexpr",
         "COLUMNS": "constexpr",
     }
     return [
