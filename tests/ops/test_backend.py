@@ -234,7 +234,7 @@ def test_use_backend_wins_over_the_variable_and_ends(monkeypatch, missing, spy):
 def test_backends_in_use_names_every_operator_and_the_reason(missing):
     use = ops.backends_in_use()
     assert set(use) == {
-        *("shrink", "expand", "accumulate_moments"),
+        *("shrink", "expand", "fused_linear", "accumulate_moments"),
         *("contrastive_scores", "attenuation_factors", "attenuate_"),
     }
     assert use["attenuate_"].startswith(f"reference on {DEVICE} tensors (not native: not built: no")

@@ -38,7 +38,7 @@ def expand(
             from the stored z and B (no bias).
 
     Returns:
-        y, ``[..., N]`` in ``base_out``'s dtype.
+        y, ``[..., N]`` in ``base_out``'s dtype, a new contiguous tensor.
 
     Differentiable while no moments are asked for.
 
@@ -70,9 +70,14 @@ def expand(
     )
 
 
+def delta_dtype(z: torch.Tensor, b: torch.Tensor) -> torch.dtype:
+    """fp32, or fp64 where z or B is."""
+    return torch.promote_types(torch.promote_types(z.dtype, b.dtype), torch.float32)
+
+
 def delta_reference(z: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """δ = s z Bᵀ in fp32 (fp64 for fp64): the signal of the output site."""
-    wide = torch.promote_types(torch.promote_types(z.dtype, b.dtype), torch.float32)
+    wide = delta_dtype(z, b)
     with torch.autocast(z.device.type, enabled=False):
         delta = F.linear(z.to(wide), b.to(wide))
         return delta if scaling == 1.0 else delta * scaling
@@ -90,7 +95,7 @@ def expand_reference(
     with torch.autocast(z.device.type, enabled=False):
         delta = F.linear(z, b.to(z.dtype), None if bias is None else bias.to(z.dtype))
         y = torch.add(base_out.to(wide), delta.to(wide), alpha=scaling)
-    return y.to(base_out.dtype)
+    return y.to(base_out.dtype).contiguous()
 
 
 def run_expand(
@@ -122,7 +127,8 @@ def run_expand_moments(
         from ..kernels.expand import expand as launch
 
         return launch(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
-    if backend == "native" and base_out.numel():
+    # Narrow products are rounded before they are added, as without moments.
+    if backend == "native" and base_out.numel() and z.dtype == delta_dtype(z, b):
         return _expand_native(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
     y = expand_reference(base_out, z, b, scaling, bias)
     add_moments_(delta_reference(z, b, scaling), groups, only_group, delta_moments)
@@ -202,9 +208,9 @@ torch.library.register_autograd("ucan_fast::expand", _backward, setup_context=_s
 
 @torch.library.register_fake("ucan_fast::expand", lib=LIBRARY)
 def _(base_out, z, b, scaling, bias) -> torch.Tensor:
-    return torch.empty_like(base_out)
+    return base_out.new_empty(base_out.shape)
 
 
 @torch.library.register_fake("ucan_fast::expand.moments", lib=LIBRARY)
 def _(base_out, z, b, scaling, bias, groups, only_group, delta_moments) -> torch.Tensor:
-    return torch.empty_like(base_out)
+    return base_out.new_empty(base_out.shape)
