@@ -50,7 +50,7 @@ def obstacle(device_type: str) -> str | None:
     if number and number < _OLDEST:
         return f"Triton {version} is too old, it must be {_OLDEST[0]}.{_OLDEST[1]} or later"
     if device_type == "cpu" and not _interpreted():
-        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the start)"
+        return "on the CPU only with TRITON_INTERPRET=1, set before the start"
     if device_type not in ("cpu", "cuda"):
         return f"the kernels have not been written for {device_type} tensors"
     return None

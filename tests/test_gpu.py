@@ -398,43 +398,47 @@ def test_cuda_graph_of_a_decode_step():
     model = small_model(torch.bfloat16).cuda()
     uf.accelerate(model)
     token = torch.tensor([[5]], device="cuda")
-    position = torch.zeros(1, dtype=torch.int64, device="cuda")
-    prompt = torch.arange(1, 9, device="cuda")[None]
+    position = torch.tensor([8], device="cuda")
+    cache = StaticCache(config=model.config, max_cache_len=16)
 
-    def fresh_cache():
-        cache = StaticCache(config=model.config, max_cache_len=16)
-        with torch.no_grad():
-            model(
-                input_ids=prompt,
-                past_key_values=cache,
-                cache_position=torch.arange(8, device="cuda"),
-            )
-        return cache
-
-    def step(cache):
+    def forward(ids, positions):
         with torch.no_grad():
             return model(
-                input_ids=token,
+                input_ids=ids,
                 past_key_values=cache,
-                cache_position=position,
-                position_ids=position[None],
+                cache_position=positions,
+                position_ids=positions[None],
             ).logits
 
-    position.fill_(8)
-    cache = fresh_cache()
+    forward(torch.arange(1, 9, device="cuda")[None], torch.arange(8, device="cuda"))
+    # Some versions count the tokens in the cache: every step starts from the same state.
+    held = [v for layer in cache.layers for v in vars(layer).values() if torch.is_tensor(v)]
+    prompt = [v.clone() for v in held]
+
+    def rewind():
+        for tensor, value in zip(held, prompt, strict=True):
+            tensor.copy_(value)
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(cache)
+            rewind()
+            forward(token, position)
     torch.cuda.current_stream().wait_stream(stream)
+    rewind()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(cache)
+        captured = forward(token, position)
+    seen = []
     for value in (7, 30):
         token.fill_(value)
+        rewind()
         graph.replay()
-        torch.testing.assert_close(captured, step(fresh_cache()), rtol=1e-2, atol=1e-2)
+        seen.append(captured.clone())
+        rewind()
+        torch.testing.assert_close(seen[-1], forward(token, position), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(*seen)
 
 
 def test_cuda_graph_of_attenuate():

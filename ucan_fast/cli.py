@@ -255,7 +255,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
             continue
         print(f"{title}:")
         for key, text in value.items():
-            print(f"  {key:<14} {text}")
+            print(f"  {key:<20} {text}")
     return DONE
 
 

@@ -162,7 +162,7 @@ def native_obstacle(operator: str, device: torch.device) -> str | None:
     if device.type not in _NATIVE:
         return f"the extension has no code for {device.type} tensors"
     if operator not in _NATIVE[device.type]:
-        return f"the extension has no {operator} for {device.type} tensors"
+        return f"it has none for {device.type} tensors"
     status = native.status().get("_C_cuda" if device.type == "cuda" else "_C", "not built")
     if status != "available":
         return status
