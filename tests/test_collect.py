@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ucan_fast as uf
+from ucan_fast.collect import _SharedInput
 
 RIGHT = [hm.token_batch([7, 3, 5]), hm.token_batch([2, 6], seed=1)]
 LEFT = [hm.token_batch([7, 3, 5], side="left"), hm.token_batch([2, 6], side="left", seed=1)]
@@ -454,6 +455,39 @@ def test_input_changed_in_place_between_two_layers(inference, way):
     with torch.inference_mode() if inference else contextlib.nullcontext():
         stats = collect(way, model, MIXED)
     assert_equals_hooks(stats, expected_sums(way, model, MIXED))
+
+
+def test_layers_of_one_input_with_adapters_that_cannot_be_stacked(way):
+    """q, k and v are computed together only where their matrices are of one kind."""
+    model = hm.lora(hm.llama(layers=1), rank_pattern={"v_proj": 300})
+    attention = model.base_model.model.model.layers[0].self_attn
+    for holder in (attention.k_proj.lora_A, attention.k_proj.lora_B):
+        holder["default"].to(torch.bfloat16)
+    hm.randomise(model)
+    stats = collect(way, model, MIXED)
+    expected = expected_sums(way, model, MIXED)
+    k_proj = "base_model.model.model.layers.0.self_attn.k_proj"
+    for name in (k_proj,):
+        for site in ("rank", "output"):
+            count, abs_sum, _ = expected[name][site]
+            moments = stats.layers[name][site]
+            assert moments.count.tolist() == count.tolist()
+            assert_relative(moments.abs_sum, abs_sum, 1e-2, f"{name} {site}", to_mean=True)
+    del stats.layers[k_proj], expected[k_proj]
+    assert_equals_hooks(stats, expected)
+
+
+def test_a_shared_input_is_known_by_itself_its_version_and_its_role():
+    h = torch.zeros(2, 3)
+    shared = _SharedInput(h, "encoder", None)
+    assert shared.is_for(h, "encoder")
+    assert not shared.is_for(h, "decoder")
+    assert not shared.is_for(h.clone(), "encoder")
+    h += 1
+    assert not shared.is_for(h, "encoder")
+    with torch.inference_mode():
+        silent = torch.zeros(2, 3)
+        assert not _SharedInput(silent, "encoder", None).is_for(silent, "encoder")
 
 
 def test_layers_that_share_an_input_get_equal_moments(way):

@@ -169,6 +169,19 @@ def test_moments_describe_the_stored_values():
     assert torch.equal(y, ops.expand(base, z, b, S, bias=bias))
 
 
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_is_in_y_and_not_in_the_moments(base_dtype):
+    """With an fp32 adapter, where C++ makes y and the moments in one pass."""
+    x, a, b, base, bias = make((40, 12))
+    base, groups, sums = base.to(base_dtype), groups_of(x), totals(10)
+    z = ops.shrink(x, a)
+    y = ops.expand(base, z, b, S, bias=bias, groups=groups, delta_moments=sums)
+    delta = S * (z.double() @ b.double().t())
+    exact = base.double() + delta + S * bias.double()
+    assert_no_worse(y, (base + S * F.linear(z, b, bias)).to(base_dtype), exact)
+    torch.testing.assert_close(sums, exact_moments(delta, groups), rtol=1e-5, atol=1e-6)
+
+
 def test_moments_add_to_what_is_there_and_one_of_them_is_enough():
     x, a, b, base, _ = make((9, 12))
     groups = groups_of(x)
