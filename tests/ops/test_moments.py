@@ -83,6 +83,16 @@ def test_group_dtypes_and_other_numbers(groups_dtype):
     assert_relative(moments, exact(h, groups), 1e-6)
 
 
+@pytest.mark.parametrize("only_group", [0, 1])
+def test_only_one_group_is_counted_where_that_is_asked_for(only_group):
+    h, groups, moments = torch.randn(70, 5), random_groups(70), totals(5)
+    ops.accumulate_moments(h, groups, moments, only_group=only_group)
+    assert not moments[:, 1 - only_group].any()
+    assert_relative(moments[:, only_group], exact(h, groups)[:, only_group], 1e-6)
+    with pytest.raises(UcanError, match="only_group must be"):
+        ops.accumulate_moments(h, groups, moments, only_group=-1)
+
+
 def layouts():
     base = torch.randn(4, 6, 10)
     return {

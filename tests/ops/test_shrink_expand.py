@@ -169,6 +169,25 @@ def test_moments_describe_the_stored_values():
     assert torch.equal(y, ops.expand(base, z, b, S, bias=bias))
 
 
+@pytest.mark.parametrize("only_group", [0, 1])
+def test_only_one_group_is_counted_where_that_is_asked_for(only_group):
+    """Also where the other one is there."""
+    x, a, b, base, _ = make((40, 12))
+    groups = groups_of(x)
+    sums = [totals(12), totals(3), totals(10)]
+    options = {"groups": groups, "only_group": only_group}
+    z = ops.shrink(x, a, input_moments=sums[0], rank_moments=sums[1], **options)
+    y = ops.expand(base, z, b, S, delta_moments=sums[2], **options)
+    assert error(y, base + S * (z @ b.t())) < 1e-5
+    counted = torch.where(groups == only_group, groups, -1)
+    delta = S * (z.double() @ b.double().t())
+    for got, h in zip(sums, (x, z, delta), strict=True):
+        assert not got[:, 1 - only_group].any()
+        torch.testing.assert_close(got, exact_moments(h, counted), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UcanError, match="only_group must be"):
+        ops.expand(base, z, b, S, groups=groups, only_group=2, delta_moments=sums[2])
+
+
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_is_in_y_and_not_in_the_moments(base_dtype):
     """With an fp32 adapter, where C++ makes y and the moments in one pass."""
