@@ -1,0 +1,1 @@
+"""Side by side with every peer: what is timed, how, and what is written down."""

@@ -1,0 +1,686 @@
+"""The measuring core: several ways to compute one thing, timed side by side in one run.
+
+    candidates = [
+        Candidate("peft", bind=lambda x, w: lambda: x @ w),
+        Candidate("ucan_fast", bind=lambda x, w: lambda: mine(x, w)),
+    ]
+    results = measure(
+        candidates, inputs, reference=lambda x, w: x.double() @ w.double(), baseline="peft",
+        group="linear", shape={"model": "Llama-2-7B", "tokens": 1024}, dtype="float32",
+    )
+    write_results(output_path("kernels"), results, command="...")
+
+- **Correct first.** Every candidate runs on fresh inputs and is compared with the reference; one
+  that is wrong raises :class:`CheckFailed` and nothing of the case is timed.
+- **Interleaved.** Each round times every candidate once, in turning order, so that a slow moment
+  hits them all; a ratio is taken within a round, and its median and quartiles are reported.
+- **Device time on CUDA**: events around replays of a CUDA graph. Where one candidate cannot be
+  captured, all of the case run eagerly between events, so that like is compared with like. Several
+  input sets, together past the L2 cache, take turns. On the CPU it is wall time.
+
+The JSON file (:func:`write_results`, read back and checked by :func:`read_results`)::
+
+    {"schema": 1,
+     "environment": {"hardware", "device", "cores", "threads", "python", "torch", "cuda", "triton",
+                     "peft", "transformers", "commit", "date", "command", "profile"},
+     "results": [{"group", "case", "candidate", "baseline",
+                  "seconds": {"median", "q1", "q3", "rounds"},     rounds: one number per round
+                  "ratio": {"median", "q1", "q3"},                 baseline time / candidate time
+                  "bytes", "flops", "roofline_seconds",            numbers or null
+                  "shape": {...}, "dtype", "adapter_dtype",        what "case" spells out
+                  "extra": {"timing": "graph" | "events" | "wall", ...}}],
+     "skipped": [{"group", "case", "candidate", "reason"}]}
+
+A ratio above 1 is faster than the baseline. ``commit`` ends in ``+`` where files were changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = 1
+#: Largest relative error, ‖out - ref‖ / ‖ref‖, of a right result in this dtype.
+TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
+
+Inputs = tuple[Any, ...]
+
+
+class CheckFailed(AssertionError):
+    """A candidate computes something else than the reference; nothing was timed."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long one case may take.
+
+    Attributes:
+        name: ``quick`` or ``full``.
+        rounds: as many, unless ``seconds`` ends them, but never fewer than ``min_rounds``.
+        seconds: for the timed rounds of one case.
+        min_sample: a sample repeats its call until it lasts this long, in seconds.
+    """
+
+    name: str
+    rounds: int
+    seconds: float
+    min_sample: float
+    min_rounds: int = 5
+
+
+PROFILES = {
+    "quick": Profile("quick", rounds=11, seconds=2.0, min_sample=2e-3),
+    "full": Profile("full", rounds=31, seconds=20.0, min_sample=5e-3),
+}
+
+
+def chosen_profile(name: str | None = None) -> Profile:
+    """The named profile, else ``BENCH_PROFILE``'s, else quick."""
+    name = name or os.environ.get("BENCH_PROFILE") or "quick"
+    if name not in PROFILES:
+        raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(PROFILES)}.")
+    return PROFILES[name]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute the thing.
+
+    Attributes:
+        name: as it appears in tables, for example ``peft, fp32 adapters``.
+        bind: given the inputs, a function of no arguments that does the work and returns what is
+            checked (tensors, numbers, nested in tuples, lists or dicts). What bind itself does
+            (building a module, compiling) is not timed.
+        bytes: device memory traffic that it needs at least; None if unknown.
+        flops: operations, likewise.
+        dtype: of its result, where narrower than the case's; decides how exact it must be.
+        tolerance: instead of the dtype's.
+        reference: where it computes something else on purpose (a floor).
+        capturable: False where it synchronises, so that no CUDA graph can hold it.
+        extra: goes into the result's ``extra``.
+    """
+
+    name: str
+    bind: Callable[..., Callable[[], Any]]
+    bytes: int | None = None
+    flops: int | None = None
+    dtype: str | None = None
+    tolerance: float | None = None
+    reference: Callable[..., Any] | None = None
+    capturable: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """The times of one candidate in one case, one per round."""
+
+    name: str
+    group: str
+    shape: dict[str, Any]
+    dtype: str
+    adapter_dtype: str
+    seconds: list[float]
+    bytes: int | None = None
+    flops: int | None = None
+    baseline: str = ""
+    roofline_seconds: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def case(self) -> str:
+        """What was computed, the candidate apart."""
+        return case_name(self.shape, self.dtype, self.adapter_dtype)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A candidate that cannot run here, and why: no row is left out silently."""
+
+    group: str
+    case: str
+    candidate: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of these values; one value has no spread."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, q1, q3)
+
+    def to_json(self) -> dict[str, float]:
+        """As in the file."""
+        return {"median": self.median, "q1": self.q1, "q3": self.q3}
+
+
+def case_name(shape: Mapping[str, Any], dtype: str, adapter_dtype: str = "") -> str:
+    """``Llama-2-7B q_proj tokens=1024 rank=16 bfloat16, float32 adapters``.
+
+    Strings stand alone, numbers with their key.
+    """
+    words = [str(v) if isinstance(v, str) else f"{k}={v}" for k, v in shape.items()]
+    name = " ".join([*words, dtype])
+    return f"{name}, {adapter_dtype} adapters" if adapter_dtype else name
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    inputs: Callable[[int], Inputs],
+    *,
+    group: str,
+    shape: Mapping[str, Any],
+    dtype: str,
+    baseline: str,
+    reference: Callable[..., Any],
+    adapter_dtype: str = "",
+    mutates: bool = False,
+    profile: Profile | None = None,
+) -> list[Result]:
+    """Check every candidate, then time them all in interleaved rounds.
+
+    Args:
+        candidates: at least the baseline.
+        inputs: seed -> inputs; the same seed gives the same values, never zeros.
+        group, shape, dtype, adapter_dtype: what the case is.
+        baseline: name of the candidate that ratios refer to.
+        reference: inputs -> the right result, in higher precision where that is possible.
+        mutates: candidates change their inputs, so that each is checked on its own copy. Repeated
+            calls must not drive the values to 0 or infinity.
+        profile: default: :func:`chosen_profile`.
+
+    Returns:
+        One result per candidate, in order.
+
+    Raises:
+        CheckFailed: a wrong result.
+    """
+    names = [candidate.name for candidate in candidates]
+    if len(set(names)) != len(names) or baseline not in names:
+        raise ValueError(f"{group}: {names} must be distinct and contain {baseline!r}.")
+    profile = profile or chosen_profile()
+    case = case_name(shape, dtype, adapter_dtype)
+    check(
+        candidates,
+        inputs,
+        reference=reference,
+        dtype=dtype,
+        mutates=mutates,
+        where=f"{group}: {case}",
+    )
+    first = inputs(0)
+    device = device_of(first)
+    sets = [first, *(inputs(seed) for seed in range(1, number_of_sets(first, device)))]
+    samplers, timing = _samplers(candidates, sets, device)
+    seconds = _rounds(samplers, profile)
+    return [
+        Result(
+            name=candidate.name,
+            group=group,
+            shape=dict(shape),
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            seconds=times,
+            bytes=candidate.bytes,
+            flops=candidate.flops,
+            baseline=baseline,
+            extra={"timing": timing, "input_sets": len(sets), **candidate.extra},
+        )
+        for candidate, times in zip(candidates, seconds, strict=True)
+    ]
+
+
+def check(
+    candidates: Sequence[Candidate],
+    inputs: Callable[[int], Inputs],
+    *,
+    reference: Callable[..., Any],
+    dtype: str,
+    mutates: bool = False,
+    where: str = "",
+    seed: int = 1_000_003,
+) -> dict[str, float]:
+    """The gate: the relative error of every candidate on fresh inputs.
+
+    Raises:
+        CheckFailed: one is larger than its dtype allows, or not a number, or the results do not
+            correspond.
+    """
+    fresh = inputs(seed)
+    expected = {None: _flat(reference(*fresh))}
+    for candidate in candidates:
+        if candidate.reference is not None:
+            expected[candidate.name] = _flat(candidate.reference(*fresh))
+    errors = {}
+    for candidate in candidates:
+        mine = inputs(seed) if mutates else fresh
+        call = candidate.bind(*mine)
+        poison(device_of(mine))
+        wanted = expected.get(candidate.name, expected[None])
+        limit = candidate.tolerance or TOLERANCE[candidate.dtype or dtype]
+        try:
+            error = relative_error(_flat(call()), wanted)
+        except CheckFailed as failure:
+            raise CheckFailed(f"{where}: {candidate.name!r}: {failure}") from None
+        # `not <=`: a NaN must not pass.
+        if not error <= limit:
+            raise CheckFailed(
+                f"{where}: {candidate.name!r} is wrong: relative error {error:.3g}, "
+                f"allowed {limit:.3g}. Nothing was timed."
+            )
+        errors[candidate.name] = error
+    return errors
+
+
+def relative_error(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest ‖got - wanted‖ / ‖wanted‖ of the tensors; NaN where one is not finite."""
+    if [tuple(t.shape) for t in got] != [tuple(t.shape) for t in wanted]:
+        raise CheckFailed(
+            f"the result has shapes {[tuple(t.shape) for t in got]}, "
+            f"the reference {[tuple(t.shape) for t in wanted]}."
+        )
+    worst = 0.0
+    for mine, right in zip(got, wanted, strict=True):
+        right = right.detach().to(torch.float64)
+        difference = mine.detach().to(right.device, torch.float64) - right
+        scale = float(right.norm())
+        error = float(difference.norm()) / (scale or 1.0)
+        if not math.isfinite(error):
+            return math.nan
+        worst = max(worst, error)
+    return worst
+
+
+def poison(device: torch.device, size: int = 1 << 24) -> None:
+    """Leave NaN in freed memory, where an output that is not written in full may land."""
+    for elements in (size, 1 << 16, 1 << 10):
+        torch.full((elements,), math.nan, device=device)
+
+
+def ratios(results: Sequence[Result], baseline: str) -> dict[str, Spread]:
+    """By candidate: how many times faster than the baseline, round by round.
+
+    Args:
+        results: of one case, from one call of :func:`measure`.
+        baseline: a candidate's name.
+    """
+    times = {result.name: result.seconds for result in results}
+    return {
+        name: Spread.of([b / s for b, s in zip(times[baseline], seconds, strict=True)])
+        for name, seconds in times.items()
+    }
+
+
+def number_of_sets(inputs: Inputs, device: torch.device) -> int:
+    """How many input sets take turns: together three times the L2 cache on CUDA."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(64, math.ceil(3 * cache / max(input_bytes(inputs), 1))))
+
+
+def input_bytes(inputs: Any) -> int:
+    """Bytes of all tensors of the inputs, shared storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(inputs)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def device_of(inputs: Any) -> torch.device:
+    """Where the inputs are: of the first tensor or module, else the CPU."""
+    return next((tensor.device for tensor in _tensors(inputs)), torch.device("cpu"))
+
+
+# Timing
+
+
+def _samplers(
+    candidates: Sequence[Candidate], sets: list[Inputs], device: torch.device
+) -> tuple[list[Callable[[int], float]], str]:
+    # For each candidate: n -> seconds per call, over n passes through all input sets.
+    calls = [[candidate.bind(*inputs) for inputs in sets] for candidate in candidates]
+    for bound in calls:
+        # Compilation, caches, handles; before anything is captured or timed.
+        for call in [*bound, *bound]:
+            call()
+    if device.type != "cuda":
+        return [_wall_sampler(bound) for bound in calls], "wall"
+    torch.cuda.synchronize(device)
+    if all(candidate.capturable for candidate in candidates):
+        return [_event_sampler(_capture(bound), len(bound)) for bound in calls], "graph"
+    return [_event_sampler(_in_turn(bound), len(bound)) for bound in calls], "events"
+
+
+def _wall_sampler(calls: list[Callable[[], Any]]) -> Callable[[int], float]:
+    def sample(passes: int) -> float:
+        start = time.perf_counter()
+        for _ in range(passes):
+            for call in calls:
+                call()
+        return (time.perf_counter() - start) / (passes * len(calls))
+
+    return sample
+
+
+def _event_sampler(run: Callable[[], Any], calls: int) -> Callable[[int], float]:
+    def sample(passes: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(passes):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / (passes * calls)
+
+    return sample
+
+
+def _in_turn(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    # Warmed up on the stream that is captured, as torch.cuda.graphs asks.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph.replay
+
+
+def _rounds(samplers: list[Callable[[int], float]], profile: Profile) -> list[list[float]]:
+    passes = []
+    for sample in samplers:
+        n, once = 1, sample(1)
+        # A first sample can be slow by accident: ask again with as many passes as it suggests.
+        for _ in range(2):
+            n = max(1, math.ceil(profile.min_sample / max(once, 1e-9)))
+            once = sample(n)
+            if once * n >= profile.min_sample / 2:
+                break
+        passes.append(n)
+    seconds: list[list[float]] = [[] for _ in samplers]
+    began = time.perf_counter()
+    with _no_garbage_collection():
+        for number in range(profile.rounds):
+            order = range(len(samplers))
+            for i in reversed(order) if number % 2 else order:
+                seconds[i].append(samplers[i](passes[i]))
+            late = time.perf_counter() - began > profile.seconds
+            if late and number + 1 >= profile.min_rounds:
+                break
+    return seconds
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# What is written down
+
+
+def write_results(
+    path: Path,
+    results: Sequence[Result],
+    command: str,
+    *,
+    skipped: Iterable[Skipped] = (),
+    profile: Profile | None = None,
+    environment: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the JSON file described at the top.
+
+    Args:
+        path: parent folders are made.
+        results: of any number of cases; each names its baseline, which is among them.
+        command: how to run it again, from the repository's root.
+        skipped: what could not run, and why.
+        profile: default: :func:`chosen_profile`.
+        environment: default: :func:`describe_environment`.
+    """
+    cases: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        cases.setdefault((result.group, result.case), []).append(result)
+    rows = []
+    for together in cases.values():
+        for result in together:
+            ratio = ratios([r for r in together if r.baseline == result.baseline], result.baseline)
+            rows.append(
+                {
+                    "group": result.group,
+                    "case": result.case,
+                    "candidate": result.name,
+                    "baseline": result.baseline,
+                    "seconds": {**Spread.of(result.seconds).to_json(), "rounds": result.seconds},
+                    "ratio": ratio[result.name].to_json(),
+                    "bytes": result.bytes,
+                    "flops": result.flops,
+                    "roofline_seconds": result.roofline_seconds,
+                    "shape": result.shape,
+                    "dtype": result.dtype,
+                    "adapter_dtype": result.adapter_dtype,
+                    "extra": result.extra,
+                }
+            )
+    document = {
+        "schema": SCHEMA,
+        "environment": {
+            **(environment or describe_environment()),
+            "command": command,
+            "profile": (profile or chosen_profile()).name,
+        },
+        "results": rows,
+        "skipped": [vars(entry) for entry in skipped],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+_ENVIRONMENT = (
+    *("hardware", "device", "cores", "threads", "python", "torch", "cuda", "triton"),
+    *("peft", "transformers", "commit", "date", "command", "profile"),
+)
+_ROW = {
+    **dict.fromkeys(("group", "case", "candidate", "baseline", "dtype", "adapter_dtype"), str),
+    **dict.fromkeys(("seconds", "ratio", "shape", "extra"), dict),
+    **dict.fromkeys(("bytes", "flops", "roofline_seconds"), (int, float, type(None))),
+}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The file's content, checked.
+
+    Raises:
+        ValueError: it is not what :func:`write_results` writes; the text says where.
+    """
+    document = json.loads(Path(path).read_text())
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: not a benchmark result of schema {SCHEMA}.")
+    for key in _ENVIRONMENT:
+        if key not in document.get("environment", {}):
+            raise ValueError(f"{path}: environment.{key} is missing.")
+    for index, row in enumerate(document.get("results", ())):
+        where = f"{path}: results[{index}]"
+        for key, kind in _ROW.items():
+            if key not in row or not isinstance(row[key], kind):
+                raise ValueError(f"{where}.{key} is missing or of a wrong type.")
+        for key in ("median", "q1", "q3"):
+            for part in ("seconds", "ratio"):
+                if not isinstance(row[part].get(key), (int, float)):
+                    raise ValueError(f"{where}.{part}.{key} is missing or not a number.")
+        if not isinstance(row["seconds"].get("rounds"), list) or not row["seconds"]["rounds"]:
+            raise ValueError(f"{where}.seconds.rounds must hold the time of every round.")
+    if "results" not in document or "skipped" not in document:
+        raise ValueError(f"{path}: results or skipped is missing.")
+    return document
+
+
+def output_path(suite: str, *, save: bool = False, profile: Profile | None = None) -> Path:
+    """``<device>-<profile>-<date>-<suite>.json`` in ``benchmarks/results``, or ``build/bench``.
+
+    Args:
+        suite: ``kernels`` or ``model``.
+        save: results that are to be committed.
+        profile: default: :func:`chosen_profile`.
+    """
+    folder = ROOT / ("benchmarks/results" if save else "build/bench")
+    words = (hardware(), (profile or chosen_profile()).name, datetime.date.today(), suite)
+    return folder / f"{'-'.join(_slug(str(word)) for word in words)}.json"
+
+
+def hardware() -> str:
+    """The name of the GPU, else of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def describe_environment() -> dict[str, Any]:
+    """Hardware, versions, commit, date and threads."""
+    return {
+        "hardware": hardware(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version_of("triton"),
+        "peft": version_of("peft"),
+        "transformers": version_of("transformers"),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Its installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    # A copy without .git (a GPU machine that was sent the files) may name it in the environment.
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
+
+    def git(*arguments: str) -> str:
+        run = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def table(results: Sequence[Result], skipped: Iterable[Skipped] = ()) -> str:
+    """The results for a terminal: one block per case, the baseline named, slower rows kept."""
+    lines: list[str] = []
+    cases: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        cases.setdefault((result.group, result.case), []).append(result)
+    for (group, case), together in cases.items():
+        baseline = together[0].baseline
+        faster = ratios(together, baseline)
+        timing = together[0].extra.get("timing", "")
+        lines.append(f"{group}: {case} ({timing} time, {len(together[0].seconds)} rounds)")
+        for result in together:
+            seconds, ratio = Spread.of(result.seconds), faster[result.name]
+            rate = f"{result.bytes / seconds.median * 1e-9:9.1f} GB/s" if result.bytes else ""
+            of = " x baseline" if result.name == baseline else ""
+            lines.append(
+                f"  {result.name:<34}{seconds.median * 1e3:10.4f} ms {ratio.median:8.2f}x "
+                f"[{ratio.q1:.2f}, {ratio.q3:.2f}]{of} {rate}".rstrip()
+            )
+    lines += [f"skipped: {s.group}: {s.case}: {s.candidate}: {s.reason}" for s in skipped]
+    return "\n".join(lines)
+
+
+# Tensors in nested results
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for key in sorted(value) for t in _flat(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _flat(item)]
+    if isinstance(value, (int, float)):
+        return [torch.tensor(float(value), dtype=torch.float64)]
+    raise CheckFailed(f"a result of type {type(value).__name__} cannot be checked.")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
