@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import helpers_models as hm
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,37 @@ def test_a_model_through_it(monkeypatch, calls):
     )
     fused(**hm.token_batch([4]))
     assert len(calls) == 6
+
+
+@pytest.mark.skipif(kernels.obstacle("cpu") is not None, reason=str(kernels.obstacle("cpu")))
+def test_a_layer_with_biases_and_under_autocast(monkeypatch, calls):
+    class Body(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(16, 24)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["proj"], lora_bias=True)
+    plain_model = peft.get_peft_model(Body(), config).eval()
+    with torch.no_grad():
+        for parameter in plain_model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    monkeypatch.setenv("UCAN_FAST_FUSED_LINEAR", "1")
+    monkeypatch.setenv("UCAN_FAST_BACKEND", "triton")
+    fused = copy.deepcopy(plain_model)
+    uf.accelerate(fused)
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain_model(x), rtol=1e-5, atol=1e-5)
+        assert len(calls) == 1
+        # Autocast rounds the base's operands: its product is left to torch.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, expected = fused(x), plain_model(x)
+    assert len(calls) == 1
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-1)
 
 
 def test_compiles_without_graph_breaks(monkeypatch):
