@@ -477,6 +477,20 @@ def test_layers_of_one_input_with_adapters_that_cannot_be_stacked(way):
     assert_equals_hooks(stats, expected)
 
 
+def test_companions_by_name_that_read_inputs_of_another_width(way):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(8, 8)
+            self.k_proj = nn.Linear(5, 8)
+
+        def forward(self, h):
+            return self.q_proj(h) + self.k_proj(h[..., :5])
+
+    model = toy(Odd(), target_modules=["q_proj", "k_proj"])
+    assert_equals_hooks(collect(way, model, MIXED), expected_sums(way, model, MIXED))
+
+
 def test_a_shared_input_is_known_by_itself_its_version_and_its_role():
     h = torch.zeros(2, 3)
     shared = _SharedInput(h, "encoder", None)
