@@ -1,8 +1,8 @@
 """What a user would run instead of ucan_fast, each set up as its own documentation says.
 
 Every function here returns a *binder* for :class:`benchmarks.measure.Candidate`: given the inputs
-``(x, w, a, b, groups)`` of one LoRA layer, a function of no arguments. W has the base's dtype; A and
-B hold values that fp32 and bf16 both represent, so that adapters of either dtype are one adapter.
+``(x, w, a, b, groups)`` of one LoRA layer, a function of no arguments. W has the base's dtype; A
+and B hold values that fp32 and bf16 both represent, so that adapters of either dtype are one.
 
 Moments are fp64 totals ``[2, 2, n]`` as :mod:`ucan_fast.ops.moments` defines them. The masks that
 a peer needs are made once, as they would be once per batch, and are not timed.
@@ -10,6 +10,7 @@ a peer needs are made once, as they would be once per batch, and are not timed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -451,7 +452,7 @@ def scores_per_layer(
     """R, U, S and γ in a loop over the layers, as a paper's code would have it."""
     bounds = offsets.tolist()
     risks, utilities, scores = [], [], []
-    for layer, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for layer, (start, end) in enumerate(itertools.pairwise(bounds)):
         part = moments[:, :, start:end]
         mean_f, mean_r = part[0, 0] / counts[layer, 0], part[0, 1] / counts[layer, 1]
         total = mean_f + mean_r

@@ -1,0 +1,1 @@
+"""Operators and single layers against their peers: ``pytest benchmarks/kernels``."""

@@ -1,0 +1,194 @@
+"""Which layers are timed in which profile, and what one benchmark consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..measure import Candidate, Inputs, Profile, Result, Skipped, case_name, measure
+from ..shapes import LLAMA_2_7B, LLAMA_32_1B, MODELS, RANKS, SMOLLM2_135M, TOKENS, Model
+
+#: Largest product that is timed on a CPU: half a second or so on two cores.
+CPU_FLOPS = 30e9
+
+
+def benchmark_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class LoraCase:
+    """One adapted layer of a real model.
+
+    Attributes:
+        compiled: whether the ``torch.compile`` peers run too, which costs many seconds.
+    """
+
+    model: Model
+    layer: str
+    tokens: int
+    rank: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """K and N."""
+        return self.model.layers()[self.layer]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """As it stands in the results."""
+        k, n = self.size
+        return {
+            "model": self.model.name,
+            "layer": self.layer,
+            "tokens": self.tokens,
+            "rank": self.rank,
+            "k": k,
+            "n": n,
+        }
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Arguments of :class:`Bench`."""
+        return {"dtype": name_of(self.dtype), "adapter_dtype": name_of(self.adapter_dtype)}
+
+    def too_large(self, flops: float) -> str | None:
+        """Why it is not timed here."""
+        if benchmark_device().type != "cpu" or flops <= CPU_FLOPS:
+            return None
+        return f"{flops * 1e-9:.0f} GFLOP per call are too many for a CPU"
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes of x, w, a, b, z, y."""
+        k, n = self.size
+        wide, adapter = self.dtype.itemsize, self.adapter_dtype.itemsize
+        return {
+            "x": self.tokens * k * wide,
+            "w": n * k * wide,
+            "a": self.rank * k * adapter,
+            "b": n * self.rank * adapter,
+            "z": self.tokens * self.rank * adapter,
+            "y": self.tokens * n * wide,
+        }
+
+    @property
+    def lora_flops(self) -> int:
+        """Of both small products."""
+        k, n = self.size
+        return 2 * self.tokens * self.rank * (k + n)
+
+    @property
+    def base_flops(self) -> int:
+        """Of the base product."""
+        k, n = self.size
+        return 2 * self.tokens * k * n
+
+
+_F32 = {"dtype": torch.float32}
+_QUICK = (
+    LoraCase(SMOLLM2_135M, "gate_proj", 1024, compiled=True, **_F32),
+    LoraCase(SMOLLM2_135M, "q_proj", 1024, **_F32),
+    LoraCase(SMOLLM2_135M, "down_proj", 1024, **_F32),
+    LoraCase(SMOLLM2_135M, "gate_proj", 1, **_F32),
+    LoraCase(LLAMA_32_1B, "q_proj", 64, **_F32),
+    LoraCase(SMOLLM2_135M, "q_proj", 256),
+)
+
+
+def lora_cases(profile: Profile, *, few: bool = False) -> list[LoraCase]:
+    """The layers of a profile. ``full`` varies one thing at a time; every case of quick is in it.
+
+    Args:
+        profile: quick or full.
+        few: for groups that say little new: without the sweep over all models in full, and the
+            first three in quick.
+    """
+    if profile.name == "quick":
+        return list(_QUICK[:3] if few else _QUICK)
+    longest = max(TOKENS)
+    every = [LoraCase(m, layer, longest) for m in MODELS for layer in m.distinct_layers()]
+    seven = [LoraCase(LLAMA_2_7B, layer, longest) for layer in ("q_proj", "gate_proj", "down_proj")]
+    one, wide = seven[:2]
+    cases = [
+        *_QUICK,
+        *(seven if few else every),
+        *(replace(case, adapter_dtype=torch.bfloat16) for case in seven),
+        *(replace(case, tokens=t) for case in (one, wide) for t in TOKENS),
+        *(LoraCase(SMOLLM2_135M, "gate_proj", t) for t in TOKENS),
+        *(replace(case, rank=r) for case in (one, wide) for r in RANKS),
+        replace(one, dtype=torch.float16),
+        replace(one, dtype=torch.float32),
+    ]
+    compiled = {one, wide, LoraCase(SMOLLM2_135M, "gate_proj", longest)}
+    # dict: each once, in order.
+    return [
+        replace(case, compiled=True) if case in compiled else case for case in dict.fromkeys(cases)
+    ]
+
+
+@dataclass
+class Bench:
+    """One case of one group: arguments of :func:`benchmarks.measure.measure`, made lazily."""
+
+    group: str
+    shape: Mapping[str, Any]
+    dtype: str
+    baseline: str
+    candidates: Sequence[Candidate]
+    inputs: Callable[[int], Inputs]
+    reference: Callable[..., Any]
+    adapter_dtype: str = ""
+    mutates: bool = False
+    obstacle: str | None = None
+    _outcome: list[Result] | Exception | None = field(default=None, repr=False)
+
+    @property
+    def case(self) -> str:
+        """Its name in the results."""
+        return case_name(self.shape, self.dtype, self.adapter_dtype)
+
+    def skipped(self, candidate: str) -> Skipped:
+        """The row of a candidate that :attr:`obstacle` keeps from running."""
+        return Skipped(self.group, self.case, candidate, self.obstacle or "")
+
+    def result(self, candidate: str, profile: Profile) -> Result:
+        """The candidate's times: the first one asked for measures them all, side by side.
+
+        Raises:
+            CheckFailed: one of the candidates is wrong; the same for every one of the case.
+        """
+        if self._outcome is None:
+            # Compiled code is found by code object and shapes: a layer with hooks would be given
+            # what was compiled for the same layer without, and after a few shapes torch.compile
+            # gives up silently. Every case starts afresh.
+            torch.compiler.reset()
+            try:
+                self._outcome = measure(
+                    self.candidates,
+                    self.inputs,
+                    group=self.group,
+                    shape=self.shape,
+                    dtype=self.dtype,
+                    adapter_dtype=self.adapter_dtype,
+                    baseline=self.baseline,
+                    reference=self.reference,
+                    mutates=self.mutates,
+                    profile=profile,
+                )
+            except Exception as error:
+                self._outcome = error
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return next(result for result in self._outcome if result.name == candidate)

@@ -1,0 +1,117 @@
+"""The front end: every candidate of a case is a test, all of them measured in one go.
+
+``pytest benchmarks/kernels --profile quick`` prints one table and writes one JSON file. Where
+pytest-benchmark is installed, it is handed the same times, so that its tables, comparisons and
+files work too (``--benchmark-only``, ``--benchmark-autosave``, ...); it measures nothing itself,
+since it times one function after another and these are interleaved.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernels.cases import Bench
+from benchmarks.measure import (
+    Profile,
+    Result,
+    Skipped,
+    chosen_profile,
+    output_path,
+    table,
+    write_results,
+)
+
+_PROFILE = pytest.StashKey[Profile]()
+_RESULTS = pytest.StashKey[list[Result]]()
+_SKIPPED = pytest.StashKey[list[Skipped]]()
+_WRITTEN = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "benches(of): function profile -> the cases of this test")
+    try:
+        config.stash[_PROFILE] = chosen_profile(config.getoption("--profile"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[_RESULTS], config.stash[_SKIPPED] = [], []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("benches")
+    if marker is None:
+        return
+    benches: list[Bench] = marker.kwargs["of"](metafunc.config.stash[_PROFILE])
+    chosen = [(bench, candidate.name) for bench in benches for candidate in bench.candidates]
+    ids = [_slug(f"{bench.case} {name}") for bench, name in chosen]
+    metafunc.parametrize("timed", chosen, ids=ids, indirect=True)
+
+
+@pytest.fixture
+def timed(request: pytest.FixtureRequest) -> Result:
+    """The times of one candidate of one case."""
+    bench, name = request.param
+    stash = request.config.stash
+    if bench.obstacle:
+        stash[_SKIPPED].append(bench.skipped(name))
+        pytest.skip(bench.obstacle)
+    result = bench.result(name, stash[_PROFILE])
+    stash[_RESULTS].append(result)
+    if request.config.pluginmanager.hasplugin("benchmark"):
+        _hand_over(request, result)
+    return result
+
+
+def _hand_over(request: pytest.FixtureRequest, result: Result) -> None:
+    marker = pytest.mark.benchmark(
+        group=f"{result.group}: {result.case}", timer=_replay(result.seconds)
+    )
+    request.node.add_marker(marker)
+    benchmark = request.getfixturevalue("benchmark")
+    benchmark.extra_info.update(result.extra, bytes=result.bytes, flops=result.flops)
+    benchmark.pedantic(lambda: None, rounds=len(result.seconds))
+
+
+def _replay(seconds: list[float]) -> Callable[[], float]:
+    # pytest-benchmark reads its clock before and after each round.
+    readings = [reading for duration in seconds for reading in (0.0, duration)]
+    return iter(readings).__next__
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    results = config.stash[_RESULTS]
+    if not results:
+        return
+    profile = config.stash[_PROFILE]
+    named = config.getoption("--json")
+    path = (
+        Path(named) if named else output_path("kernels", save=config.option.save, profile=profile)
+    )
+    arguments = shlex.join(map(str, config.invocation_params.args))
+    write_results(
+        path,
+        results,
+        command=f"pytest {arguments}",
+        skipped=config.stash[_SKIPPED],
+        profile=profile,
+    )
+    config.stash[_WRITTEN] = path
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if _WRITTEN not in config.stash:
+        return
+    terminalreporter.section("side by side", sep="=")
+    terminalreporter.write_line(table(config.stash[_RESULTS], config.stash[_SKIPPED]))
+    terminalreporter.write_line(f"written: {config.stash[_WRITTEN]}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.=]+", "-", text).strip("-")

@@ -1,0 +1,141 @@
+"""shrink: z = x Aᵀ, alone and with the moments of x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import peers
+from benchmarks.kernels.cases import Bench, LoraCase, benchmark_device, lora_cases
+from benchmarks.measure import Candidate, Profile, Result
+from ucan_fast import ops
+
+
+def _inputs(case: LoraCase):
+    k, n = case.size
+    return peers.lora_inputs(k, n, case.rank, case.tokens, case.dtype, benchmark_device())
+
+
+def _torch(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    # PEFT's: x is cast to the adapter's dtype.
+    return F.linear(x.to(a.dtype), a)
+
+
+def _bind(function: Callable, case: LoraCase, *, compiled: bool = False) -> peers.Binder:
+    def bind(x, _w, a, *_) -> peers.Call:
+        a = a.to(case.adapter_dtype)
+        run = torch.compile(function, dynamic=False) if compiled else function
+        return lambda: run(x, a)
+
+    return bind
+
+
+def shrink(profile: Profile) -> list[Bench]:
+    """Without moments."""
+    benches = []
+    for case in lora_cases(profile, few=True):
+        t = case.traffic()
+        k, _ = case.size
+        cost = {"bytes": t["x"] + t["a"] + t["z"], "flops": 2 * case.tokens * k * case.rank}
+        candidates = [
+            Candidate("torch", _bind(_torch, case), **cost),
+            Candidate("ucan_fast", _bind(ops.shrink, case), **cost),
+        ]
+        if case.compiled:
+            candidates.append(Candidate("torch, compiled", _bind(_torch, case, compiled=True)))
+        benches.append(
+            Bench(
+                "shrink",
+                case.shape,
+                baseline="torch",
+                candidates=candidates,
+                inputs=_inputs(case),
+                reference=lambda x, w, a, *_: x.double() @ a.double().t(),
+                obstacle=case.too_large(cost["flops"]),
+                **case.dtypes,
+            )
+        )
+    return benches
+
+
+def _torch_moments(x, a, mask, total) -> torch.Tensor:
+    wide = x.float()
+    total[0] += mask @ wide.abs()
+    total[1] += mask @ wide.square()
+    return _torch(x, a)
+
+
+def _bind_torch_moments(case: LoraCase, *, compiled: bool = False) -> peers.Binder:
+    def bind(x, _w, a, _b, groups) -> peers.Call:
+        a = a.to(case.adapter_dtype)
+        mask = torch.stack([groups == 0, groups == 1]).float()
+        total = peers.new_totals(x.shape[1], x.device)
+        run = torch.compile(_torch_moments, dynamic=False) if compiled else _torch_moments
+        return lambda: {"z": run(x, a, mask, total), "input": total}
+
+    return bind
+
+
+def _bind_ucan_moments(case: LoraCase) -> peers.Binder:
+    def bind(x, _w, a, _b, groups) -> peers.Call:
+        a = a.to(case.adapter_dtype)
+        total = peers.new_totals(x.shape[1], x.device)
+        return lambda: {
+            "z": ops.shrink(x, a, groups=groups, input_moments=total),
+            "input": total,
+        }
+
+    return bind
+
+
+def _reference_moments(x, _w, a, _b, groups) -> dict[str, Any]:
+    z = x.double() @ a.double().t()
+    return {"z": z, "input": peers.reference_moments(x, groups)}
+
+
+def shrink_with_moments(profile: Profile) -> list[Bench]:
+    """With the moments of x."""
+    benches = []
+    for case in lora_cases(profile, few=True):
+        t = case.traffic()
+        k, _ = case.size
+        # Four fp64 totals a column, read and written; |x| and x² added up per group.
+        cost = {
+            "bytes": t["x"] + t["a"] + t["z"] + 2 * 4 * 8 * k,
+            "flops": 2 * case.tokens * k * case.rank + 4 * case.tokens * k,
+        }
+        candidates = [
+            Candidate("torch, mask matmul", _bind_torch_moments(case), **cost),
+            Candidate("ucan_fast", _bind_ucan_moments(case), **cost),
+        ]
+        if case.compiled:
+            candidates.append(
+                Candidate("torch, mask matmul, compiled", _bind_torch_moments(case, compiled=True))
+            )
+        benches.append(
+            Bench(
+                "shrink_moments",
+                case.shape,
+                baseline="torch, mask matmul",
+                candidates=candidates,
+                inputs=_inputs(case),
+                reference=_reference_moments,
+                obstacle=case.too_large(cost["flops"]),
+                **case.dtypes,
+            )
+        )
+    return benches
+
+
+@pytest.mark.benches(of=shrink)
+def test_shrink(timed: Result) -> None:
+    assert min(timed.seconds) > 0
+
+
+@pytest.mark.benches(of=shrink_with_moments)
+def test_shrink_with_moments(timed: Result) -> None:
+    assert min(timed.seconds) > 0
