@@ -1,0 +1,226 @@
+"""The measuring core: the gate, the ratios, the file."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import measure as m
+
+QUICK = m.Profile("quick", rounds=5, seconds=0.2, min_sample=1e-5, min_rounds=3)
+
+
+def _inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 6, generator=generator), torch.randn(6, 4, generator=generator)
+
+
+def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.double() @ w.double()
+
+
+def _candidate(name: str, function=torch.matmul, **options) -> m.Candidate:
+    return m.Candidate(name, lambda x, w: lambda: function(x, w), **options)
+
+
+def _measure(*candidates: m.Candidate, **options) -> list[m.Result]:
+    settings = {
+        "group": "g",
+        "shape": {"model": "tiny", "tokens": 8},
+        "dtype": "float32",
+        "baseline": "torch",
+        "reference": _product,
+        "profile": QUICK,
+    }
+    return m.measure(candidates, _inputs, **{**settings, **options})
+
+
+def _result(name: str, seconds: list[float], **options) -> m.Result:
+    shape = {"model": "tiny", "tokens": 8}
+    return m.Result(name, "g", shape, "float32", "float32", seconds, baseline="torch", **options)
+
+
+def test_every_candidate_gets_a_time_per_round():
+    results = _measure(_candidate("torch", bytes=10, flops=20), _candidate("mine"))
+    assert [r.name for r in results] == ["torch", "mine"]
+    assert all(len(r.seconds) >= 3 and min(r.seconds) > 0 for r in results)
+    assert len(results[0].seconds) == len(results[1].seconds)
+    assert (results[0].bytes, results[0].flops, results[1].bytes) == (10, 20, None)
+    assert results[0].case == "tiny tokens=8 float32"
+    assert results[0].extra["timing"] == "wall"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, w: x @ w * 1.0001,
+        lambda x, w: x @ w + math.nan,
+        lambda x, w: torch.zeros(8, 4),
+        lambda x, w: (x @ w)[:7],
+        lambda x, w: (x @ w, x),
+        lambda x, w: "a string",
+    ],
+)
+def test_a_wrong_result_raises_by_name_and_nothing_is_timed(wrong, monkeypatch):
+    monkeypatch.setattr(m, "_samplers", lambda *_: pytest.fail("timed after a red check"))
+    with pytest.raises(m.CheckFailed, match=r"g: tiny tokens=8 float32.*'mine'|cannot be checked"):
+        _measure(_candidate("torch"), _candidate("mine", wrong))
+
+
+def test_an_output_that_is_not_written_is_not_taken_for_right():
+    # What a kernel leaves unwritten must not hold the right answer of the candidate before it.
+    size = 1 << 18
+
+    def inputs(seed: int):
+        return (torch.randn(size, generator=torch.Generator().manual_seed(seed)),)
+
+    candidates = [
+        m.Candidate("torch", lambda x: lambda: x * 2),
+        m.Candidate("lazy", lambda x: lambda: torch.empty_like(x)),
+    ]
+    with pytest.raises(m.CheckFailed, match="'lazy'"):
+        m.check(candidates, inputs, reference=lambda x: x.double() * 2, dtype="float32")
+
+
+def test_a_narrower_candidate_has_its_own_tolerance_and_a_floor_its_own_reference():
+    narrow = _candidate(
+        "bf16", lambda x, w: (x.bfloat16() @ w.bfloat16()).float(), dtype="bfloat16"
+    )
+    floor = _candidate("floor", lambda x, w: x * 2, reference=lambda x, w: x.double() * 2)
+    assert len(_measure(_candidate("torch"), narrow, floor)) == 3
+    with pytest.raises(m.CheckFailed, match="bf16"):
+        _measure(_candidate("torch"), _candidate("bf16", lambda x, w: narrow.bind(x, w)()))
+
+
+def test_in_place_candidates_are_checked_on_their_own_copy():
+    def double_(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+    candidates = [_candidate("torch", double_), _candidate("mine", double_)]
+    options = {"reference": lambda x, w: x.double() * 2, "dtype": "float32"}
+    assert m.check(candidates, _inputs, mutates=True, **options) == {"torch": 0.0, "mine": 0.0}
+    with pytest.raises(m.CheckFailed, match="'mine'"):
+        m.check(candidates, _inputs, **options)
+
+
+def test_the_baseline_must_be_there_and_names_distinct():
+    with pytest.raises(ValueError, match="distinct"):
+        _measure(_candidate("mine"))
+    with pytest.raises(ValueError, match="distinct"):
+        _measure(_candidate("torch"), _candidate("torch"))
+
+
+def test_rounds_alternate_their_order_and_stop_in_time():
+    order: list[int] = []
+
+    def sampler(i: int):
+        def sample(passes: int) -> float:
+            order.append(i)
+            return 1e-3
+
+        return sample
+
+    seconds = m._rounds([sampler(0), sampler(1)], m.Profile("quick", 4, 60.0, 1e-4))
+    # One sample each to set the number of passes, then the rounds.
+    assert order[-8:] == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert seconds == [[1e-3] * 4] * 2
+    late = m._rounds([sampler(0)], m.Profile("quick", 50, -1.0, 1e-4, min_rounds=3))
+    assert len(late[0]) == 3
+
+
+def test_ratios_are_taken_within_a_round():
+    # The machine was twice as slow in the last round: it hits both, and the ratio stays.
+    results = [_result("torch", [2.0, 2.0, 4.0]), _result("mine", [1.0, 1.0, 2.0])]
+    assert m.ratios(results, "torch") == {
+        "torch": m.Spread(1.0, 1.0, 1.0),
+        "mine": m.Spread(2.0, 2.0, 2.0),
+    }
+    results = [_result("torch", [1.0] * 5), _result("mine", [1.0, 0.5, 0.25, 0.2, 0.125])]
+    assert m.ratios(results, "torch")["mine"] == m.Spread(4.0, 2.0, 5.0)
+    with pytest.raises(ValueError):
+        m.ratios([_result("torch", [1.0]), _result("mine", [1.0, 2.0])], "torch")
+
+
+def test_the_file_comes_back_as_it_was_written(tmp_path):
+    results = [
+        _result("torch", [2.0, 2.0, 4.0], bytes=8, flops=16, roofline_seconds=0.5),
+        _result("mine", [1.0, 1.0, 2.0], extra={"peak_bytes": 3}),
+    ]
+    skipped = [m.Skipped("g", "case", "peer", "not installed")]
+    path = m.write_results(
+        tmp_path / "new" / "a.json", results, "pytest x", skipped=skipped, profile=QUICK
+    )
+    document = m.read_results(path)
+    torch_row, mine = document["results"]
+    assert torch_row["case"] == "tiny tokens=8 float32, float32 adapters"
+    assert torch_row["seconds"] == {"median": 2.0, "q1": 2.0, "q3": 3.0, "rounds": [2.0, 2.0, 4.0]}
+    assert (torch_row["bytes"], torch_row["flops"], torch_row["roofline_seconds"]) == (8, 16, 0.5)
+    assert mine["ratio"] == {"median": 2.0, "q1": 2.0, "q3": 2.0}
+    assert mine["baseline"] == "torch"
+    assert mine["extra"] == {"peak_bytes": 3}
+    assert mine["bytes"] is None
+    assert document["skipped"] == [vars(skipped[0])]
+    environment = document["environment"]
+    assert environment["command"] == "pytest x"
+    assert environment["torch"] == torch.__version__
+    assert environment["profile"] == "quick"
+    assert str(m.ROOT) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(schema=99), "schema"),
+        (lambda d: d["environment"].pop("commit"), "environment.commit"),
+        (lambda d: d["results"][0].pop("baseline"), r"results\[0\].baseline"),
+        (lambda d: d["results"][0].update(bytes="many"), r"results\[0\].bytes"),
+        (lambda d: d["results"][0]["ratio"].pop("q3"), r"results\[0\].ratio.q3"),
+        (lambda d: d["results"][0]["seconds"].update(rounds=[]), "rounds"),
+        (lambda d: d.pop("skipped"), "skipped"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_the_place(tmp_path, damage, message):
+    path = m.write_results(tmp_path / "a.json", [_result("torch", [1.0])], "x", profile=QUICK)
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message):
+        m.read_results(path)
+
+
+def test_the_profile_comes_from_the_environment(monkeypatch):
+    monkeypatch.delenv("BENCH_PROFILE", raising=False)
+    assert m.chosen_profile().name == "quick"
+    monkeypatch.setenv("BENCH_PROFILE", "full")
+    assert m.chosen_profile().name == "full"
+    assert m.chosen_profile("quick").name == "quick"
+    monkeypatch.setenv("BENCH_PROFILE", "fast")
+    with pytest.raises(ValueError, match="fast"):
+        m.chosen_profile()
+
+
+def test_output_path_says_what_it_holds(monkeypatch):
+    monkeypatch.setattr(m, "hardware", lambda: "NVIDIA H100 80GB HBM3")
+    name = m.output_path("kernels", profile=m.PROFILES["full"])
+    assert name.parent == m.ROOT / "build" / "bench"
+    assert name.name.startswith("nvidia-h100-80gb-hbm3-full-2")
+    assert name.name.endswith("-kernels.json")
+    assert m.output_path("model", save=True).parent == m.ROOT / "benchmarks" / "results"
+
+
+def test_shared_storage_is_counted_once():
+    x = torch.zeros(4, 4)
+    assert m.input_bytes((x, x[1:], [x.t()], torch.nn.Linear(2, 3, bias=False))) == 64 + 24
+
+
+def test_the_table_keeps_rows_that_lose():
+    text = m.table(
+        [_result("torch", [1.0, 1.0]), _result("mine", [2.0, 2.0])],
+        [m.Skipped("g", "c", "peer", "why")],
+    )
+    assert "mine" in text
+    assert "0.50x" in text
+    assert "skipped: g: c: peer: why" in text

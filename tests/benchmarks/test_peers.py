@@ -1,0 +1,169 @@
+"""Peers compute what they stand for, and the cases are those of real models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners import lora
+
+from benchmarks import measure as m
+from benchmarks import peers
+from benchmarks.kernels.cases import LoraCase, lora_cases
+from benchmarks.shapes import LLAMA_3_8B, MODELS, SMOLLM2_135M
+
+CPU = torch.device("cpu")
+FORWARDS = {
+    "peft": peers.forward(peers.peft_layer, torch.float32),
+    "ucan_fast": peers.forward(peers.ucan_layer, torch.float32),
+    "addmm_": peers.addmm_forward(torch.float32),
+}
+STEPS = {
+    "peft": peers.training_step(peers.peft_layer, torch.float32),
+    "ucan_fast": peers.training_step(peers.ucan_layer, torch.float32),
+    "addmm_": peers.addmm_training_step(torch.float32),
+}
+MOMENTS = {
+    "boolean": peers.hooked_forward(peers.BooleanIndex, torch.float32),
+    "mask": peers.hooked_forward(peers.MaskMatmul, torch.float32),
+    "ucan_fast": peers.ucan_forward_with_moments(torch.float32),
+}
+
+
+def _candidates(binders) -> list[m.Candidate]:
+    return [m.Candidate(name, bind) for name, bind in binders.items()]
+
+
+@pytest.mark.parametrize("tokens", [1, 150])
+def test_forward_peers_agree(tokens):
+    inputs = peers.lora_inputs(48, 80, 8, tokens, torch.float32, CPU)
+    reference = peers.reference_linear
+    m.check(_candidates(FORWARDS), inputs, reference=reference, dtype="float32")
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_forward_peers_agree_on_a_bf16_base(adapter):
+    inputs = peers.lora_inputs(48, 80, 8, 150, torch.bfloat16, CPU)
+    candidates = [
+        m.Candidate("peft", peers.forward(peers.peft_layer, adapter)),
+        m.Candidate("autocast", peers.autocast_forward(peers.peft_layer, adapter, torch.bfloat16)),
+        m.Candidate("addmm_", peers.addmm_forward(adapter)),
+    ]
+    m.check(candidates, inputs, reference=peers.reference_linear, dtype="bfloat16")
+
+
+def test_the_reference_is_what_autograd_says():
+    x, w, a, b, groups = peers.lora_inputs(24, 40, 4, 130, torch.float64, CPU)(5)
+    x, a, b = (t.double().requires_grad_() for t in (x, a, b))
+    dy = torch.randn(130, 40, dtype=torch.float64)
+    y = x @ w.t() + peers.SCALING * (x @ a.t() @ b.t())
+    wanted = (y, *torch.autograd.grad(y, (x, a, b), dy))
+    got = peers.reference_gradients(x, w, a, b, groups, dy)
+    for mine, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_training_peers_agree():
+    make = peers.lora_inputs(48, 80, 8, 150, torch.float32, CPU)
+
+    def inputs(seed):
+        return (*make(seed), torch.randn(150, 80, generator=torch.Generator().manual_seed(seed)))
+
+    m.check(_candidates(STEPS), inputs, reference=peers.reference_gradients, dtype="float32")
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 200])
+def test_moments_peers_agree(tokens):
+    inputs = peers.lora_inputs(48, 80, 8, tokens, torch.float32, CPU)
+    reference = peers.reference_linear_moments
+    m.check(_candidates(MOMENTS), inputs, reference=reference, dtype="float32")
+
+
+def test_a_peer_without_the_adapter_is_caught():
+    # The adapter's share of y is large enough for the gate in every dtype.
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = peers.lora_inputs(576, 576, 16, 64, dtype, CPU)
+        with pytest.raises(m.CheckFailed, match="base alone"):
+            m.check(
+                [m.Candidate("base alone", peers.base_forward())],
+                inputs,
+                reference=peers.reference_linear,
+                dtype=str(dtype).removeprefix("torch."),
+            )
+
+
+def test_the_layers_are_peft_s_own_and_ours():
+    _, w, a, b, _ = peers.lora_inputs(48, 80, 8, 4, torch.bfloat16, CPU)(0)
+    layer = peers.peft_layer(w, a, b, torch.float32)
+    assert type(layer) is lora.Linear
+    assert layer.base_layer.weight.data_ptr() == w.data_ptr()
+    assert layer.scaling["default"] == peers.SCALING
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert layer.lora_A["default"].weight.data_ptr() != a.data_ptr()
+    assert type(peers.ucan_layer(w, a, b, torch.float32)).__name__ == "FusedLinear"
+
+
+def test_inputs_repeat_and_are_never_zeros():
+    make = peers.lora_inputs(48, 80, 8, 256, torch.float32, CPU)
+    for one, again, other in zip(make(1), make(1), make(2), strict=True):
+        assert torch.equal(one, again)
+        assert one.count_nonzero() > 0
+        assert one.dtype == torch.int64 or not torch.equal(one, other)
+    groups = make(1)[-1]
+    assert {0, 1} <= set(groups.tolist()) <= {-1, 0, 1}
+    _, _, a, b, _ = make(1)
+    assert torch.equal(a, a.bfloat16().float())
+    assert torch.equal(b, b.bfloat16().float())
+
+
+def test_attenuation_peers_agree():
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(*s, generator=generator) for s in ((4, 30), (50, 4), (3, 3))]
+        factors = torch.rand(30 + 50 + 3, generator=generator)
+        return weights, factors, [0, 30, 80], [1, 0, 1]
+
+    def reference(weights, factors, offsets, axes):
+        a, b, c = (weight.double() for weight in weights)
+        f = factors.double()
+        return [a * f[:30], b * f[30:80].unsqueeze(1), c * f[80:]]
+
+    binders = {
+        "ucan_fast": peers.attenuate_ucan,
+        "mul_": peers.attenuate_mul_loop,
+        "views": peers.attenuate_view_loop,
+        "foreach": peers.attenuate_foreach,
+    }
+    m.check(_candidates(binders), inputs, reference=reference, dtype="float32", mutates=True)
+
+
+def test_every_projection_of_a_model_is_covered():
+    assert SMOLLM2_135M.layers()["down_proj"] == (1536, 576)
+    assert LLAMA_3_8B.layers()["k_proj"] == (4096, 1024)
+    for model in MODELS:
+        sizes = set(model.layers().values())
+        assert set(model.distinct_layers().values()) == sizes
+        assert len(model.distinct_layers()) == len(sizes)
+    assert len(SMOLLM2_135M.adapter_shapes(16)) == 210
+    assert SMOLLM2_135M.adapter_shapes(16)[0] == ((16, 576), (576, 16))
+
+
+def test_full_holds_quick_and_every_model_tokens_and_rank():
+    quick = lora_cases(m.PROFILES["quick"])
+    full = lora_cases(m.PROFILES["full"])
+    assert set(quick) <= set(full)
+    assert len(set(full)) == len(full)
+    assert {case.model for case in full} == set(MODELS)
+    assert {case.tokens for case in full} >= {1, 64, 1024, 8192}
+    assert {case.rank for case in full} == {8, 16, 64}
+    for model in MODELS:
+        timed = {case.size for case in full if case.model == model}
+        assert timed == set(model.layers().values())
+
+
+def test_what_is_too_large_for_a_cpu_says_so(monkeypatch):
+    monkeypatch.setattr("benchmarks.kernels.cases.benchmark_device", lambda: CPU)
+    case = LoraCase(LLAMA_3_8B, "gate_proj", 8192)
+    assert "962 GFLOP" in case.too_large(case.base_flops)
+    assert case.too_large(1e9) is None
+    monkeypatch.setattr("benchmarks.kernels.cases.benchmark_device", lambda: torch.device("cuda"))
+    assert case.too_large(case.base_flops) is None
