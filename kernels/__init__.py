@@ -51,6 +51,8 @@ def obstacle(device_type: str) -> str | None:
         return f"Triton {version} is too old, it must be {_OLDEST[0]}.{_OLDEST[1]} or later"
     if device_type == "cpu" and not _interpreted():
         return "on the CPU only with TRITON_INTERPRET=1, set before the start"
+    if device_type == "cpu" and number and number < (3, 7) and _numpy() >= (2, 4):
+        return f"the interpreter of Triton {version} needs NumPy older than 2.4"
     if device_type not in ("cpu", "cuda"):
         return f"the kernels have not been written for {device_type} tensors"
     return None
@@ -118,6 +120,13 @@ def _triton_version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _numpy() -> tuple[int, ...]:
+    try:
+        return _number(importlib.metadata.version("numpy"))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -275,6 +275,11 @@ def test_obstacles_of_the_kernels(monkeypatch):
     assert "TRITON_INTERPRET=1" in kernels.obstacle("cpu")
     monkeypatch.setattr(kernels, "_interpreted", lambda: True)
     assert kernels.obstacle("cpu") is None
+    monkeypatch.setattr(kernels, "_triton_version", lambda: "3.6.0")
+    for numpy, usable in (((2, 3), True), ((2, 4), False)):
+        monkeypatch.setattr(kernels, "_numpy", lambda numpy=numpy: numpy)
+        assert (kernels.obstacle("cpu") is None) == usable
+        assert kernels.obstacle("cuda") is None
     assert real() is None or real()[0].isdigit()
 
 
