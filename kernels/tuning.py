@@ -45,8 +45,16 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
     # bytes, one swizzle; wide ranks take smaller tiles for the registers' sake.
     "shrink": {
         ("default", (rank, dots, rows)): {
-            "BLOCK_M": 16 if rows == "few" else 128 if rank <= 64 else 64,
-            "BLOCK_K": 32 if dots == "32-bit" or (dots == "three" and rank >= 64) else 64,
+            "BLOCK_M": (
+                16 if rows == "few" else 128 if rank <= 64 else 32 if dots == "32-bit" else 64
+            ),
+            "BLOCK_K": (
+                32
+                if dots == "32-bit"
+                or (dots == "three" and rank >= 64)
+                or (rank, rows) == (256, "few")
+                else 64
+            ),
             "num_warps": 4 if rows == "few" or rank <= 32 else 8,
             "num_stages": 3,
         }
