@@ -28,7 +28,8 @@ The JSON file (:func:`write_results`, read back and checked by :func:`read_resul
                   "ratio": {"median", "q1", "q3"},                 baseline time / candidate time
                   "bytes", "flops", "roofline_seconds",            numbers or null
                   "shape": {...}, "dtype", "adapter_dtype",        what "case" spells out
-                  "extra": {"timing": "graph" | "events" | "wall", ...}}],
+                  "extra": {"timing": "graph" | "events" | "wall", ...,
+                            "not_captured": why a case on CUDA has no graph}}],
      "skipped": [{"group", "case", "candidate", "reason"}]}
 
 A ratio above 1 is faster than the baseline. ``commit`` ends in ``+`` where files were changed.
@@ -251,7 +252,7 @@ def measure(
             bytes=candidate.bytes,
             flops=candidate.flops,
             baseline=baseline,
-            extra={"timing": timing, "input_sets": len(sets), **candidate.extra},
+            extra={**timing, "input_sets": len(sets), **candidate.extra},
         )
         for candidate, times in zip(candidates, seconds, strict=True)
     ]
@@ -282,8 +283,8 @@ def check(
     for candidate in candidates:
         mine = inputs(seed) if mutates else fresh
         call = candidate.bind(*mine)
-        poison(device_of(mine))
         wanted = expected.get(candidate.name, expected[None])
+        poison(wanted, getattr(torch, dtype))
         limit = candidate.tolerance or TOLERANCE[candidate.dtype or dtype]
         try:
             error = relative_error(_flat(call()), wanted)
@@ -318,10 +319,18 @@ def relative_error(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) 
     return worst
 
 
-def poison(device: torch.device, size: int = 1 << 24) -> None:
-    """Leave NaN in freed memory, where an output that is not written in full may land."""
-    for elements in (size, 1 << 16, 1 << 10):
-        torch.full((elements,), math.nan, device=device)
+def poison(outputs: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    """Leave NaN in freed memory of these sizes, where an output is about to land.
+
+    What a candidate does not write must not hold the right values of the one before it.
+    """
+    held = [
+        torch.full_like(output, math.nan, dtype=kind)
+        for output in outputs
+        for kind in (dtype, torch.float32)
+        for _ in range(2)
+    ]
+    del held
 
 
 def ratios(results: Sequence[Result], baseline: str) -> dict[str, Spread]:
@@ -362,7 +371,7 @@ def device_of(inputs: Any) -> torch.device:
 
 def _samplers(
     candidates: Sequence[Candidate], sets: list[Inputs], device: torch.device
-) -> tuple[list[Callable[[int], float]], str]:
+) -> tuple[list[Callable[[int], float]], dict[str, str]]:
     # For each candidate: n -> seconds per call, over n passes through all input sets.
     calls = [[candidate.bind(*inputs) for inputs in sets] for candidate in candidates]
     for bound in calls:
@@ -370,11 +379,21 @@ def _samplers(
         for call in [*bound, *bound]:
             call()
     if device.type != "cuda":
-        return [_wall_sampler(bound) for bound in calls], "wall"
+        return [_wall_sampler(bound) for bound in calls], {"timing": "wall"}
     torch.cuda.synchronize(device)
-    if all(candidate.capturable for candidate in candidates):
-        return [_event_sampler(_capture(bound), len(bound)) for bound in calls], "graph"
-    return [_event_sampler(_in_turn(bound), len(bound)) for bound in calls], "events"
+    eager = [_event_sampler(_in_turn(bound), len(bound)) for bound in calls]
+    obstacle = ", ".join(candidate.name for candidate in candidates if not candidate.capturable)
+    if obstacle:
+        return eager, {"timing": "events", "not_captured": obstacle}
+    replays = []
+    for candidate, bound in zip(candidates, calls, strict=True):
+        try:
+            replays.append(_event_sampler(_capture(bound), len(bound)))
+        except RuntimeError as error:
+            torch.cuda.synchronize(device)
+            reason = f"{candidate.name}: {str(error).splitlines()[0]}"
+            return eager, {"timing": "events", "not_captured": reason}
+    return replays, {"timing": "graph"}
 
 
 def _wall_sampler(calls: list[Callable[[], Any]]) -> Callable[[int], float]:

@@ -412,23 +412,6 @@ def attenuate_foreach(weights, factors, offsets, axes) -> Call:
     return _without_gradients(call)
 
 
-def attenuate_compiled(weights, factors, offsets, axes) -> Call:
-    """``torch.compile`` of the mul_ loop: horizontal fusion of all the products."""
-    views = _factor_views(weights, factors, offsets, axes)
-
-    def loop(weights: list[torch.Tensor], views: list[torch.Tensor]) -> None:
-        for weight, view in zip(weights, views, strict=True):
-            weight.mul_(view)
-
-    run = torch.compile(loop, dynamic=False)
-
-    def call() -> list[torch.Tensor]:
-        run(weights, views)
-        return weights
-
-    return _without_gradients(call)
-
-
 def _without_gradients(function: Call) -> Call:
     def call() -> Any:
         with torch.no_grad():

@@ -170,23 +170,24 @@ class Bench:
             CheckFailed: one of the candidates is wrong; the same for every one of the case.
         """
         if self._outcome is None:
-            # Compiled code is found by code object and shapes: a layer with hooks would be given
-            # what was compiled for the same layer without, and after a few shapes torch.compile
-            # gives up silently. Every case starts afresh.
+            # Compiled code is found by code object and shapes, not by hooks: a layer with hooks
+            # would be given what was compiled for the same layer without. And after a few shapes
+            # torch.compile would give up silently. So every case starts afresh, and says so.
             torch.compiler.reset()
             try:
-                self._outcome = measure(
-                    self.candidates,
-                    self.inputs,
-                    group=self.group,
-                    shape=self.shape,
-                    dtype=self.dtype,
-                    adapter_dtype=self.adapter_dtype,
-                    baseline=self.baseline,
-                    reference=self.reference,
-                    mutates=self.mutates,
-                    profile=profile,
-                )
+                with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                    self._outcome = measure(
+                        self.candidates,
+                        self.inputs,
+                        group=self.group,
+                        shape=self.shape,
+                        dtype=self.dtype,
+                        adapter_dtype=self.adapter_dtype,
+                        baseline=self.baseline,
+                        reference=self.reference,
+                        mutates=self.mutates,
+                        profile=profile,
+                    )
             except Exception as error:
                 self._outcome = error
         if isinstance(self._outcome, Exception):

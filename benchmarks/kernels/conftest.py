@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.kernels.cases import Bench
 from benchmarks.measure import (
+    ROOT,
     Profile,
     Result,
     Skipped,
@@ -92,7 +93,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = (
         Path(named) if named else output_path("kernels", save=config.option.save, profile=profile)
     )
-    arguments = shlex.join(map(str, config.invocation_params.args))
+    arguments = shlex.join(config.invocation_params.args).replace(f"{ROOT}/", "")
     write_results(
         path,
         results,

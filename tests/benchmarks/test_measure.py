@@ -70,10 +70,8 @@ def test_a_wrong_result_raises_by_name_and_nothing_is_timed(wrong, monkeypatch):
         _measure(_candidate("torch"), _candidate("mine", wrong))
 
 
-def test_an_output_that_is_not_written_is_not_taken_for_right():
-    # What a kernel leaves unwritten must not hold the right answer of the candidate before it.
-    size = 1 << 18
-
+@pytest.mark.parametrize("size", [1 << 10, 1 << 14])
+def test_an_output_that_is_not_written_is_not_taken_for_right(size):
     def inputs(seed: int):
         return (torch.randn(size, generator=torch.Generator().manual_seed(seed)),)
 
@@ -81,7 +79,7 @@ def test_an_output_that_is_not_written_is_not_taken_for_right():
         m.Candidate("torch", lambda x: lambda: x * 2),
         m.Candidate("lazy", lambda x: lambda: torch.empty_like(x)),
     ]
-    with pytest.raises(m.CheckFailed, match="'lazy'"):
+    with pytest.raises(m.CheckFailed, match="'lazy' is wrong"):
         m.check(candidates, inputs, reference=lambda x: x.double() * 2, dtype="float32")
 
 
@@ -224,3 +222,24 @@ def test_the_table_keeps_rows_that_lose():
     assert "mine" in text
     assert "0.50x" in text
     assert "skipped: g: c: peer: why" in text
+
+
+def test_on_cuda_a_case_is_timed_in_one_way(monkeypatch):
+    # The choice only; graphs and events themselves need a GPU.
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(m, "_event_sampler", lambda run, calls: calls)
+    monkeypatch.setattr(m, "_capture", lambda calls: None)
+    one, other = m.Candidate("a", lambda x: lambda: x), m.Candidate("b", lambda x: lambda: x)
+    syncs = m.Candidate("syncs", lambda x: lambda: x, capturable=False)
+    sets = [(1,), (2,)]
+    assert m._samplers([one, other], sets, cuda) == ([2, 2], {"timing": "graph"})
+    how = {"timing": "events", "not_captured": "syncs"}
+    assert m._samplers([one, syncs], sets, cuda) == ([2, 2], how)
+
+    def refuse(calls):
+        raise RuntimeError("operation not permitted\nwhen capturing")
+
+    monkeypatch.setattr(m, "_capture", refuse)
+    how = {"timing": "events", "not_captured": "a: operation not permitted"}
+    assert m._samplers([one, other], sets, cuda) == ([2, 2], how)
