@@ -15,12 +15,13 @@
 #include <type_traits>
 
 #include "checks.h"
+#include "cpu.h"
 
 namespace ucan_fast {
 namespace {
 
-// Elements per task: about what one core scales while a thread wakes up.
-constexpr int64_t kGrain = 32768;
+// Elements per task: about what one core scales while a sleeping thread wakes up.
+constexpr int64_t kGrain = 1 << 19;
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -30,12 +31,12 @@ using BitsOf = std::conditional_t<
     sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
 template <typename T>
-inline T scaled(T value, float factor) {
+UCAN_INLINE T scaled(T value, float factor) {
   return static_cast<T>(static_cast<Wide<T>>(value) * static_cast<Wide<T>>(factor));
 }
 
 template <typename T>
-void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
+UCAN_INLINE void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
   const float* __restrict__ factors = matrix.factors;
   const int64_t length = matrix.length, step = matrix.step;
   for (int64_t line = first; line < last; ++line) {
@@ -44,6 +45,7 @@ void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
       const float factor = factors[line];
       if (factor == 1.0f) continue;
       if (step == 1) {
+        UCAN_INDEPENDENT
         for (int64_t j = 0; j < length; ++j) values[j] = scaled(values[j], factor);
       } else {
         for (int64_t j = 0; j < length; ++j) values[j * step] = scaled(values[j * step], factor);
@@ -51,6 +53,7 @@ void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
     } else if (step == 1) {
       // A select of bits, not a branch: it vectorises, and 1 * NaN would change the NaN's bits.
       using Bits = BitsOf<T>;
+      UCAN_INDEPENDENT
       for (int64_t j = 0; j < length; ++j) {
         const Bits kept = std::bit_cast<Bits>(values[j]);
         const Bits product = std::bit_cast<Bits>(scaled(values[j], factors[j]));
@@ -64,7 +67,7 @@ void scale_lines(const Matrix& matrix, int64_t first, int64_t last) {
   }
 }
 
-void scale_lines_of(const Matrix& matrix, int64_t first, int64_t last) {
+UCAN_INLINE void scale_any(const Matrix& matrix, int64_t first, int64_t last) {
   switch (matrix.dtype) {
     case Dtype::float32:
       return scale_lines<float>(matrix, first, last);
@@ -77,9 +80,38 @@ void scale_lines_of(const Matrix& matrix, int64_t first, int64_t last) {
   }
 }
 
+using Scale = void (*)(const Matrix&, int64_t, int64_t);
+
+void scale_plain(const Matrix& matrix, int64_t first, int64_t last) {
+  scale_any(matrix, first, last);
+}
+#if UCAN_X86
+UCAN_AVX2 void scale_avx2(const Matrix& matrix, int64_t first, int64_t last) {
+  scale_any(matrix, first, last);
+}
+UCAN_AVX512 void scale_avx512(const Matrix& matrix, int64_t first, int64_t last) {
+  scale_any(matrix, first, last);
+}
+#endif
+
+Scale best_scale() {
+#if UCAN_X86
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return scale_avx512;
+    case InstructionSet::avx2:
+      return scale_avx2;
+    case InstructionSet::plain:
+      break;
+  }
+#endif
+  return scale_plain;
+}
+
 void attenuate_cpu(
     const std::vector<Tensor>& weights, const Tensor& factors, const std::vector<int64_t>& offsets,
     const std::vector<int64_t>& axes) {
+  static const Scale scale_lines_of = best_scale();
   const std::vector<Matrix> matrices = checked_matrices(weights, factors, offsets, axes);
   // All elements of all matrices are one range, cut once: many small matrices do not open many
   // parallel regions. A task takes the lines that begin in its piece of the range.

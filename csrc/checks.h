@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <utility>
@@ -46,6 +47,27 @@ inline bool overlaps_itself(int64_t rows, int64_t cols, int64_t s0, int64_t s1) 
   return s1 / divisor < rows && s0 / divisor < cols;
 }
 
+// The memory that a weight lies in, gaps between its elements included.
+struct Span {
+  uintptr_t first, end;
+  size_t weight;
+};
+
+// Sorted by address, two spans overlap exactly if some neighbours do. Interleaved views (two column
+// ranges of one matrix) span each other without sharing an element; they are refused as well.
+inline void check_disjoint(std::vector<Span>& spans) {
+  std::sort(spans.begin(), spans.end(), [](const Span& one, const Span& two) {
+    return one.first < two.first;
+  });
+  for (size_t i = 1; i < spans.size(); ++i) {
+    STD_TORCH_CHECK(
+        spans[i - 1].end <= spans[i].first, "_attenuate_native_: weights ",
+        std::min(spans[i - 1].weight, spans[i].weight), " and ",
+        std::max(spans[i - 1].weight, spans[i].weight),
+        " overlap in memory and would be scaled twice");
+  }
+}
+
 // The non-empty matrices. `factors` and all weights must be on one device; the dispatcher has
 // already chosen the CPU or CUDA kernel by it.
 inline std::vector<Matrix> checked_matrices(
@@ -59,9 +81,14 @@ inline std::vector<Matrix> checked_matrices(
       factors.dim() == 1 && factors.scalar_type() == ScalarType::Float && factors.is_contiguous(),
       "_attenuate_native_: factors must be one contiguous 1-D float32 tensor");
   const int64_t available = factors.numel();
+  const bool on_cpu = factors.is_cpu();
+  const bool on_cuda = factors.is_cuda();
+  const auto device = factors.get_device_index();
 
   std::vector<Matrix> matrices;
+  std::vector<Span> spans;
   matrices.reserve(weights.size());
+  spans.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     STD_TORCH_CHECK(
@@ -69,21 +96,22 @@ inline std::vector<Matrix> checked_matrices(
         "-D");
     const Dtype dtype = dtype_of(weight, i);
     STD_TORCH_CHECK(
-        weight.is_cpu() == factors.is_cpu() && weight.is_cuda() == factors.is_cuda() &&
-            weight.get_device_index() == factors.get_device_index(),
+        (on_cpu ? weight.is_cpu() : weight.is_cuda() == on_cuda) &&
+            weight.get_device_index() == device,
         "_attenuate_native_: weight ", i, " and the factors must be on the same device");
     const int64_t axis = axes[i];
     STD_TORCH_CHECK(
         axis == 0 || axis == 1, "_attenuate_native_: axis of weight ", i,
         " must be 0 (rows) or 1 (columns), not ", axis);
-    const int64_t needed = weight.size(axis);
+    const auto sizes = weight.sizes(), strides = weight.strides();
+    const int64_t needed = sizes[axis];
     STD_TORCH_CHECK(
         // Subtracting cannot overflow where adding to a wild offset could.
         offsets[i] >= 0 && offsets[i] <= available && needed <= available - offsets[i],
         "_attenuate_native_: weight ", i, " needs ", needed, " factors from ", offsets[i],
         " on, but there are ", available);
-    int64_t rows = weight.size(0), cols = weight.size(1);
-    int64_t row_stride = weight.stride(0), col_stride = weight.stride(1);
+    int64_t rows = sizes[0], cols = sizes[1];
+    int64_t row_stride = strides[0], col_stride = strides[1];
     STD_TORCH_CHECK(
         !overlaps_itself(rows, cols, row_stride, col_stride), "_attenuate_native_: weight ", i,
         " overlaps itself in memory (an expanded tensor?)");
@@ -98,7 +126,11 @@ inline std::vector<Matrix> checked_matrices(
     matrices.push_back(
         {weight.mutable_data_ptr(), factors.const_data_ptr<float>() + offsets[i], rows, cols,
          row_stride, col_stride, factor_per_line, dtype});
+    const auto first = reinterpret_cast<uintptr_t>(matrices.back().data);
+    const int64_t last = (rows - 1) * row_stride + (cols - 1) * col_stride;
+    spans.push_back({first, first + (last + 1) * weight.element_size(), i});
   }
+  check_disjoint(spans);
   return matrices;
 }
 

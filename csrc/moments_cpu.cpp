@@ -16,37 +16,14 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
+#include "cpu.h"
 #include "matrix.h"
-
-#if defined(__GNUC__) || defined(__clang__)
-#define UCAN_INLINE inline __attribute__((always_inline))
-#else
-#define UCAN_INLINE inline
-#endif
-
-// The columns of a row never depend on each other; without this the compiler has to prove it for
-// each pair of pointers, and gives up.
-#if defined(__clang__)
-#define UCAN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define UCAN_INDEPENDENT _Pragma("GCC ivdep")
-#else
-#define UCAN_INDEPENDENT
-#endif
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define UCAN_X86 1
-#else
-#define UCAN_X86 0
-#endif
 
 namespace ucan_fast {
 namespace {
@@ -363,23 +340,21 @@ using Task = void (*)(const Call<W>&, int64_t, int64_t, int64_t, int64_t, double
 
 UCAN_TASK(task_plain, )
 #if UCAN_X86
-UCAN_TASK(task_avx2, __attribute__((target("avx2,fma"))))
-UCAN_TASK(task_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+UCAN_TASK(task_avx2, UCAN_AVX2)
+UCAN_TASK(task_avx512, UCAN_AVX512)
 #endif
 #undef UCAN_TASK
 
-// The widest instructions of this processor, or fewer where torch's own switch asks for fewer.
 template <typename W>
 Task<W> best_task() {
 #if UCAN_X86
-  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view wanted = set == nullptr ? "" : set;
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && wanted != "default") {
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 && wanted != "avx2" ? task_avx512<W> : task_avx2<W>;
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return task_avx512<W>;
+    case InstructionSet::avx2:
+      return task_avx2<W>;
+    case InstructionSet::plain:
+      break;
   }
 #endif
   return task_plain<W>;

@@ -89,8 +89,13 @@ def _load_library(name: str) -> str:
     return _AVAILABLE
 
 
-def _fake(*_) -> None:
-    """All of them write in place and return nothing."""
+def _fake(tensors, *rest) -> None:
+    """All of them write in place and return nothing.
+
+    A real meta tensor beside real ones comes here too, past the checks of the other devices.
+    """
+    if isinstance(tensors, list) and any(t.device != rest[0].device for t in tensors):
+        raise RuntimeError("the weights and the factors must be on the same device")
 
 
 def _why_missing(name: str) -> str:

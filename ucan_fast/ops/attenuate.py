@@ -35,11 +35,19 @@ def attenuate_(
         UcanError: a wrong shape, dtype or device, an offset out of range, weights that overlap in
             memory, or gradients being recorded. No weight was changed.
     """
+    weights, offsets, axes = list(weights), list(offsets), list(axes)
+    if not torch.compiler.is_compiling() and choose("attenuate_", factors.device) == "native":
+        # The extension checks the same things, a hundred times faster, before it writes. What it
+        # refuses is looked at again, for the better words.
+        try:
+            _attenuate_native_(weights, factors.contiguous(), offsets, axes)
+        except RuntimeError:
+            _check(weights, factors, offsets, axes)
+            raise
+        return
     _check(weights, factors, offsets, axes)
     if weights:
-        torch.ops.ucan_fast.attenuate_(
-            list(weights), factors.contiguous(), list(offsets), list(axes)
-        )
+        torch.ops.ucan_fast.attenuate_(weights, factors.contiguous(), offsets, axes)
 
 
 def attenuate_reference_(
@@ -138,13 +146,30 @@ def _dispatch(
         attenuate_reference_(weights, factors, offsets, axes)
         return
     if backend == "native":
-        torch.ops.ucan_fast._attenuate_native_(weights, factors, offsets, axes)
-    else:
-        from ..kernels.attenuate import attenuate_ as launch
+        _attenuate_native_(weights, factors, offsets, axes)
+        return
+    from ..kernels.attenuate import attenuate_ as launch
 
-        launch(weights, factors, offsets, axes)
-    # Neither counts the write; a backward that saved the old values must notice.
-    torch.autograd.graph.increment_version(list(weights))
+    launch(weights, factors, offsets, axes)
+    _count_writes(weights)
+
+
+def _attenuate_native_(
+    weights: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+    offsets: Sequence[int],
+    axes: Sequence[int],
+) -> None:
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        raise RuntimeError("a weight requires a gradient")
+    torch.ops.ucan_fast._attenuate_native_.default(weights, factors, offsets, axes)
+    _count_writes(weights)
+
+
+def _count_writes(weights: Sequence[torch.Tensor]) -> None:
+    # Kernels do not; a backward that saved the old values must notice.
+    if weights:
+        torch.autograd.graph.increment_version(weights)
 
 
 LIBRARY.define("attenuate_(Tensor(a!)[] weights, Tensor factors, int[] offsets, int[] axes) -> ()")

@@ -1,0 +1,52 @@
+// Which vector instructions the CPU code may use: it is compiled for several sets and chooses when
+// it runs, so that one build serves every processor.
+#pragma once
+
+#include <cstdlib>
+#include <string_view>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define UCAN_INLINE inline __attribute__((always_inline))
+#else
+#define UCAN_INLINE inline
+#endif
+
+// The iterations of a loop never depend on each other; without this the compiler has to prove it
+// for each pair of pointers, and gives up.
+#if defined(__clang__)
+#define UCAN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define UCAN_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define UCAN_INDEPENDENT
+#endif
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define UCAN_X86 1
+#define UCAN_AVX2 __attribute__((target("avx2,fma")))
+#define UCAN_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#else
+#define UCAN_X86 0
+#endif
+
+namespace ucan_fast {
+
+enum class InstructionSet { plain, avx2, avx512 };
+
+// The widest instructions of this processor, or fewer where torch's own switch asks for fewer.
+inline InstructionSet instruction_set() {
+#if UCAN_X86
+  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view wanted = set == nullptr ? "" : set;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && wanted != "default") {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 && wanted != "avx2" ? InstructionSet::avx512 : InstructionSet::avx2;
+  }
+#endif
+  return InstructionSet::plain;
+}
+
+}  // namespace ucan_fast
