@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels.cases import Bench
+from benchmarks import targets
+from benchmarks.kernels.cases import Bench, benchmark_device
 from benchmarks.measure import (
     ROOT,
     Profile,
@@ -34,7 +35,9 @@ _WRITTEN = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "benches(of): function profile -> the cases of this test")
+    config.addinivalue_line(
+        "markers", "benches(of): function profile, device -> the cases of this test"
+    )
     try:
         config.stash[_PROFILE] = chosen_profile(config.getoption("--profile"))
     except ValueError as error:
@@ -46,7 +49,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("benches")
     if marker is None:
         return
-    benches: list[Bench] = marker.kwargs["of"](metafunc.config.stash[_PROFILE])
+    device = benchmark_device()
+    benches: list[Bench] = marker.kwargs["of"](metafunc.config.stash[_PROFILE], device)
+    if metafunc.config.option.targets:
+        benches = [bench for bench in benches if targets.asks_for(bench, device.type)]
     chosen = [(bench, candidate.name) for bench in benches for candidate in bench.candidates]
     ids = [_slug(f"{bench.case} {name}") for bench, name in chosen]
     metafunc.parametrize("timed", chosen, ids=ids, indirect=True)
@@ -57,9 +63,9 @@ def timed(request: pytest.FixtureRequest) -> Result:
     """The times of one candidate of one case."""
     bench, name = request.param
     stash = request.config.stash
-    if bench.obstacle:
-        stash[_SKIPPED].append(bench.skipped(name))
-        pytest.skip(bench.obstacle)
+    if skipped := bench.skipped(name):
+        stash[_SKIPPED].append(skipped)
+        pytest.skip(skipped.reason)
     result = bench.result(name, stash[_PROFILE])
     stash[_RESULTS].append(result)
     if request.config.pluginmanager.hasplugin("benchmark"):
