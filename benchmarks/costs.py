@@ -182,13 +182,7 @@ class LoraCost:
 
     def peft_compiled(self) -> list[Pass]:
         """Products stay cuBLAS's or the CPU library's; what is element-wise becomes one kernel."""
-        size = self.m * self.n
-        return [
-            *self.base(),
-            *self._peft_a(),
-            *self._peft_b(),
-            Pass("times s, add", (2 * self._e + self._a) * size, 2 * size),
-        ]
+        return [*self.base(), *self._peft_a(), *self.torch_expand_compiled()]
 
     def addmm(self) -> list[Pass]:
         """unsloth's: A and B narrowed, ``x Aᵀ``, ``addmm_`` into the base's output."""
@@ -290,6 +284,20 @@ class LoraCost:
             *self._peft_add(self._a),
         ]
 
+    def torch_shrink_moments_compiled(self) -> list[Pass]:
+        """The same compiled; without moments there is nothing to fuse."""
+        return [*self._mask_matmul_compiled(self.k, self._e), *self._peft_a()]
+
+    def torch_expand_compiled(self) -> list[Pass]:
+        """PEFT's expression compiled: one kernel after the product."""
+        size = self.m * self.n
+        one = Pass("times s, add", (2 * self._e + self._a) * size, 2 * size)
+        return [*self._peft_b(), one]
+
+    def torch_expand_moments_compiled(self) -> list[Pass]:
+        """The same with the moments of δ."""
+        return [*self.torch_expand_compiled(), *self._mask_matmul_compiled(self.n, self._a)]
+
     def torch_addmm(self) -> list[Pass]:
         """``torch.addmm`` out of place, operands narrowed."""
         return [
@@ -319,11 +327,7 @@ class LoraCost:
         for width in (self.k, self.n):
             size = self.m * width
             if statistics == "mask matmul":
-                # |h| and h² are written for the products that read them.
-                passes += [
-                    Pass("|h|, h²", (self._a + 8) * size, 2 * size),
-                    *(Pass("mask product", 4 * size, 4 * size) for _ in range(2)),
-                ]
+                passes += self._mask_matmul_compiled(width, self._a)
             else:
                 part = self.groups / 2 * size
                 passes += [
@@ -332,6 +336,7 @@ class LoraCost:
                     for one in (
                         Pass("h[mask]", 2 * self._a * part),
                         Pass("sums", self._a * part, 4 * part),
+                        Pass("totals", 40 * width),
                     )
                 ]
         return passes
@@ -348,7 +353,14 @@ class LoraCost:
         passes = self._casts(("h", size), of=element, to=4)
         for name in ("|h|", "h²"):
             passes += [Pass(name, 8 * size, size), Pass("mask product", 4 * size, 4 * size)]
+            passes += [Pass("totals", 40 * width)]
         return passes
+
+    def _mask_matmul_compiled(self, width: int, element: int) -> list[Pass]:
+        # |h| and h² are written for the products that read them.
+        size = self.m * width
+        products = [Pass("mask product", 4 * size, 4 * size), Pass("totals", 40 * width)] * 2
+        return [Pass("|h|, h²", (element + 8) * size, 2 * size), *products]
 
     def _boolean_index(self, width: int, element: int) -> list[Pass]:
         part = self.groups / 2 * self.m * width
@@ -358,6 +370,7 @@ class LoraCost:
             passes += [] if element == 4 else [Pass("cast h", (element + 4) * part)]
             for name in ("|h|", "h²"):
                 passes += [Pass(name, 8 * part, part), Pass("sum", 4 * part, part)]
+                passes += [Pass("totals", 20 * width)]
         return passes
 
     # Forward and backward

@@ -6,15 +6,15 @@ import torch
 
 from .. import targets
 from ..measure import PROFILES, Profile
-from . import test_attenuate, test_expand, test_linear, test_scores, test_shrink
+from . import attenuate, expand, linear, scores, shrink
 from .cases import Bench
 
 _GROUPS = (
-    *(test_shrink.shrink, test_shrink.shrink_with_moments),
-    *(test_expand.expand, test_expand.expand_with_moments),
-    *(test_linear.forward, test_linear.forward_backward),
-    *(test_linear.forward_with_moments, test_linear.forward_with_hooks),
-    *(test_scores.scores, test_attenuate.attenuate, test_attenuate.attenuate_wall),
+    *(shrink.shrink, shrink.shrink_with_moments),
+    *(expand.expand, expand.expand_with_moments),
+    *(linear.forward, linear.forward_backward),
+    *(linear.forward_with_moments, linear.forward_with_hooks),
+    *(scores.scores, attenuate.attenuate, attenuate.attenuate_wall),
 )
 
 

@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 
-from benchmarks import costs, peers
-from benchmarks.kernels.cases import Bench, name_of
-from benchmarks.measure import Candidate, Profile, Result
-from benchmarks.shapes import LLAMA_2_7B, LLAMA_32_1B, SMOLLM2_135M
 from ucan_fast.ops.attenuate import attenuate_reference_
+
+from .. import costs, peers
+from ..measure import Candidate, Profile
+from ..shapes import LLAMA_2_7B, LLAMA_32_1B, SMOLLM2_135M
+from .cases import Bench, name_of
 
 Sizes = list[tuple[tuple[int, int], int]]  # (shape, the axis that is scaled) per matrix
 
@@ -118,13 +118,3 @@ def attenuate_wall(profile: Profile, device: torch.device) -> list[Bench]:
         _bench("attenuate_wall", case, device, wall=True, obstacle=obstacle)
         for case in _cases(profile)
     ]
-
-
-@pytest.mark.benches(of=attenuate)
-def test_attenuate(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=attenuate_wall)
-def test_attenuate_wall(timed: Result) -> None:
-    assert min(timed.seconds) > 0

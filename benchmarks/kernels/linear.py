@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.kernels.cases import Bench, LoraCase, lora_cases, name_of
-from benchmarks.measure import Candidate, Profile, Result
 from ucan_fast.ops.backend import triton_obstacle
+
+from .. import peers
+from ..measure import Candidate, Profile
+from .cases import Bench, LoraCase, lora_cases, name_of
 
 
 def _inputs(case: LoraCase, device: torch.device):
@@ -60,8 +60,8 @@ def forward(profile: Profile, device: torch.device) -> list[Bench]:
             narrow = replace(case, adapter_dtype=other).cost(device)
             for name, make, same, cast in (
                 ("peft", peers.peft_layer, narrow.peft(), passes.peft_autocast()),
-                # Under autocast the adapter is narrowed first, and then it is the same as above.
-                ("ucan_fast", peers.ucan_layer, narrow.ucan(), None),
+                # Under autocast A and B are narrowed; the rest is the same as above.
+                ("ucan_fast", peers.ucan_layer, narrow.ucan(), narrow.ucan()),
             ):
                 candidates += [
                     Candidate(
@@ -302,23 +302,3 @@ def fused_linear_obstacle(device: torch.device) -> str | None:
                 f"fused_linear needs TMA, sm_90 or later; this is sm_{capability[0]}{capability[1]}"
             )
     return triton_obstacle("fused_linear", device)
-
-
-@pytest.mark.benches(of=forward)
-def test_forward(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=forward_backward)
-def test_forward_backward(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=forward_with_moments)
-def test_forward_with_moments(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=forward_with_hooks)
-def test_forward_with_hooks(timed: Result) -> None:
-    assert min(timed.seconds) > 0

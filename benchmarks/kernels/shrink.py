@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import peers
-from benchmarks.kernels.cases import Bench, LoraCase, lora_cases
-from benchmarks.measure import Candidate, Profile, Result
 from ucan_fast import ops
+
+from .. import peers
+from ..measure import Candidate, Profile
+from .cases import Bench, LoraCase, lora_cases
 
 
 def _inputs(case: LoraCase, device: torch.device):
@@ -46,7 +46,13 @@ def shrink(profile: Profile, device: torch.device) -> list[Bench]:
             Candidate("ucan_fast", _bind(ops.shrink, case), passes=passes.shrink(), **cost),
         ]
         if case.compiled:
-            candidates.append(Candidate("torch, compiled", _bind(_torch, case, compiled=True)))
+            candidates.append(
+                Candidate(
+                    "torch, compiled",
+                    _bind(_torch, case, compiled=True),
+                    passes=passes.torch_shrink(),
+                )
+            )
         benches.append(
             Bench(
                 "shrink",
@@ -121,7 +127,11 @@ def shrink_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
         ]
         if case.compiled:
             candidates.append(
-                Candidate("torch, mask matmul, compiled", _bind_torch_moments(case, compiled=True))
+                Candidate(
+                    "torch, mask matmul, compiled",
+                    _bind_torch_moments(case, compiled=True),
+                    passes=passes.torch_shrink_moments_compiled(),
+                )
             )
         benches.append(
             Bench(
@@ -136,13 +146,3 @@ def shrink_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
             )
         )
     return benches
-
-
-@pytest.mark.benches(of=shrink)
-def test_shrink(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=shrink_with_moments)
-def test_shrink_with_moments(timed: Result) -> None:
-    assert min(timed.seconds) > 0
