@@ -22,22 +22,25 @@ from ..measure import (
     table,
     write_results,
 )
-from . import deletion, passes
+from . import deletion, passes, scaling
+from .slopes import slope_table
 from .timing import PROFILES
 
-GROUPS = {"collect": passes.run, "deletion": deletion.run}
+GROUPS = {"collect": passes.run, "deletion": deletion.run, "scaling": scaling.run}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; ``only`` becomes a list of groups."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model", description="Whole passes, side by side."
+    )
     parser.add_argument(
         "--profile", choices=sorted(PROFILES), help="default: BENCH_PROFILE, or quick"
     )
     parser.add_argument(
         "--only", type=_groups, default=list(GROUPS), help=f"of {','.join(GROUPS)} (default: all)"
     )
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", metavar="PATH", type=Path, help="write the results there")
     parser.add_argument(
         "--save",
         action="store_true",
@@ -70,11 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except CheckFailed as failure:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-        print(table(measured, left_out), flush=True)
+        print(
+            "\n".join(filter(None, [table(measured, left_out), slope_table(measured)])), flush=True
+        )
         results += measured
         skipped += left_out
     path = options.json or output_path("model", save=options.save, profile=profile)
-    write_results(path, results, command=_command(options, profile), skipped=skipped, profile=profile)
+    write_results(
+        path, results, command=_command(options, profile), skipped=skipped, profile=profile
+    )
     print(f"written: {os.path.relpath(path)}")
     return 0
 

@@ -226,14 +226,15 @@ def random_batches(
     Args:
         both_groups: runs of 64 tokens of forget, retain and neither; otherwise all are retain.
     """
-    generator = torch.Generator().manual_seed(seed)
+    # Two generators: the same tokens, whatever groups they are in.
+    generator, of_groups = (torch.Generator().manual_seed(seed) for _ in range(2))
     batches = []
     for start in range(0, sequences, batch_size):
         rows = min(batch_size, sequences - start)
         tokens = torch.randint(0, vocabulary, (rows, length), generator=generator)
         groups = torch.ones_like(tokens)
         if both_groups:
-            runs = torch.randint(-1, 2, (-(-rows * length // 64),), generator=generator)
+            runs = torch.randint(-1, 2, (-(-rows * length // 64),), generator=of_groups)
             # Both groups occur where there are two runs.
             runs[0], runs[-1] = 1, 0
             groups = runs.repeat_interleave(64)[: rows * length].reshape(rows, length)

@@ -13,7 +13,7 @@ from peft import PeftModel
 import ucan_fast as uf
 
 from .. import peers
-from ..measure import Profile, Result, Skipped, case_name
+from ..measure import CheckFailed, Profile, Result, Skipped, case_name
 from ..shapes import LLAMA_2_7B, SMOLLM2_135M
 from . import demo
 from .models import (
@@ -279,6 +279,14 @@ def _plain(model: PeftModel, options: dict[str, Any]) -> Callable[..., Run]:
     return bind
 
 
+def _sums_apart(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Σ|h| and Σh² have errors of their own: beside the larger one the other would not show.
+    return {
+        "count": found["count"],
+        **{f"{key}/{i}": t[i] for key, t in found.items() if key != "count" for i in (0, 1)},
+    }
+
+
 class _OfTheBatch:
     """Statistics whose groups change with the batch, behind hooks that stay."""
 
@@ -292,7 +300,7 @@ def _hooked(
     model: PeftModel, statistics: peers.Statistics, options: dict[str, Any]
 ) -> Callable[..., Run]:
     def bind(batches: list[Batch]) -> Run:
-        return Run(lambda: hooked_pass(model, statistics, batches, options))
+        return Run(lambda: hooked_pass(model, statistics, batches, options), result=_sums_apart)
 
     return bind
 
@@ -342,15 +350,17 @@ def _collected(model: PeftModel, *, accelerated: bool) -> Callable[..., Run]:
             return uf.collect(model, batches, sites=SITES)
 
         def sums(stats: uf.ActivationStats) -> dict[str, torch.Tensor]:
-            count = next(iter(stats.layers.values()))["input"].count
-            return {
-                "count": count,
-                **{
-                    f"{name}/{site}": torch.stack([moments.abs_sum, moments.sq_sum])
-                    for name, sites in stats.layers.items()
-                    for site, moments in sites.items()
-                },
-            }
+            measured = [
+                (f"{name}/{site}", moments)
+                for name, sites in stats.layers.items()
+                for site, moments in sites.items()
+            ]
+            found = {key: torch.stack([m.abs_sum, m.sq_sum]) for key, m in measured}
+            # Of every layer: each counts for itself.
+            counts = torch.stack([m.count for _, m in measured])
+            if (counts != counts[0]).any():
+                raise CheckFailed("collect counted other tokens in one layer than in another.")
+            return _sums_apart({"count": counts[0], **found})
 
         if not accelerated:
             return Run(run, result=sums)
@@ -386,7 +396,8 @@ def exact_model(model: PeftModel, *, exact: bool) -> PeftModel:
 
 def _reference(model: PeftModel, *, exact: bool) -> Callable[..., dict[str, torch.Tensor]]:
     def reference(batches: list[Batch]) -> dict[str, torch.Tensor]:
-        return hooked_pass(exact_model(model, exact=exact), _Exact, batches, {"use_cache": False})
+        right = exact_model(model, exact=exact)
+        return _sums_apart(hooked_pass(right, _Exact, batches, {"use_cache": False}))
 
     return reference
 

@@ -77,10 +77,6 @@ class EnergyMeter:
         self.source = "NVML" if device.type == "cuda" else "RAPL"
         read = _nvml(device) if device.type == "cuda" else _rapl()
         self.read, self.reason = (None, read) if isinstance(read, str) else (read, None)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was metered so far."""
         self.joules, self.passes, self.seconds = 0.0, 0, 0.0
 
     @contextlib.contextmanager

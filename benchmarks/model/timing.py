@@ -121,10 +121,12 @@ def measure_whole(
     )
     bound = inputs(0)
     runs = [candidate.bind(*bound) for candidate in candidates]
-    # The pass that memory is measured in is also the one that warms caches up.
-    memory = [_memory(run, device) for run in runs]
     meters = [EnergyMeter(device) for _ in runs]
-    seconds = _rounds(runs, meters, device, profile)
+    with _own_garbage_collection():
+        # The pass that memory is measured in also warms caches up, and says how long a pass is.
+        memory, once = zip(*(_memory(run, device) for run in runs), strict=True)
+        passes = [max(1, math.ceil(profile.min_sample / max(s, 1e-9))) for s in once]
+        seconds = _rounds(runs, passes, meters, device, profile)
     return [
         Result(
             name=candidate.name,
@@ -183,9 +185,18 @@ def _prepared(run: Run) -> Iterator[None]:
         run.undo()
 
 
-def _memory(run: Run, device: torch.device) -> dict[str, Any]:
+def _memory(run: Run, device: torch.device) -> tuple[dict[str, Any], float]:
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        run.run()
+        _synchronize(device)
+        seconds = time.perf_counter() - start
+
     with _prepared(run):
-        return peak_memory(run.run, device)
+        return peak_memory(timed, device), seconds
 
 
 def _rate(candidate: Whole, times: list[float]) -> dict[str, Any]:
@@ -195,11 +206,15 @@ def _rate(candidate: Whole, times: list[float]) -> dict[str, Any]:
 
 
 def _rounds(
-    runs: list[Run], meters: list[EnergyMeter], device: torch.device, profile: Profile
+    runs: Sequence[Run],
+    passes: Sequence[int],
+    meters: Sequence[EnergyMeter],
+    device: torch.device,
+    profile: Profile,
 ) -> list[list[float]]:
-    def sample(index: int, passes: int) -> float:
+    def sample(index: int) -> float:
         total = 0.0
-        for _ in range(passes):
+        for _ in range(passes[index]):
             with _prepared(runs[index]):
                 _synchronize(device)
                 with meters[index].metered():
@@ -207,31 +222,35 @@ def _rounds(
                     runs[index].run()
                     _synchronize(device)
                     total += time.perf_counter() - start
-        return total / passes
+        return total / passes[index]
 
-    passes = []
-    for index in range(len(runs)):
-        once = sample(index, 1)
-        passes.append(max(1, math.ceil(profile.min_sample / max(once, 1e-9))))
-        meters[index].reset()
     seconds: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
+    for number in range(profile.rounds):
+        # Between rounds, so that no candidate pays for what another left.
+        gc.collect()
+        order = range(len(runs))
+        for i in reversed(order) if number % 2 else order:
+            seconds[i].append(sample(i))
+        late = time.perf_counter() - began > profile.seconds
+        if late and number + 1 >= profile.min_rounds:
+            break
+    return seconds
+
+
+@contextlib.contextmanager
+def _own_garbage_collection() -> Iterator[None]:
+    # None while a pass runs; and what was there before is left out, which is most of the work.
     was_enabled = gc.isenabled()
+    gc.collect()
     gc.disable()
+    gc.freeze()
     try:
-        for number in range(profile.rounds):
-            # Between rounds, so that no candidate pays for what another left.
-            gc.collect()
-            order = range(len(runs))
-            for i in reversed(order) if number % 2 else order:
-                seconds[i].append(sample(i, passes[i]))
-            late = time.perf_counter() - began > profile.seconds
-            if late and number + 1 >= profile.min_rounds:
-                break
+        yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
-    return seconds
 
 
 def _synchronize(device: torch.device) -> None:
