@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,7 +134,12 @@ def load_targets(path: Path = TARGETS) -> list[Target]:
 def asks_for(bench: Any, device: str) -> bool:
     """Whether a target of this device is about the case (of :mod:`benchmarks.kernels`)."""
     case = (bench.group, bench.shape, bench.dtype, bench.adapter_dtype)
-    return any(one.device == device and one.describes(*case) for one in load_targets())
+    return any(one.device == device and one.describes(*case) for one in _committed())
+
+
+@functools.cache
+def _committed() -> list[Target]:
+    return load_targets()
 
 
 def evaluate(
