@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,8 +208,11 @@ def section(results: Results) -> str:
     described = "; ".join(dict.fromkeys(f"{one.group}: {one.name}" for one in sources))
     lines += [
         "",
-        "Medians of interleaved rounds [quartiles], ratios within a round, every candidate checked "
-        f"against an fp64 reference before it is timed. Cases: {described or 'none'}.",
+        _wrapped(
+            "Medians of interleaved rounds [quartiles], ratios within a round, every candidate "
+            "checked against a reference in higher precision before it is timed. "
+            f"Cases: {described or 'none'}."
+        ),
         "",
     ]
     for device in DEVICES:
@@ -216,19 +220,30 @@ def section(results: Results) -> str:
             lines += [f"![{figure.data['title']}](docs/{figure.name}.png)", ""]
     for device, mine in results.documents.items():
         lines += [f"{DEVICES[device]} files:", ""]
-        lines += [f"- {_provenance(one['environment'])}" for one in _used(results, device, mine)]
+        lines += [
+            _wrapped(f"- {_provenance(one['environment'])}", "  ")
+            for one in _used(results, device, mine)
+        ]
         lines.append("")
     lines += _losses(results)
     lines += _target_table(results)
     if "cuda" not in results.documents:
         lines += _prediction()
     lines.append(
-        f"Every row, those that lose too, with what the roofline predicts for it: "
-        f"[{DETAILS}]({DETAILS}). `make bench-quick` measures your machine in five minutes, "
-        "`make bench` takes longer; `python -m benchmarks.compare A.json B.json` says which ratios "
-        "moved beyond noise."
+        _wrapped(
+            "Every row, those that lose too, with what the roofline predicts for it: "
+            f"[{DETAILS}]({DETAILS}). `make bench-quick` measures your machine in five minutes, "
+            "`make bench` takes longer; `python -m benchmarks.compare A.json B.json` says which "
+            "ratios moved beyond noise."
+        )
     )
     return "\n".join(lines).strip() + "\n"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _machine(results: Results, device: str) -> str:
@@ -264,7 +279,7 @@ def _commit(environment: Mapping[str, Any]) -> str:
 
 
 def _losses(results: Results) -> list[str]:
-    """Where a peer that computes the same is clearly faster than ucan_fast, the worst first."""
+    """Where a peer is clearly faster than ucan_fast, the worst first."""
     lost, compared = [], 0
     for device, cases in results.cases.items():
         for case in cases:
@@ -281,10 +296,12 @@ def _losses(results: Results) -> list[str]:
         return [f"No peer is clearly faster in any of {compared} comparisons.", ""]
     lost.sort()
     return [
-        f"**Where it loses**: in {len(lost)} of {compared} comparisons a peer that computes the "
-        "same is clearly faster (its upper quartile is below 1). The worst:",
+        _wrapped(
+            f"**Where it loses**: in {len(lost)} of {compared} comparisons a peer is clearly "
+            "faster (the upper quartile is below 1). The worst:"
+        ),
         "",
-        *(f"- {text}" for _, text in lost[:3]),
+        *(_wrapped(f"- {text}", "  ") for _, text in lost[:3]),
         "",
     ]
 
@@ -294,7 +311,7 @@ _LESS = ("base layer alone", "peft, no moments", "peft, plain forward")
 
 
 def against_peers(case: Case) -> dict[str, Spread]:
-    """Peer -> how many times faster ucan_fast is, of the peers that compute the same."""
+    """Peer -> how many times faster ucan_fast is, of the peers that do the same job."""
     if case.group == "deletion":
         ours, peers = "ucan_fast, bank", list(case.rows)
     else:
@@ -343,16 +360,14 @@ def _prediction() -> list[str]:
     wanted = [one for one in targets.load_targets() if one.device == "cuda"]
     rows = targets.evaluate(wanted, [document], devices={"cuda"})
     name = PREDICTED_GPU.upper()
-    return [
+    text = (
         f"**{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.** The table is a *prediction* for one "
         f"{name}, from bytes and operations alone (`python -m benchmarks.roofline --gpu "
         f"{PREDICTED_GPU}`), as if every kernel, ours and the peers', reached the ceilings: ours "
         "have yet to show it. One Llama-2-7B layer, 4096 x 4096, 8,192 tokens, bf16, rank 16. "
-        f"Ceilings {roofline.GPUS[PREDICTED_GPU].source}.",
-        "",
-        *_target_rows(rows, "predicted"),
-        "",
-    ]
+        f"Ceilings {roofline.GPUS[PREDICTED_GPU].source}."
+    )
+    return [_wrapped(text), "", *_target_rows(rows, "predicted"), ""]
 
 
 # docs/benchmarks.md
