@@ -260,3 +260,8 @@ def test_a_figure_knows_its_data(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     assert one.is_current(tmp_path)
     assert not f.Figure("a", {"y": [1, 3]}, draw).is_current(tmp_path)
+
+
+def test_what_is_committed_is_current():
+    # After new results or targets: make report.
+    assert r.outdated(m.ROOT, r.load((m.ROOT / "benchmarks" / "results").glob("*.json"))) == []
