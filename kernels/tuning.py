@@ -25,11 +25,12 @@ CAPABILITIES = (80, 90, 100)
 #: (GPU, dtype, N, K) where fused_linear was measured to beat cuBLAS and expand. None was yet.
 FUSED_LINEAR_WINS: frozenset[tuple[str, torch.dtype, int, int]] = frozenset()
 
-# With three stages ptxas spills a few bytes there, on sm_90 or sm_100.
+# With three stages ptxas spills a few bytes there, on one architecture or another.
 _SPILL_WITH_THREE = (
     (64, "16-bit", "many"),
     (128, "16-bit", "few"),
     (128, "16-bit", "many"),
+    (128, "32-bit", "many"),
 )
 
 #: kernel -> (GPU, shape class) -> launch options: block sizes, ``num_warps``, ``num_stages``.
