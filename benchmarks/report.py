@@ -268,14 +268,9 @@ def _provenance(environment: Mapping[str, Any]) -> str:
         f"{environment['hardware']}, {environment['cores']} cores, {environment['threads']} "
         f"threads, Python {environment['python']}, torch {environment['torch']}{cuda}, "
         f"triton {environment['triton']}, peft {environment['peft']}, transformers "
-        f"{environment['transformers']}, commit {_commit(environment)}, "
+        f"{environment['transformers']}, commit {targets.short_commit(environment)}, "
         f"{environment['date'][:10]}, `{environment['command']}`"
     )
-
-
-def _commit(environment: Mapping[str, Any]) -> str:
-    commit = environment["commit"]
-    return commit[:12] + ("+" if commit.endswith("+") else "")
 
 
 def _losses(results: Results) -> list[str]:
@@ -596,7 +591,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _caption(cases: Sequence[Case]) -> str:
     lines = dict.fromkeys(
         f"{e['hardware']}, {e['threads']} threads, torch {e['torch']}, triton {e['triton']}, peft "
-        f"{e['peft']}, commit {_commit(e)}, {e['date'][:10]}, {e['command']}"
+        f"{e['peft']}, commit {targets.short_commit(e)}, {e['date'][:10]}, {e['command']}"
         for e in (case.environment for case in cases)
     )
     return "\n".join(lines)

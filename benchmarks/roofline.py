@@ -231,10 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not options.files:
         print(describe(measure_ceilings()))
+    from .targets import short_commit
+
     for path in options.files:
         document = read_results(path)
         environment = document["environment"]
-        print(f"{path.name}: {environment['hardware']}, commit {environment['commit'][:12]}")
+        print(f"{path.name}: {environment['hardware']}, commit {short_commit(environment)}")
         if "ceilings" in environment:
             print(describe(Ceilings.from_json(environment["ceilings"])))
         print(side_by_side(document))

@@ -240,6 +240,12 @@ def _figure(
     return Spread.of([sum(n for name, n in launches.items() if pattern.search(name))]), ""
 
 
+def short_commit(environment: Mapping[str, Any]) -> str:
+    """Twelve digits, and the ``+`` of changed files."""
+    commit = environment["commit"]
+    return commit[:12] + ("+" if commit.endswith("+") else "")
+
+
 def render(rows: Sequence[Row], *, measured: str = "measured") -> str:
     """The table, a line per target."""
     body = [(measured, "target", "stretch", "result", "figure")]
@@ -289,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = document["environment"]
         print(
             f"{environment['hardware']}, torch {environment['torch']}, commit "
-            f"{environment['commit'][:12]}, {environment['date']}: {environment['command']}"
+            f"{short_commit(environment)}, {environment['date']}: {environment['command']}"
         )
     print(render(rows))
     short = failed(rows)
