@@ -213,6 +213,7 @@ def draw_scaling(canvas: Canvas, data: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(c["name"] for panel in panels for c in panel["curves"]))
     colour = dict(zip(names, _COLOURS, strict=False))
     for ax, panel in zip(axes, panels, strict=False):
+        lifts = _lifts(panel["curves"])
         for curve in panel["curves"]:
             x, median, q1, q3 = (np.array(v) for v in zip(*curve["points"], strict=True))
             ax.errorbar(
@@ -229,7 +230,7 @@ def draw_scaling(canvas: Canvas, data: Mapping[str, Any]) -> None:
             ax.annotate(
                 f"slope {curve['slope']:.2f}",
                 (x[-1], median[-1]),
-                xytext=(6, 0),
+                xytext=(6, lifts[curve["name"]]),
                 textcoords="offset points",
                 va="center",
                 fontsize=7,
@@ -254,6 +255,18 @@ def draw_scaling(canvas: Canvas, data: Mapping[str, Any]) -> None:
         handles, labels, loc="outside upper center", ncols=len(names), fontsize=8, frameon=False
     )
     _caption(canvas, data)
+
+
+def _lifts(curves: list[Mapping[str, Any]]) -> dict[str, float]:
+    # Points by which the label at a curve's end is moved up, so that none lies on another.
+    every = [np.log(y) for curve in curves for _, y, *_ in curve["points"]]
+    scale = 210 / max(max(every) - min(every), 1e-9)
+    lifts, above = {}, -np.inf
+    for curve in sorted(curves, key=lambda one: one["points"][-1][1]):
+        place = np.log(curve["points"][-1][1]) * scale
+        above = max(place, above + 9)
+        lifts[curve["name"]] = above - place
+    return lifts
 
 
 def _caption(canvas: Canvas, data: Mapping[str, Any]) -> None:
