@@ -403,10 +403,17 @@ def _reference(model: PeftModel, *, exact: bool) -> Callable[..., dict[str, torc
 
 
 def _logits_reference(model: PeftModel, *, exact: bool) -> Callable[..., list[torch.Tensor]]:
-    # Without collect's options: what they skip must not change what remains.
+    # Without collect's options: what they skip must not change what remains. Both plain forwards
+    # are compared with it, on the same batches: it is computed once.
+    known: list[tuple[list[Batch], list[torch.Tensor]]] = []
+
     def reference(batches: list[Batch]) -> list[torch.Tensor]:
-        right = exact_model(model, exact=exact)
-        with torch.no_grad():
-            return [_forward(right, b, {"use_cache": False}).logits[:, -1] for b in batches]
+        if not known or known[0][0] is not batches:
+            right = exact_model(model, exact=exact)
+            with torch.no_grad():
+                options = {"use_cache": False}
+                logits = [_forward(right, b, options).logits[:, -1].clone() for b in batches]
+            known[:] = [(batches, logits)]
+        return known[0][1]
 
     return reference

@@ -70,8 +70,8 @@ def sweeps(profile: Profile, kind: str) -> dict[str, list[Size]]:
     def varied(key: str, start: int, base: Size = size) -> list[Size]:
         return [dataclasses.replace(base, **{key: start * f}) for f in factors]
 
-    # Half of the data where it is not what is varied: as telling, and sooner done.
-    fewer = dataclasses.replace(size, sequences=size.sequences // 2)
+    # A quarter of the data where it is not what is varied: as telling, and sooner done.
+    fewer = dataclasses.replace(size, sequences=size.sequences // 4)
     chosen = {
         "forget_tokens": varied("forget", size.batch),
         "blocks": varied("blocks", max(1, size.blocks // 2), fewer),
@@ -84,6 +84,8 @@ def sweeps(profile: Profile, kind: str) -> dict[str, list[Size]]:
 
 def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skipped]]:
     """Every sweep of the profile; the slope is in every result's ``extra``."""
+    # Less for a point than for a case of its own: the line is through four of them.
+    profile = dataclasses.replace(profile, seconds=profile.seconds / 2)
     results: list[Result] = []
     for along, points in sweeps(profile, device.type).items():
         swept = [r for point in points for r in measure_point(point, along, device, profile)]

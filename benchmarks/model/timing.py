@@ -73,7 +73,7 @@ class Whole:
 
 #: Fewer and longer samples than for single operators.
 PROFILES = {
-    "quick": Profile("quick", rounds=9, seconds=8.0, min_sample=0.03, min_rounds=5),
+    "quick": Profile("quick", rounds=9, seconds=5.0, min_sample=0.03, min_rounds=5),
     "full": Profile("full", rounds=21, seconds=90.0, min_sample=0.2, min_rounds=7),
 }
 
