@@ -344,8 +344,8 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
         for key, weight in _weights_of(module, adapter):
             if weight.device.type == "meta":
                 raise UcanError(
-                    f"{name}: {key} is on the meta device (offloaded); load the adapter's values "
-                    "onto a real device first."
+                    f"{name} ({key}): its weights are on the meta device (offloaded); load the "
+                    "adapter's values onto a real device first."
                 )
             value = weight.detach()
             value = value.to(torch.promote_types(value.dtype, torch.float32)).contiguous().cpu()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import base_config, module_device
+from .adapter import base_config, module_device, named_modules, unwrap
 from .errors import UcanError, UcanWarning
 
 FORGET, RETAIN, IGNORED = 0, 1, -1
@@ -46,7 +46,9 @@ class Batch:
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, and every module's own mode back afterwards."""
-    training = [m for m in model.modules() if m.training]
+    wrapped = unwrap(model) is not model
+    modules = model.modules() if wrapped else (m for _, m in named_modules(model))
+    training = [m for m in modules if m.training]
     try:
         # Not model.eval(): some modules override it, and the way back must be exact.
         for module in training:

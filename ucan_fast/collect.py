@@ -22,6 +22,7 @@ from .adapter import (
     find_layers,
     fingerprint,
     is_weight_probe,
+    named_modules,
     one_walk,
     resolve_adapter,
     unwrap,
@@ -474,7 +475,8 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, nothing compiled; every mode and random state comes back."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    own = (p for _, m in named_modules(model) for p in m._parameters.values() if p is not None)
+    devices = {p.device.index for p in own if p.device.type == "cuda"}
     try:
         with (
             eval_mode(model),

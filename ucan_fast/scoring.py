@@ -168,7 +168,7 @@ def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Mo
             raise UcanError(
                 f"{name} has {group.n} neurons, its statistics {measured[site].n}; collect again."
             )
-        if not all(torch.isfinite(t).all() for t in measured[site].tensors()):
+        if not measured[site].finite:
             raise UcanError(f"the statistics of {name} are not finite; collect again.")
         total = total + measured[site]
     for index, what in ((FORGET, "forget"), (RETAIN, "retain")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ FORMAT_VERSION = "1"
 
 #: How far a forget sum may exceed the bank's by rounding (bf16 with other batching), relatively.
 _ROUNDING = 1e-2
+#: What a Moments counts, in its order, for messages.
+_SUMS = ("tokens", "sum of |h|", "sum of h²")
 
 
 @dataclass
@@ -48,6 +51,12 @@ class Moments:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """count, abs_sum, sq_sum."""
         return self.count, self.abs_sum, self.sq_sum
+
+    @property
+    def finite(self) -> bool:
+        """Whether no sum is NaN or Inf."""
+        # One number tells it: sums of finite magnitudes do not overflow fp64.
+        return math.isfinite(float(self.count.sum() + self.abs_sum.sum() + self.sq_sum.sum()))
 
     def __add__(self, other: Moments) -> Moments:
         pairs = zip(self.tensors(), other.tensors(), strict=True)
@@ -140,9 +149,11 @@ class ActivationStats:
             raise UcanError("the forget statistics hold no forget token; nothing to unlearn.")
 
         def split(bank: Moments, request: Moments, where: str) -> Moments:
-            request = request.group(FORGET)
-            moved = Moments(*(t.flip(0) for t in request.tensors()))
-            return _subtract(bank, moved, where) + request
+            rows = [
+                (part[FORGET], _difference(total[RETAIN], part[FORGET], what, where))
+                for what, total, part in _pairs(bank, request)
+            ]
+            return Moments(*(torch.stack(pair) for pair in rows))
 
         return self._combine(forget, split)
 
@@ -249,11 +260,7 @@ class ActivationStats:
         Raises:
             UcanError: names every layer whose activations were not finite (at most five).
         """
-        bad = [
-            f"{name} ({site})"
-            for name, site, moments in self._items()
-            if not all(torch.isfinite(t).all() for t in moments.tensors())
-        ]
+        bad = [f"{name} ({site})" for name, site, moments in self._items() if not moments.finite]
         if bad:
             more = f" and {len(bad) - 5} more" if bad[5:] else ""
             raise UcanError(
@@ -302,18 +309,23 @@ class ActivationStats:
 
 
 def _subtract(mine: Moments, theirs: Moments, where: str) -> Moments:
-    parts = []
-    for what, total, part in zip(
-        ("tokens", "sum of |h|", "sum of h²"), mine.tensors(), theirs.tensors(), strict=True
-    ):
-        rest = total - part
-        slack = 0.0 if what == "tokens" else _ROUNDING
-        if (rest < -slack * total).any():
-            raise UcanError(
-                f"{where}: the forget set is not contained in the bank (its {what} exceeds the "
-                "bank's). The bank must cover all data, the forget tokens included, run in the "
-                "same sequences, and requests in a row must not overlap: a token deleted twice "
-                "would be taken from it twice."
-            )
-        parts.append(rest.clamp_min(0))
-    return Moments(*parts)
+    return Moments(
+        *(_difference(total, part, what, where) for what, total, part in _pairs(mine, theirs))
+    )
+
+
+def _pairs(mine: Moments, theirs: Moments) -> Iterable[tuple[str, torch.Tensor, torch.Tensor]]:
+    return zip(_SUMS, mine.tensors(), theirs.tensors(), strict=True)
+
+
+def _difference(total: torch.Tensor, part: torch.Tensor, what: str, where: str) -> torch.Tensor:
+    rest = total - part
+    slack = 0.0 if what == _SUMS[0] else _ROUNDING
+    if (rest < -slack * total).any():
+        raise UcanError(
+            f"{where}: the forget set is not contained in the bank (its {what} exceeds the "
+            "bank's). The bank must cover all data, the forget tokens included, run in the "
+            "same sequences, and requests in a row must not overlap: a token deleted twice "
+            "would be taken from it twice."
+        )
+    return rest.clamp_min(0)

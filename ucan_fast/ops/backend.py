@@ -61,6 +61,8 @@ _NATIVE = {
     "cuda": {"attenuate_": "_attenuate_native_"},
 }
 _ACTIVATIONS = ("shrink", "expand", "fused_linear", "accumulate_moments")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NOTHING = contextlib.nullcontext()
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -120,6 +122,28 @@ def choose(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
     if reason:
         raise UcanError(f"backend {requested!r} cannot run {operator}: {reason}.")
     return chosen
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager:
+    """A with block in which autocast to this device type is off.
+
+    Only opened where it is on: torch's own takes as long as a small product.
+    """
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether an operator may run as the function that it is, past PyTorch's dispatcher.
+
+    Which takes tens of microseconds for an operator written in Python, more than the whole forward
+    of a small layer. Not under ``torch.compile`` (callers ask that first), nor for fake tensors and
+    subclasses, nor where a kernel's gradient is needed: only the reference has one by itself.
+    """
+    differentiable = backend != "triton" or not torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in _PLAIN and (differentiable or not t.requires_grad))
+        for t in tensors
+    )
 
 
 def backends_in_use() -> dict[str, str]:

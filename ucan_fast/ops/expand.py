@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose
+from .backend import LIBRARY, choose, runs_directly, without_autocast
 from .checks import check_device, check_dtypes
 from .moments import add_moments_, check_moments
 
@@ -47,12 +47,17 @@ def expand(
         UcanError: shapes, dtypes or devices that do not fit together.
     """
     if delta_moments is None:
+        if not torch.compiler.is_compiling() and runs_directly(
+            _backend(base_out, z, b), base_out, z, b, bias
+        ):
+            return _expand(base_out, z, b, scaling, bias)
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
-    return torch.ops.ucan_fast.expand.moments(
-        base_out, z, b, scaling, bias, groups, only_group, delta_moments
-    )
+    tensors = (base_out, z, b, bias, groups, delta_moments)
+    direct = not torch.compiler.is_compiling() and runs_directly("triton", *tensors)
+    run = _expand_moments if direct else torch.ops.ucan_fast.expand.moments
+    return run(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
 
 
 def _check(
@@ -85,7 +90,7 @@ def delta_dtype(z: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 def delta_reference(z: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """δ = s z Bᵀ in fp32 (fp64 for fp64): the signal of the output site."""
     wide = delta_dtype(z, b)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device.type):
         delta = F.linear(z.to(wide), b.to(wide))
         return delta if scaling == 1.0 else delta * scaling
 
@@ -99,10 +104,14 @@ def expand_reference(
 ) -> torch.Tensor:
     """The definition of y."""
     wide = torch.promote_types(torch.promote_types(base_out.dtype, z.dtype), torch.float32)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device.type):
         delta = F.linear(z, b.to(z.dtype), None if bias is None else bias.to(z.dtype))
         y = torch.add(base_out.to(wide), delta.to(wide), alpha=scaling)
     return y.to(base_out.dtype).contiguous()
+
+
+def _backend(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> str:
+    return choose("expand", z.device, base_out.dtype, z.dtype, b.dtype)
 
 
 def run_expand(
@@ -113,7 +122,7 @@ def run_expand(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """y, unchecked, on the backend chosen for this call."""
-    if choose("expand", z.device, base_out.dtype, z.dtype, b.dtype) == "triton":
+    if _backend(base_out, z, b) == "triton":
         from ..kernels.expand import expand as launch
 
         return launch(base_out, z, b, scaling, bias)
@@ -131,7 +140,7 @@ def run_expand_moments(
     delta_moments: torch.Tensor,
 ) -> torch.Tensor:
     """y and its moments, unchecked, on the backend chosen for this call."""
-    backend = choose("expand", z.device, base_out.dtype, z.dtype, b.dtype)
+    backend = _backend(base_out, z, b)
     if backend == "triton":
         from ..kernels.expand import expand as launch
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose
+from .backend import LIBRARY, choose, without_autocast
 from .checks import FLOATING
 
 #: fp32 partial sums span this many tokens; they are folded into fp64 totals in a fixed order.
@@ -136,7 +136,7 @@ def add_moments_(
             moments.copy_(totals)
     else:
         # Autocast would turn the sums into bf16 products.
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             moments += moments_reference(h, groups, only_group)
 
 

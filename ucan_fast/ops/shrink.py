@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose
+from .backend import LIBRARY, choose, runs_directly, without_autocast
 from .checks import check_device, check_dtypes
 from .moments import add_moments_, check_totals
 
@@ -44,12 +44,15 @@ def shrink(
     """
     dtype = dtype or a.dtype
     if input_moments is None and rank_moments is None:
+        if not torch.compiler.is_compiling() and runs_directly(_backend(x, a, dtype), x, a):
+            return _shrink(x, a, dtype)
         return torch.ops.ucan_fast.shrink(x, a, dtype)
     if groups is None:
         raise UcanError("shrink: moments need groups, one integer per token.")
-    return torch.ops.ucan_fast.shrink.moments(
-        x, a, dtype, groups, only_group, input_moments, rank_moments
-    )
+    tensors = (x, a, groups, input_moments, rank_moments)
+    direct = not torch.compiler.is_compiling() and runs_directly("triton", *tensors)
+    run = _shrink_moments if direct else torch.ops.ucan_fast.shrink.moments
+    return run(x, a, dtype, groups, only_group, input_moments, rank_moments)
 
 
 def _check(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> None:
@@ -80,13 +83,17 @@ def _check_moments(
 def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The definition of z."""
     # The dtype is given explicitly, so an outer autocast must not cast once more.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(x.to(dtype), a.to(dtype))
+
+
+def _backend(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> str:
+    return choose("shrink", x.device, x.dtype, a.dtype, dtype)
 
 
 def _shrink(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     _check(x, a, dtype)
-    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":
+    if _backend(x, a, dtype) == "triton":
         from ..kernels.shrink import shrink as launch
 
         return launch(x, a, dtype)
@@ -103,7 +110,7 @@ def _shrink_moments(
     rank_moments: torch.Tensor | None,
 ) -> torch.Tensor:
     _check_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)
-    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":
+    if _backend(x, a, dtype) == "triton":
         from ..kernels.shrink import shrink as launch
 
         return launch(x, a, dtype, groups, only_group, input_moments, rank_moments)
