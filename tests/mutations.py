@@ -537,7 +537,6 @@ MUTATIONS: list[Mutation] = [
             "gap = tl.load(top) - threshold",
             "gap = tl.load(top) + 0 * threshold",
         ),
-        ("linear decay below zero", "tl.maximum(1.0 - strength * u, 0.0)", "1.0 - strength * u"),
         ("inverse decay without β", "1.0 / (1.0 + strength * u)", "1.0 / (1.0 + u)"),
     ),
     *_mutations(
