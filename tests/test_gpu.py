@@ -257,6 +257,64 @@ def test_small_kernels_against_fp64(size, precision, only_group):
             )
 
 
+# N and K are rows of whole 16 bytes, as TMA asks; several bands of row blocks, ranks in parts.
+WHOLE_SIZES = [(1, 64, 48, 8), (129, 104, 72, 3), (1300, 64, 136, 70)]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="fused_linear needs TMA, compute capability 9.0",
+)
+@pytest.mark.parametrize("only_group", [None, 1])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", WHOLE_SIZES, ids=str)
+def test_small_fused_linear_against_fp64(size, precision, only_group):
+    """Under the sanitizers too: its pipeline of TMA copies is where a race would be."""
+    from ucan_fast.kernels.fused_linear import obstacle
+
+    (m, k, n, r), (base, adapter) = size, PRECISIONS[precision]
+    t = layer_tensors(size, (base, adapter))
+    weight = random_bits((n, k), base, 7).cuda() / k**0.5
+    bias = random_bits((1, n), base, 8)[0].cuda()
+    z = random_bits((m, r), adapter, 9).cuda()
+    groups = t["groups"]
+    counted = groups if only_group is None else torch.where(groups == only_group, groups, -1)
+    assert obstacle(t["x"], weight, z, t["b"], bias) is None
+    sums, scaling, options = totals(n), 1.75, {"bias": bias, "groups": groups}
+    with ops.use_backend("triton"):
+        y = ops.fused_linear(
+            *(t["x"], weight, z, t["b"], scaling),
+            **options,
+            only_group=only_group,
+            delta_moments=sums,
+        )
+    delta = scaling * (z.double() @ t["b"].double().T)
+    exact = t["x"].double() @ weight.double().T + bias.double() + delta
+    plain = torch.nn.functional.linear(t["x"], weight, bias)
+    assert_rule(y, (plain + scaling * (z @ t["b"].T)).to(base), exact, "y")
+    taken = scaling * (z.float() @ t["b"].float().T)
+    for power in (0, 1):
+        assert_rule(
+            sums[power],
+            plain_sums(taken, counted)[power],
+            exact_sums(delta, counted)[power],
+            f"moments, power {power + 1}",
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_moments_against_fp64(dtype):
+    for m, n in ((1, 1), (129, 45), (700, 300)):
+        h = random_bits((m, n), dtype, 0).cuda()
+        groups = torch.randint(-1, 2, (m,), generator=torch.Generator().manual_seed(0))
+        groups, sums = groups.to("cuda", torch.int8), totals(n)
+        with ops.use_backend("triton"):
+            ops.accumulate_moments(h, groups, sums)
+        for power in (0, 1):
+            want, plain = exact_sums(h, groups)[power], plain_sums(h, groups)[power]
+            assert_rule(sums[power], plain, want, f"{dtype}, power {power + 1}")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_kernels_give_the_same_bits_twice(precision):
     t = layer_tensors((2048, 1024, 768, 16), PRECISIONS[precision])

@@ -91,7 +91,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, what: object = "") ->
 
 def check(weights, factors, offsets, axes, run=attenuate.attenuate_) -> None:
     """The kernel on the weights; the reference on copies of their whole storages, on the CPU."""
-    before = [storage_of(weight).cpu() for weight in weights]
+    before = [storage_of(weight).cpu().clone() for weight in weights]
     expected = [storage.clone() for storage in before]
     views = [
         storage.as_strided(weight.shape, weight.stride(), weight.storage_offset())
@@ -201,7 +201,7 @@ def test_shared_factors_and_nothing_to_do():
 
 
 def test_lines_too_long_for_32_bit_division(monkeypatch):
-    """A line of 2^31 elements that exists only in the table: every other element is masked."""
+    """A line that exists only in the table, of 2^32 + 4 units: 4 of them if cut to 32 bits."""
     values = random_values((64,), torch.float32).to(DEVICE)
     expected = values.clone()
     attenuate_reference_([expected.view(1, 64)], torch.full((1,), 0.5, device=DEVICE), [0], [0])
@@ -209,7 +209,7 @@ def test_lines_too_long_for_32_bit_division(monkeypatch):
 
     def long_line(weight, factors, offset, axis):
         row, _ = entry(weight, factors, offset, axis)
-        row[2:5] = [1, 1 << 33, 0]  # one line, far longer than the one block that is launched
+        row[2:5] = [1, 4 * ((1 << 32) + 4), 0]  # one line, far longer than the block launched
         return row, 1
 
     monkeypatch.setattr(attenuate, "_table_row", long_line)

@@ -128,6 +128,19 @@ def test_every_rank(dtypes, r):
     assert_moments(moments, data["z"], data["b"], data["groups"], -0.5)
 
 
+def test_moments_take_b_in_full_and_y_takes_it_rounded():
+    """z is bf16, as under autocast, and y shows B's own digits: x is 0 and z is 1."""
+    data = inputs(2, 24, 16, 1, (FP32, BF16, FP32))
+    data |= {"x": torch.zeros_like(data["x"]), "z": torch.ones_like(data["z"])}
+    data["groups"] = torch.tensor([0, 1], device=DEVICE)
+    y, moments = run(data, scaling=1.0, biases=False)
+    assert torch.equal(y, data["b"].to(BF16).float().T.expand(2, 24))
+    assert not torch.equal(y[0], data["b"][:, 0])
+    torch.testing.assert_close(
+        moments[0], data["b"].T.abs().double().expand(2, 24), rtol=2**-22, atol=0
+    )
+
+
 @pytest.mark.parametrize("biases", [("bias",), ("lora_bias",), ()], ids=str)
 def test_each_bias_alone_and_no_moments(biases):
     data = inputs(9, 24, 16, 4, DTYPES[2])

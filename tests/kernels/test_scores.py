@@ -151,8 +151,14 @@ def test_more_chunks_than_one_load_takes(monkeypatch):
     monkeypatch.setattr(scores, "BLOCK", 16)
     assert scores._chunks(16 * 500, 2) == scores.MAX_CHUNKS
     assert scores._chunks(16 * 500, 10**6) == 1
-    inputs = plan_inputs([16 * 90 + 3, 7], seed=4)
-    check(inputs, "rms", "difference", "layer", "protect", 1.0)
+    moments, counts, norms, offsets = plan_inputs([16 * 90 + 3, 7], seed=4)
+    # The first chunk holds blocks 0 and 64: both maxima in the one, then in the other.
+    for loudest in (5, 16 * 64 + 5):
+        louder, heavier = moments.clone(), norms.clone()
+        louder[:, 0, loudest] = moments[:, 0].amax(1) * torch.tensor([9.0, 81.0])
+        heavier[loudest] = 50.0
+        inputs = (louder, counts, heavier, offsets)
+        check(inputs, "rms", "difference", "layer", "protect", 1.0)
 
 
 def test_one_huge_layer_among_small_ones():

@@ -132,6 +132,11 @@ def test_ranks(dtypes, r):
     check(x[:2], a, dtypes[2])
 
 
+@pytest.mark.parametrize("only", [None, 1])
+def test_more_ranks_than_one_launch_takes(only):
+    check(randn(7, 40, dtype=BF16), randn(2 * module.MAX_RANK + 3, 40, seed=1), FP32, only)
+
+
 @pytest.mark.parametrize("dtypes", MAIN, ids=name_of)
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize(("m", "k"), [(1, 45), (7, 150), (33, 64), (129, 31), (130, 200)])
