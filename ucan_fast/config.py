@@ -12,8 +12,10 @@ from typing import Any
 from .errors import UcanError
 
 SITES = ("input", "rank", "output", "mlp")
+#: What is kept of the Kronecker factors of the influence step.
+VARIANTS = ("all", "b-only", "last-blocks", "eigenbasis", "diagonal")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("attenuate",),
+    "method": ("attenuate", "influence"),
     "site": SITES,
     "statistic": ("mean_abs", "rms"),
     "contrast": ("symmetric", "difference", "ratio", "zscore", "none"),
@@ -21,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": ("protect", "subtract"),
     "decay": ("exponential", "inverse", "linear", "hard"),
     "output_signal": ("delta", "layer"),
+    "influence_variant": VARIANTS,
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "utility_weight": (0.0, math.inf),
@@ -28,7 +31,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "floor": (0.0, 1.0),
     "max_retain_loss_increase": (0.0, math.inf),
     "max_strength": (0.0, math.inf),
+    "damping": (0.0, math.inf),
+    "retain_gradient_weight": (0.0, math.inf),
+    "trust_region": (0.0, math.inf),
 }
+_COUNTS = ("influence_rank", "influence_blocks")
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,12 @@ class UcanConfig:
     max_strength: float = 32.0
     output_signal: str = "delta"
     seed: int = 0
+    influence_variant: str = "all"
+    influence_rank: int = 32
+    influence_blocks: int = 2
+    damping: float = 0.01
+    retain_gradient_weight: float = 1.0
+    trust_region: float = 1.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -101,6 +114,10 @@ class UcanConfig:
             _refuse("strength", self.strength, "'auto' or a number >= 0")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             _refuse("seed", self.seed, "an integer")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                _refuse(name, value, "an integer >= 1")
         if self.decay == "hard" and self.auto_strength and self.risk_threshold is not None:
             raise UcanError(
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "
