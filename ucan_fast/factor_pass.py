@@ -254,8 +254,7 @@ class _Pass:
             target.key: torch.zeros_like(target.parameter, dtype=torch.float64)
             for target in self.targets
         }
-        self.positions = 0
-        self.batches = 0
+        self.positions = self.count = self.batches = 0
         # Set while the gradients of drawn labels flow.
         self.summing = False
         self.tokens: dict[str, _Tokens] = {}
@@ -281,10 +280,11 @@ class _Pass:
         tokens = {"encoder": batch.groups == self.group}
         if batch.decoder_groups is not None:
             tokens["decoder"] = batch.decoder_groups == self.group
-        counted = torch.stack([member.any(1) for member in tokens.values()]).any(0)
-        wanted = true.any(1)
-        if self.curvature:
-            wanted |= counted & anywhere.any(1)
+        member = torch.stack([member.any(1) for member in tokens.values()]).any(0)
+        wanted = true.any(1) | (member & anywhere.any(1))
+        self.count += sum(int(member[wanted].sum()) for member in tokens.values())
+        if not self.curvature:
+            wanted = true.any(1)
         rows = wanted.nonzero().squeeze(1)
         step = max(1, LOGITS_BYTES // max(true.shape[1] * 4 * _vocabulary(model), 1))
         for part in rows.split(step) if len(rows) else ():
@@ -342,6 +342,7 @@ class _Pass:
         factors = InfluenceFactors(
             {key: total.cpu() for key, total in self.gradients.items()},
             float(self.positions),
+            float(self.count),
             variant=self.variant,
             seed=self.seed,
         )

@@ -85,6 +85,7 @@ class InfluenceFactors:
             gradient of their NLL (true labels), fp64 on the CPU, in the Parameter's shape. A
             Parameter that several layers share has one entry, under the first of them.
         positions: how many scored positions.
+        tokens: how many tokens of the group, in sequences that are scored anywhere.
         layers: name -> :class:`LayerFactors`; empty where they were not wanted.
         variant: which it is (:class:`UcanConfig`).
         blocks: for ``"last-blocks"``, how many; else 0.
@@ -95,6 +96,7 @@ class InfluenceFactors:
 
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     positions: float = 0.0
+    tokens: float = 0.0
     layers: dict[str, LayerFactors] = field(default_factory=dict)
     variant: str = "all"
     blocks: int = 0
@@ -105,15 +107,10 @@ class InfluenceFactors:
     def __repr__(self) -> str:
         curvature = f"{len(self.layers)} layers" if self.layers else "gradients only"
         return (
-            f"InfluenceFactors({curvature}, variant {self.variant!r}, {self.tokens} tokens, "
+            f"InfluenceFactors({curvature}, variant {self.variant!r}, {self.tokens:.0f} tokens, "
             f"{self.positions:.0f} scored positions, {self.bytes / 2**20:.1f} MiB, "
             f"fingerprint {self.fingerprint[:12]})"
         )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the factors, the largest count of any layer."""
-        return int(max((layer.tokens for layer in self.layers.values()), default=0))
 
     @property
     def bytes(self) -> int:
@@ -187,6 +184,7 @@ class InfluenceFactors:
         values = {
             "gradients": list(self.gradients),
             "positions": self.positions,
+            "tokens": self.tokens,
             "layers": [[n, layer.tokens, layer.owner] for n, layer in self.layers.items()],
             "variant": self.variant,
             "blocks": self.blocks,
@@ -209,6 +207,7 @@ class InfluenceFactors:
             loaded = cls(
                 gradients={n: tensors[f"gradient.{i}"] for i, n in enumerate(values["gradients"])},
                 positions=float(values["positions"]),
+                tokens=float(values["tokens"]),
                 **{key: values[key] for key in ("variant", "blocks", "seed")},
                 fingerprint=values["fingerprint"],
                 context=values["context"],
@@ -293,9 +292,10 @@ class InfluenceFactors:
     def _combine(self, other: InfluenceFactors, sign: int) -> InfluenceFactors:
         gradients = {n: t + sign * other.gradients[n] for n, t in self.gradients.items()}
         positions = self.positions + sign * other.positions
-        if positions < 0:
-            raise _not_contained("the scored positions", "count")
-        result = replace(self, gradients=gradients, positions=positions)
+        tokens = self.tokens + sign * other.tokens
+        if positions < 0 or tokens < 0:
+            raise _not_contained("", "tokens")
+        result = replace(self, gradients=gradients, positions=positions, tokens=tokens)
         if self.variant == "eigenbasis":
             return result
         result.layers = {}
@@ -329,8 +329,9 @@ def _sum(mine: torch.Tensor, theirs: torch.Tensor, sign: int, name: str) -> torc
 
 
 def _not_contained(name: str, what: str) -> UcanError:
+    where = f"{name}: " if name else ""
     return UcanError(
-        f"{name}: the forget set is not contained in the bank (its {what} exceed the bank's). The "
+        f"{where}the forget set is not contained in the bank (its {what} exceed the bank's). The "
         "bank must cover all data, the forget tokens included, run in the same sequences, and "
         "requests in a row must not overlap: a token deleted twice would be taken from it twice."
     )

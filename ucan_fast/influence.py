@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from .adapter import active_context, fingerprint, resolve_adapter, unwrap
 from .config import UcanConfig
-from .errors import UcanError
+from .errors import UcanError, UcanWarning
 from .factor_pass import Target, find_targets, influence_layers
 from .factors import Eigen, Factor, InfluenceFactors, solver
 from .files import read_safetensors, write_safetensors
@@ -114,6 +115,11 @@ class InfluencePlan(ReversiblePlan):
         if not strength >= 0 or math.isinf(strength):
             raise UcanError(f"strength must be a finite number >= 0, not {strength!r}.")
         return replace(self, strength=float(strength), applied_fingerprint=None, originals=None)
+
+    def warn_if_unusual(self) -> None:
+        """Say aloud that the plan does nothing."""
+        if self.is_noop:
+            warnings.warn(f"this plan changes nothing: {self.note}", UcanWarning, stacklevel=3)
 
     def summary(self) -> str:
         """A few lines for people."""

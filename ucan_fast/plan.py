@@ -88,6 +88,11 @@ class AttenuationPlan(ReversiblePlan):
         return int((self.flat_score > self.threshold).sum())
 
     @property
+    def is_noop(self) -> bool:
+        """Whether it leaves every weight as it is."""
+        return not self.attenuated
+
+    @property
     def attenuated(self) -> int:
         """Neurons whose factor is not 1."""
         return int((self.flat_factors != 1).sum())
