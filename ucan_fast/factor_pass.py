@@ -37,6 +37,8 @@ from .progress import Progress, track
 _CHUNK_ELEMENTS = 1 << 22
 
 
+# Tensors made in inference mode could not be differentiated.
+@torch.inference_mode(False)
 def collect_factors(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -407,12 +409,14 @@ class _Recorder:
     def hook(self) -> list[torch.utils.hooks.RemovableHandle]:
         module = self.layer.module
         # Hooks on lora_A and lora_B also make an accelerated layer run PEFT's own forward.
-        return [
+        handles = [
             module.register_forward_pre_hook(self._before),
-            self.layer.a_module.register_forward_hook(self._after_a),
             module.lora_B[self.layer.adapter].register_forward_hook(self._after_b),
             module.register_forward_hook(self._after),
         ]
+        if "c_x" in self._shapes:
+            handles.append(self.layer.a_module.register_forward_hook(self._after_a))
+        return handles
 
     def split(self) -> None:
         """Stop sharing C_x: from here on it may differ from the owner's."""
@@ -447,28 +451,26 @@ class _Recorder:
         self._find_owner(x)
         self.calls += 1
         if z.requires_grad:
-            # At the time of the gradient: a checkpointed forward that is run twice counts once.
-            z.register_hook(lambda g: self._add_a(x, z.detach(), g, tokens))
+            z.register_hook(lambda g: self._add_a(x, g, tokens))
 
-    def _after_b(self, _module: nn.Module, _args: tuple, y: torch.Tensor) -> None:
+    def _after_b(self, _module: nn.Module, args: tuple, y: torch.Tensor) -> None:
         if self.inside and _recording() and y.requires_grad:
-            tokens = self._tokens_of(y)
-            y.register_hook(lambda h: self._add_b(h, tokens))
+            z, tokens = args[0].detach(), self._tokens_of(y)
+            y.register_hook(lambda h: self._add_b(z, h, tokens))
 
+    # Both at the time of the gradient, which comes once, however often a forward is run again.
     @torch.no_grad()
-    def _add_a(self, x: torch.Tensor, z: torch.Tensor, g_z: torch.Tensor, tokens: _Tokens) -> None:
-        if not self.pass_.summing:
-            return
-        self.tokens += tokens.count
-        if "c_x" in self._shapes and self.owner is self:
-            self._add("c_x", x, tokens)
-        self._add("c_z", z, tokens)
-        if "s_z" in self._shapes:
+    def _add_a(self, x: torch.Tensor, g_z: torch.Tensor, tokens: _Tokens) -> None:
+        if self.pass_.summing:
+            if self.owner is self:
+                self._add("c_x", x, tokens)
             self._add("s_z", g_z, tokens)
 
     @torch.no_grad()
-    def _add_b(self, h: torch.Tensor, tokens: _Tokens) -> None:
+    def _add_b(self, z: torch.Tensor, h: torch.Tensor, tokens: _Tokens) -> None:
         if self.pass_.summing:
+            self.tokens += tokens.count
+            self._add("c_z", z, tokens)
             self._add("s_y", h, tokens, 1 / self.layer.scaling)
 
     def _add(self, which: str, v: torch.Tensor, tokens: _Tokens, scale: float = 1.0) -> None:
@@ -607,8 +609,7 @@ def _trainable(model: nn.Module, targets: list[Target]) -> Iterator[None]:
         for parameter, flag in before:
             if flag != (id(parameter) in wanted):
                 parameter.requires_grad_(not flag)
-        with torch.inference_mode(False):
-            yield
+        yield
     except RuntimeError as error:
         if "inference tensor" in str(error).lower():
             raise UcanError(
