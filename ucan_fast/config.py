@@ -44,7 +44,9 @@ class UcanConfig:
     the defaults are *ours*, the best of those tried on a small recommender.
 
     Attributes:
-        method: ``"attenuate"``, the paper's soft attenuation.
+        method: ``"attenuate"``, the paper's soft attenuation, or ``"influence"``, one
+            preconditioned step up the forget loss (not in the paper). It reads the last six
+            fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and ``seed``.
         site: which neurons are measured and scaled. ``"input"``: the K inputs of a layer
             (column j of A). ``"rank"``: the r rank dimensions (column j of B). ``"output"``: the
             N outputs (row j of B). ``"mlp"``: the intermediate neurons of a gated MLP (column j
@@ -61,14 +63,27 @@ class UcanConfig:
         risk_threshold: a fixed threshold t on the score, instead of the quantile.
         min_score: t is never below this. ``None``: 0.05 for the symmetric contrast, else 0.
         decay: γ(u) = exp(-βu), 1/(1+βu), max(1-βu, 0), or 0 (``"hard"``, the ablation w/o H).
-        strength: β, or ``"auto"``: the largest β whose retain loss stays within the budget.
+        strength: β, or ``"auto"``: the largest β whose retain loss stays within the budget. Of an
+            influence step: t, the predicted rise of the forget NLL in nats per token.
         floor: γ is never below this.
         max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
             rise, relative to its value before (0.05 = 5 %).
-        max_strength: ``"auto"`` searches β in [0, max_strength].
+        max_strength: ``"auto"`` searches β in [0, max_strength]; t at most up to ln V.
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
             ``"layer"``, the whole output of the layer.
-        seed: for the random control and for drawing calibration batches.
+        seed: for the random control, for drawing calibration batches, and for the labels that
+            the factors of an influence step are drawn with.
+        influence_variant: which matrices an influence step moves, and what is kept of their
+            Kronecker factors. ``"all"``: everything. ``"b-only"``: B alone. ``"last-blocks"``: A
+            and B of the last ``influence_blocks`` blocks. ``"eigenbasis"``: the large factors as
+            ``influence_rank`` eigenpairs and a flat rest. ``"diagonal"``: only their diagonals.
+            :func:`ucan_fast.factor_memory` says what each takes.
+        influence_rank, influence_blocks: see there.
+        damping: added to every factor, relative to its mean eigenvalue.
+        retain_gradient_weight: κ, how much of the retain gradient is taken off the forget
+            gradient.
+        trust_region: ``"auto"`` goes no further than where the measured rise of the forget NLL is
+            off the predicted one by this share of it.
 
     Raises:
         UcanError: a value is of the wrong type or out of its range; the field is named.

@@ -92,7 +92,7 @@ def collect_factors(
     layers = influence_layers(model, adapter, variant, blocks)
     stored = "all" if variant == "eigenbasis" else variant
     pass_ = _Pass(model, layers, group_index(group), stored, curvature, seed)
-    with _quiet(model), _trainable(model, pass_.targets), pass_.attached():
+    with _quiet(model), _trainable(model, pass_.targets), _differentiable(model), pass_.attached():
         for batch in track(read_batches(model, batches, group), batches, progress, "factors"):
             pass_.run(model, batch)
     factors = pass_.finish(group)
@@ -573,6 +573,38 @@ def _ungrouped(batch: Batch, group: int) -> Batch:
         if mask is not None:
             decoder = decoder.masked_fill(~mask.bool(), IGNORED)
     return dataclasses.replace(batch, groups=groups, decoder_groups=decoder)
+
+
+@contextlib.contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Refuse base layers that would swallow gradients without a word.
+
+    bitsandbytes packs 4-bit weights anew for CPUs with AVX512-BF16 in the first forward without
+    gradients; the product with a packed weight has no backward.
+    """
+
+    def refuse(name: str):
+        def hook(_module: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
+                raise UcanError(
+                    f"{name}: bitsandbytes packed its 4-bit weight for inference on the CPU, and "
+                    "no gradient passes through it any more. Load the base model again, and set "
+                    "support_avx512bf16_for_cpu = False on its Linear4bit layers before they are "
+                    "first run."
+                )
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            state = getattr(module._parameters.get("weight"), "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                handles.append(module.register_forward_pre_hook(refuse(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _summed_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
