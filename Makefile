@@ -6,6 +6,7 @@
 #                                  the CPU wheel of torch: about 0.2 GB instead of 3 GB on Linux
 #   make test PYTEST_ARGS="-k plan" WORKERS=4
 #   make demo DEMO_ARGS="--help"
+#   make bench-quick SAVE=1        results into benchmarks/results instead of build/bench
 #
 # The native extension: UCAN_FAST_SKIP_EXTENSION=1, UCAN_FAST_SKIP_CUDA=1, MAX_JOBS=2, CUDA_HOME=...
 
@@ -24,11 +25,15 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo lint format wheel wheel-test clean distclean
+.PHONY: help install test demo bench bench-quick report lint format wheel wheel-test clean distclean
 
 help:
 	@echo "make test        set up .venv, check style, run the tests"
 	@echo "make demo        set up .venv, run the main job on MovieLens"
+	@echo "make bench-quick every operator and whole passes against their peers, in under 5 minutes;"
+	@echo "                 SAVE=1 keeps the results in benchmarks/results"
+	@echo "make bench       the same over all models, shapes and ranks"
+	@echo "make report      README, docs/benchmarks.md and figures from benchmarks/results"
 	@echo "make lint        ruff check and format check"
 	@echo "make format      let ruff mend what it can"
 	@echo "make wheel       build dist/*.whl"
@@ -66,6 +71,15 @@ test: lint
 
 demo: $(STAMP)
 	$(BIN)/python examples/movielens.py $(DEMO_ARGS)
+
+bench-quick: $(STAMP)
+	$(BIN)/python -m benchmarks --profile quick $(if $(SAVE),--save)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --profile full $(if $(SAVE),--save)
+
+report: $(STAMP)
+	$(BIN)/python -m benchmarks.report
 
 wheel: $(STAMP)
 	rm -rf build/lib build/bdist.* dist

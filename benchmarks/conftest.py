@@ -19,4 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the results to benchmarks/results instead of build/bench",
     )
+    group.addoption(
+        "--targets",
+        action="store_true",
+        help="only the cases that benchmarks/targets.toml asks for on this device",
+    )
     group.addoption("--json", metavar="PATH", help="write the results there")

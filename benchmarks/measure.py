@@ -16,20 +16,25 @@
   hits them all; a ratio is taken within a round, and its median and quartiles are reported.
 - **Device time on CUDA**: events around replays of a CUDA graph. Where one candidate cannot be
   captured, all of the case run eagerly between events, so that like is compared with like. Several
-  input sets, together past the L2 cache, take turns. On the CPU it is wall time.
+  input sets, together past the L2 cache, take turns. On the CPU, and where a case asks for it, it
+  is wall time, launches included.
 
 The JSON file (:func:`write_results`, read back and checked by :func:`read_results`)::
 
     {"schema": 1,
      "environment": {"hardware", "device", "cores", "threads", "python", "torch", "cuda", "triton",
-                     "peft", "transformers", "commit", "date", "command", "profile"},
+                     "peft", "transformers", "commit", "date", "command", "profile",
+                     "ceilings": {...}},                       see benchmarks.costs.Ceilings
      "results": [{"group", "case", "candidate", "baseline",
                   "seconds": {"median", "q1", "q3", "rounds"},     rounds: one number per round
                   "ratio": {"median", "q1", "q3"},                 baseline time / candidate time
-                  "bytes", "flops", "roofline_seconds",            numbers or null
+                  "bytes", "flops",                                what the result needs, or null
+                  "roofline_seconds",                              of this candidate, or null
                   "shape": {...}, "dtype", "adapter_dtype",        what "case" spells out
                   "extra": {"timing": "graph" | "events" | "wall", ...,
-                            "not_captured": why a case on CUDA has no graph}}],
+                            "not_captured": why a case on CUDA has no graph,
+                            "traffic": {"bytes", "flops", "passes"}: what the candidate needs,
+                            "launches": {kernel: number} of one call, on CUDA, where counted}}],
      "skipped": [{"group", "case", "candidate", "reason"}]}
 
 A ratio above 1 is faster than the baseline. ``commit`` ends in ``+`` where files were changed.
@@ -37,6 +42,7 @@ A ratio above 1 is faster than the baseline. ``commit`` ends in ``+`` where file
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import gc
@@ -55,6 +61,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .costs import Ceilings, Pass, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
@@ -109,12 +117,15 @@ class Candidate:
         bind: given the inputs, a function of no arguments that does the work and returns what is
             checked (tensors, numbers, nested in tuples, lists or dicts). What bind itself does
             (building a module, compiling) is not timed.
-        bytes: device memory traffic that it needs at least; None if unknown.
+        bytes: device memory traffic that the result needs at least, whoever computes it; None if
+            unknown. Rates in GB/s refer to it.
         flops: operations, likewise.
+        passes: what this candidate moves and computes, kernel by kernel, for the roofline.
         dtype: of its result, where narrower than the case's; decides how exact it must be.
         tolerance: instead of the dtype's.
         reference: where it computes something else on purpose (a floor).
         capturable: False where it synchronises, so that no CUDA graph can hold it.
+        count_launches: on CUDA, note which kernels one call starts.
         extra: goes into the result's ``extra``.
     """
 
@@ -122,10 +133,12 @@ class Candidate:
     bind: Callable[..., Callable[[], Any]]
     bytes: int | None = None
     flops: int | None = None
+    passes: Sequence[Pass] | None = None
     dtype: str | None = None
     tolerance: float | None = None
     reference: Callable[..., Any] | None = None
     capturable: bool = True
+    count_launches: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -144,6 +157,13 @@ class Result:
     baseline: str = ""
     roofline_seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    passes: Sequence[Pass] | None = None
+
+    def predicted_seconds(self, ceilings: Ceilings) -> float | None:
+        """The roofline's, unless it was given; None where the passes are not known."""
+        if self.roofline_seconds is not None or self.passes is None:
+            return self.roofline_seconds
+        return ceilings.seconds(self.passes, eager=self.extra.get("timing") != "graph")
 
     @property
     def case(self) -> str:
@@ -203,6 +223,7 @@ def measure(
     reference: Callable[..., Any],
     adapter_dtype: str = "",
     mutates: bool = False,
+    wall: bool = False,
     profile: Profile | None = None,
 ) -> list[Result]:
     """Check every candidate, then time them all in interleaved rounds.
@@ -215,6 +236,7 @@ def measure(
         reference: inputs -> the right result, in higher precision where that is possible.
         mutates: candidates change their inputs, so that each is checked on its own copy. Repeated
             calls must not drive the values to 0 or infinity.
+        wall: on CUDA too, wall time of eager calls until the device is done.
         profile: default: :func:`chosen_profile`.
 
     Returns:
@@ -239,7 +261,13 @@ def measure(
     first = inputs(0)
     device = device_of(first)
     sets = [first, *(inputs(seed) for seed in range(1, number_of_sets(first, device)))]
-    samplers, timing = _samplers(candidates, sets, device)
+    samplers, timing = _samplers(candidates, sets, device, wall=wall)
+    launches = [
+        {"launches": count_launches(candidate.bind(*first))}
+        if candidate.count_launches and device.type == "cuda"
+        else {}
+        for candidate in candidates
+    ]
     seconds = _rounds(samplers, profile)
     return [
         Result(
@@ -252,9 +280,10 @@ def measure(
             bytes=candidate.bytes,
             flops=candidate.flops,
             baseline=baseline,
-            extra={**timing, "input_sets": len(sets), **candidate.extra},
+            extra={**timing, "input_sets": len(sets), **counted, **candidate.extra},
+            passes=candidate.passes,
         )
-        for candidate, times in zip(candidates, seconds, strict=True)
+        for candidate, times, counted in zip(candidates, seconds, launches, strict=True)
     ]
 
 
@@ -370,7 +399,11 @@ def device_of(inputs: Any) -> torch.device:
 
 
 def _samplers(
-    candidates: Sequence[Candidate], sets: list[Inputs], device: torch.device
+    candidates: Sequence[Candidate],
+    sets: list[Inputs],
+    device: torch.device,
+    *,
+    wall: bool = False,
 ) -> tuple[list[Callable[[int], float]], dict[str, str]]:
     # For each candidate: n -> seconds per call, over n passes through all input sets.
     calls = [[candidate.bind(*inputs) for inputs in sets] for candidate in candidates]
@@ -381,6 +414,8 @@ def _samplers(
     if device.type != "cuda":
         return [_wall_sampler(bound) for bound in calls], {"timing": "wall"}
     torch.cuda.synchronize(device)
+    if wall:
+        return [_wall_sampler(bound, torch.cuda.synchronize) for bound in calls], {"timing": "wall"}
     eager = [_event_sampler(_in_turn(bound), len(bound)) for bound in calls]
     obstacle = ", ".join(candidate.name for candidate in candidates if not candidate.capturable)
     if obstacle:
@@ -396,12 +431,16 @@ def _samplers(
     return replays, {"timing": "graph"}
 
 
-def _wall_sampler(calls: list[Callable[[], Any]]) -> Callable[[int], float]:
+def _wall_sampler(
+    calls: list[Callable[[], Any]], wait: Callable[[], None] = lambda: None
+) -> Callable[[int], float]:
     def sample(passes: int) -> float:
+        wait()
         start = time.perf_counter()
         for _ in range(passes):
             for call in calls:
                 call()
+        wait()
         return (time.perf_counter() - start) / (passes * len(calls))
 
     return sample
@@ -444,6 +483,29 @@ def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
             call()
     graph.replay()
     return graph.replay
+
+
+def count_launches(call: Callable[[], Any]) -> dict[str, int]:
+    """Kernel -> how often one call starts it on CUDA; copies and memsets are left out."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return kernels_of(profiler.events())
+
+
+def kernels_of(events: Iterable[Any]) -> dict[str, int]:
+    """The kernels among a profiler's events, counted by name."""
+    names = [
+        event.name
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not getattr(event, "is_user_annotation", False)
+    ]
+    return dict(collections.Counter(names))
 
 
 def _rounds(samplers: list[Callable[[int], float]], profile: Profile) -> list[list[float]]:
@@ -502,8 +564,14 @@ def write_results(
         command: how to run it again, from the repository's root.
         skipped: what could not run, and why.
         profile: default: :func:`chosen_profile`.
-        environment: default: :func:`describe_environment`.
+        environment: default: :func:`describe_environment` and the ceilings that
+            :func:`benchmarks.roofline.measured_ceilings` finds.
     """
+    if environment is None:
+        from .roofline import measured_ceilings
+
+        environment = {**describe_environment(), "ceilings": measured_ceilings().to_json()}
+    ceilings = Ceilings.from_json(environment["ceilings"]) if "ceilings" in environment else None
     cases: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         cases.setdefault((result.group, result.case), []).append(result)
@@ -521,17 +589,21 @@ def write_results(
                     "ratio": ratio[result.name].to_json(),
                     "bytes": result.bytes,
                     "flops": result.flops,
-                    "roofline_seconds": result.roofline_seconds,
+                    "roofline_seconds": result.predicted_seconds(ceilings)
+                    if ceilings
+                    else result.roofline_seconds,
                     "shape": result.shape,
                     "dtype": result.dtype,
                     "adapter_dtype": result.adapter_dtype,
-                    "extra": result.extra,
+                    "extra": result.extra
+                    if result.passes is None
+                    else {**result.extra, "traffic": traffic(result.passes)},
                 }
             )
     document = {
         "schema": SCHEMA,
         "environment": {
-            **(environment or describe_environment()),
+            **environment,
             "command": command,
             "profile": (profile or chosen_profile()).name,
         },

@@ -337,20 +337,36 @@ def hooked_forward(
     return bind
 
 
-def ucan_forward_with_moments(adapter_dtype: torch.dtype) -> Binder:
-    """What a fused layer does inside ``collect``: base, shrink, expand, both with moments."""
+def ucan_operators(
+    adapter_dtype: torch.dtype, *, moments: bool = True, fused: bool = False
+) -> Binder:
+    """What a fused layer does inside ``collect``: base, shrink, expand, both with moments.
+
+    Args:
+        adapter_dtype: of A and B.
+        moments: without them it is the same forward pass, and y alone is returned.
+        fused: base product and expand in one, by ``fused_linear``.
+    """
 
     def bind(x, w, a, b, groups, *_) -> Call:
         a, b = a.to(adapter_dtype), b.to(adapter_dtype)
-        totals = {"input": new_totals(w.shape[1], x.device)}
-        totals["output"] = new_totals(w.shape[0], x.device)
+        totals, of_x, of_delta = {}, {}, {}
+        if moments:
+            totals = {"input": new_totals(w.shape[1], x.device)}
+            totals["output"] = new_totals(w.shape[0], x.device)
+            of_x = {"groups": groups, "input_moments": totals["input"]}
+            of_delta = {"groups": groups, "delta_moments": totals["output"]}
 
-        def call() -> dict[str, torch.Tensor]:
+        def call() -> Any:
             with torch.no_grad():
-                base = F.linear(x, w)
-                z = ops.shrink(x, a, groups=groups, input_moments=totals["input"])
-                y = ops.expand(base, z, b, SCALING, groups=groups, delta_moments=totals["output"])
-                return {"y": y, **totals}
+                if fused:
+                    z = ops.shrink(x, a, **of_x)
+                    y = ops.fused_linear(x, w, z, b, SCALING, **of_delta)
+                else:
+                    base = F.linear(x, w)
+                    z = ops.shrink(x, a, **of_x)
+                    y = ops.expand(base, z, b, SCALING, **of_delta)
+            return {"y": y, **totals} if moments else y
 
         return call
 

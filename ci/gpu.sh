@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build, compile, test, sanitize on a machine with a CUDA GPU; prints one table, leaves JSON in $OUT.
+# Build, compile, test, sanitize and measure on a machine with a CUDA GPU; prints the table of the
+# steps and that of the targets, leaves JSON in $OUT.
 #
 #   ci/gpu.sh                        every step, with the python on PATH, which must have a CUDA
 #                                    torch, triton, transformers, peft, pytest; nvcc on PATH
@@ -8,10 +9,13 @@
 #
 # Steps: build (the extension), aot (every kernel for sm_80, sm_90 and sm_100: no spills), tests
 # (pytest -m gpu), kernels (the kernels' own tests, compiled), quantised (bitsandbytes, where it is
-# installed), memcheck, racecheck (compute-sanitizer over the Triton and CUDA kernels).
+# installed), memcheck, racecheck (compute-sanitizer over the Triton and CUDA kernels), bench (the
+# cases that benchmarks/targets.toml asks for), bench_model (whole passes), targets (what bench left
+# in $OUT against benchmarks/targets.toml, row by row). Only by name, since it takes an hour or so:
+# bench_full (every operator, model, shape and rank).
 #
-# Exit code 0 only if the build and every test passed. A sanitizer that is not installed or that the
-# driver refuses is reported as such and does not fail the run.
+# Exit code 0 only if the build and every test passed and every target holds. A sanitizer that is
+# not installed or that the driver refuses is reported as such and does not fail the run.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -21,7 +25,7 @@ WORKERS=${WORKERS:-4}
 mkdir -p "$OUT"
 results="$OUT/steps.tsv"
 : >"$results"
-wanted=" ${*:-build aot tests kernels quantised memcheck racecheck} "
+wanted=" ${*:-build aot tests kernels quantised memcheck racecheck bench bench_model targets} "
 
 # step NAME COMMAND...: runs it if it is wanted, logs it, notes how it ended and how long it took.
 step() {
@@ -31,7 +35,8 @@ step() {
     "$@" >"$OUT/$name.log" 2>&1
     status=$?
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$results"
-    [ "$status" -eq 0 ] || tail -n 25 "$OUT/$name.log"
+    # The table of the targets is printed at the end in any case.
+    [ "$status" -eq 0 ] || [ "$name" = targets ] || tail -n 25 "$OUT/$name.log"
     return "$status"
 }
 
@@ -49,6 +54,21 @@ kernel_tests() {
     run_pytest $(parallel) tests/kernels tests/test_triton_path.py --junitxml="$OUT/kernels.xml"
 }
 quantised() { run_pytest tests/test_quantised.py --junitxml="$OUT/quantised.xml"; }
+bench() {
+    run_pytest benchmarks/kernels --profile full --targets --json "$OUT/bench-kernels.json"
+}
+bench_model() { "$PYTHON" -m benchmarks.model --profile quick --json "$OUT/bench-model.json"; }
+bench_full() { run_pytest benchmarks/kernels --profile full --json "$OUT/bench-full.json"; }
+targets() {
+    local files
+    files=$(find "$OUT" -maxdepth 1 -name 'bench-*.json')
+    [ -n "$files" ] || {
+        echo "no bench-*.json in $OUT: run the step bench first"
+        return 1
+    }
+    # shellcheck disable=SC2086  # several words on purpose
+    "$PYTHON" -m benchmarks.targets $files --device cuda
+}
 sanitize() {
     # Small shapes of every kernel: the tool slows them a hundred times.
     compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
@@ -71,5 +91,9 @@ for tool in memcheck racecheck; do
         printf '%s\tnot installed\t0\n' "$tool" >>"$results"
     fi
 done
+step bench bench
+step bench_model bench_model
+step bench_full bench_full
+step targets targets
 
 "$PYTHON" ci/gpu_summary.py "$OUT"

@@ -42,10 +42,13 @@ def main(folder: Path) -> int:
         f"{summary['device']}, torch {summary['torch']} (CUDA {summary['cuda']}), "
         + ", ".join(f"{name} {summary[name]}" for name in PACKAGES)
     )
-    print(f"{'step':<11}{'result':<42}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
+    print(f"{'step':<13}{'result':<42}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
     for step in steps:
         counts = "".join(f"{step.get(key, ''):>8}" for key in ("passed", "failed", "skipped"))
-        print(f"{step['step']:<11}{step['result']:<42}{counts}{step['seconds']:>9}")
+        print(f"{step['step']:<13}{step['result']:<42}{counts}{step['seconds']:>9}")
+    targets = folder / "targets.log"
+    if any(step["step"] == "targets" for step in steps) and targets.exists():
+        print(targets.read_text().rstrip())
     failed = any(step["result"].startswith("FAILED") for step in steps)
     nothing = any(step.get("passed") == 0 and step["step"] != "quantised" for step in steps)
     return int(failed or nothing or not steps)

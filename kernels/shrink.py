@@ -40,6 +40,8 @@ from .common import (
 
 #: At most so many rows are "few": decoding. They get small blocks, and parallelism from K alone.
 FEW_ROWS = 32
+#: The widest A of one launch; wider ones take several.
+MAX_RANK = 256
 #: Programs of one wave, and of two per SM: an H100 has 132 SMs.
 WAVE, TWO_PER_SM = 132, 264
 MAX_SPLITS = 64
@@ -209,7 +211,7 @@ def shrink(
 
     Args:
         x: ``[..., K]``, fp32, bf16 or fp16, any strides.
-        a: ``[r, K]``, r at most 256, fp32, bf16 or fp16.
+        a: ``[r, K]``, fp32, bf16 or fp16. Above rank 256 x is read once for every 256 rows.
         dtype: of the product: operands are rounded to it, sums are fp32, z has it.
         groups: integers ``[tokens]``: 0 forget, 1 retain, else ignored; needed for moments.
         only_group: 0 or 1 counts only that group's tokens.
@@ -217,6 +219,14 @@ def shrink(
         rank_moments: fp64 ``[2, 2, r]``.
     """
     r, k = a.shape
+    if r > MAX_RANK:
+        parts = []
+        for start in range(0, r, MAX_RANK):
+            rows = slice(start, start + MAX_RANK)
+            of_z = None if rank_moments is None else rank_moments[..., rows]
+            of_x = input_moments if start == 0 else None
+            parts.append(shrink(x, a[rows], dtype, groups, only_group, of_x, of_z))
+        return torch.cat(parts, -1)
     z = x.new_empty((*x.shape[:-1], r), dtype=dtype)
     if z.numel() == 0:
         return z

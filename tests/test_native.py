@@ -297,6 +297,48 @@ def test_the_cuda_library_asks_for_torchs_cuda_library_and_no_cuda_runtime():
     assert not [name for name in needed if name.startswith("libcudart")]
 
 
+def cuobjdump(*arguments: str | Path) -> str:
+    """From the CUDA toolkit, else from Triton's wheel."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="no cuobjdump: no CUDA toolkit, no Triton")
+        tool = triton.knobs.nvidia.cuobjdump.path
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_the_cuda_library_serves_every_architecture():
+    """sm_80, sm_90, sm_100 and PTX for what comes later, or what this nvcc knows of them."""
+    library = library_or_skip("_C_cuda")
+    known = None
+    if nvcc := shutil.which("nvcc"):
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    wanted = [a for a in ("80", "90", "100") if known is None or f"compute_{a}" in known.split()]
+    if chosen := os.environ.get("UCAN_FAST_CUDA_ARCHS"):
+        wanted = chosen.replace(",", ";").split(";")
+    elves, ptx = cuobjdump("--list-elf", library), cuobjdump("--list-ptx", library)
+    assert set(wanted) <= set(re.findall(r"\.sm_(\d+)\.cubin", elves))
+    assert wanted[-1] in re.findall(r"\.sm_(\d+)\.ptx", ptx)
+
+
+def test_the_cuda_kernels_spill_nothing_and_move_16_bytes_at_a_time():
+    library = library_or_skip("_C_cuda")
+    usage = cuobjdump("--dump-resource-usage", library)
+    kernels = re.findall(r"Function (\S*attenuate_kernel\S*):\s+REG:(\d+) STACK:(\d+)", usage)
+    assert len(kernels) >= 4 * 2  # fp32, fp64, fp16, bf16; few matrices and many
+    for name, registers, stack in kernels:
+        assert stack == "0", name
+        assert int(registers) <= 64, name
+    for part in cuobjdump("--dump-sass", library).split("Function : ")[1:]:
+        name = part.split(None, 1)[0]
+        if "attenuate_kernel" not in name:
+            continue
+        assert re.search(r"\bLDG\.E\.128\b(?!\.CONSTANT)", part), name  # a unit of a weight
+        assert re.search(r"\bLDG\.E\.128\.CONSTANT\b", part) or "kernelId" in name  # factors
+        assert re.search(r"\bSTG\.E\.128\b", part), name
+        assert not re.search(r"\b(?:LDL|STL)\b", part), name
+
+
 @needs_library
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", [0, 1])

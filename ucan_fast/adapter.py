@@ -5,9 +5,11 @@ The only file that knows PEFT's attribute names.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +47,13 @@ _OTHER_BASES = {
 }
 
 
+_Named = list[tuple[str, nn.Module]]
+# The model of the innermost one_walk, all its modules, and those with LoRA weights.
+_walked: contextvars.ContextVar[tuple[nn.Module, _Named, _Named] | None] = contextvars.ContextVar(
+    "walked", default=None
+)
+
+
 @dataclass(frozen=True)
 class LoraLayer:
     """One LoRA layer of one adapter: ``y = base(x) + s (x Aᵀ) Bᵀ``."""
@@ -74,6 +83,27 @@ class LoraLayer:
         return self.module.scaling[self.adapter]
 
 
+@contextlib.contextmanager
+def one_walk(model: nn.Module) -> Iterator[None]:
+    """Within the with block the model's modules are listed once.
+
+    Every question below starts from that list, and one deletion request asks some twenty of them:
+    on small models the walks would cost more than the forward pass. Inside, no module may be added
+    or replaced; weights, active adapters and classes may change.
+    """
+    model = unwrap(model)
+    known = _walked.get()
+    if known is not None and known[0] is model:
+        yield
+        return
+    found = _walk(model)
+    token = _walked.set((model, found, _with_lora(found)))
+    try:
+        yield
+    finally:
+        _walked.reset(token)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``, DDP and ``DataParallel`` wrappers."""
     while True:
@@ -93,7 +123,16 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 def tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module that carries LoRA weights of any adapter, by name."""
-    return [(name, module) for name, module in _named_modules(model) if is_lora_layer(module)]
+    model = unwrap(model)
+    known = _walked.get()
+    return known[2] if known is not None and known[0] is model else _with_lora(_walk(model))
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules()`` gives, without wrappers around the model."""
+    model = unwrap(model)
+    known = _walked.get()
+    return known[1] if known is not None and known[0] is model else _walk(model)
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
@@ -147,10 +186,9 @@ def find_layers(model: nn.Module, adapter: str) -> list[LoraLayer]:
             on a real device. The layer is named.
     """
     layers = []
-    modules = _named_modules(model)
-    sharded = _has_fsdp(module for _, module in modules)
-    for name, module in modules:
-        if not is_lora_layer(module) or adapter not in _adapters_of(module):
+    sharded = _has_fsdp(module for _, module in named_modules(model))
+    for name, module in tuner_layers(model):
+        if adapter not in _adapters_of(module):
             continue
         if sharded:
             raise UcanError(
@@ -227,7 +265,7 @@ def is_weight_probe(layer: LoraLayer, x: torch.Tensor) -> bool:
 
 def sharded_by(model: nn.Module) -> str | None:
     """The wrapper that shards this model's weights (FSDP, ZeRO-3), or None."""
-    if _has_fsdp(module for _, module in _named_modules(model)):
+    if _has_fsdp(module for _, module in named_modules(model)):
         return "FSDP"
     if any(hasattr(p, "ds_id") for p in unwrap(model).parameters()):
         return "DeepSpeed ZeRO-3"
@@ -361,10 +399,16 @@ def module_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    # What named_modules gives, by a loop: its nested generators take twice as long, and a
-    # deletion request walks the model some twenty times.
-    found, seen, left = [], set(), [("", unwrap(model))]
+def _with_lora(modules: _Named) -> _Named:
+    # Asked once per class: LoraLayer is an abstract one, for which isinstance takes long.
+    classes = {type(module) for _, module in modules}
+    adapted = {cls for cls in classes if issubclass(cls, lora.LoraLayer)}
+    return [(name, module) for name, module in modules if type(module) in adapted]
+
+
+def _walk(model: nn.Module) -> _Named:
+    # By a loop: torch's nested generators take twice as long.
+    found, seen, left = [], set(), [("", model)]
     while left:
         name, module = left.pop()
         if module in seen:
@@ -397,7 +441,10 @@ def _weights_of(module: nn.Module, adapter: str) -> list[tuple[str, torch.Tensor
     for attribute in ("lora_A", "lora_B", "lora_magnitude_vector"):
         holder = getattr(module, attribute, {})
         if adapter in holder:
-            found += [(f"{attribute}.{k}", v) for k, v in holder[adapter].named_parameters()]
+            own = holder[adapter]
+            # named_parameters, where there are modules inside, takes ten times as long.
+            named = own.named_parameters() if own._modules else own._parameters.items()
+            found += [(f"{attribute}.{k}", v) for k, v in named if v is not None]
     for attribute in ("lora_embedding_A", "lora_embedding_B"):
         holder = getattr(module, attribute, {})
         if adapter in holder:

@@ -22,6 +22,7 @@ from .adapter import (
     find_layers,
     fingerprint,
     is_weight_probe,
+    one_walk,
     resolve_adapter,
     unwrap,
 )
@@ -86,10 +87,27 @@ def collect(
     """
     group_index(group)
     model = unwrap(model)
-    adapter = resolve_adapter(model, adapter)
+    with one_walk(model):
+        adapter = resolve_adapter(model, adapter)
+        origin = fingerprint(model, adapter)
+        check_is_origin(model, adapter, origin)
+        return collect_at_origin(
+            model, batches, group, sites=sites, adapter=adapter, origin=origin, progress=progress
+        )
+
+
+def collect_at_origin(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    group: str,
+    *,
+    sites: Iterable[str] | None,
+    adapter: str,
+    origin: str,
+    progress: Progress,
+) -> ActivationStats:
+    """:func:`collect`, for callers that know the adapter and its fingerprint, ``origin``."""
     layers = find_layers(model, adapter)
-    origin = fingerprint(model, adapter)
-    check_is_origin(model, adapter, origin)
     wanted = _measured_sites(model, layers, sites)
     pass_ = _Pass(model, layers, wanted)
     options = _forward_options(model, layers)

@@ -89,13 +89,15 @@ def _load_library(name: str) -> str:
     return _AVAILABLE
 
 
-def _fake(tensors, *rest) -> None:
+def _fake(first, *rest) -> None:
     """All of them write in place and return nothing.
 
     A real meta tensor beside real ones comes here too, past the checks of the other devices.
     """
-    if isinstance(tensors, list) and any(t.device != rest[0].device for t in tensors):
-        raise RuntimeError("the weights and the factors must be on the same device")
+    tensors = [*first] if isinstance(first, list) else [first]
+    tensors += [value for value in rest if isinstance(value, torch.Tensor)]
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise RuntimeError("all tensors must be on the same device")
 
 
 def _why_missing(name: str) -> str:

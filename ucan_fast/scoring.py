@@ -6,7 +6,14 @@ import torch
 from torch import nn
 
 from . import ops
-from .adapter import active_context, find_layers, fingerprint, resolve_adapter, unwrap
+from .adapter import (
+    active_context,
+    find_layers,
+    fingerprint,
+    one_walk,
+    resolve_adapter,
+    unwrap,
+)
 from .batches import FORGET, RETAIN
 from .config import UcanConfig
 from .errors import UcanError
@@ -45,7 +52,11 @@ def make_plan(
     Warns:
         UcanWarning: the plan changes nothing, or more than half of all neurons.
     """
-    plan = score_plan(model, stats, config or UcanConfig(), adapter)
+    model = unwrap(model)
+    with one_walk(model):
+        adapter = resolve_adapter(model, adapter)
+        _check_origin(model, adapter, stats)
+        plan = score_plan(model, stats, config or UcanConfig(), adapter)
     if plan.config.auto_strength and not plan.note:
         plan.note = f"{unsearched_note(plan.config)}."
     plan.warn_if_unusual()
@@ -60,13 +71,13 @@ def unsearched_note(config: UcanConfig) -> str:
 
 
 def score_plan(
-    model: nn.Module, stats: ActivationStats, config: UcanConfig, adapter: str | None = None
+    model: nn.Module, stats: ActivationStats, config: UcanConfig, adapter: str
 ) -> AttenuationPlan:
-    """:func:`make_plan` without its notes and warnings, for callers that search the strength."""
-    model = unwrap(model)
-    adapter = resolve_adapter(model, adapter)
+    """:func:`make_plan` without its notes and warnings, for callers that search the strength.
+
+    They know that the statistics are of this very adapter.
+    """
     layers = find_layers(model, adapter)
-    _check_origin(model, adapter, stats)
     groups = neuron_groups(model, layers, config.site)
     # fp64 sums of a million neurons are worth a GPU where the weights are on one.
     device = groups[0].pieces[0].parameter.device

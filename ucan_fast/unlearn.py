@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import fingerprint, resolve_adapter, untouched_parts, unwrap
+from .adapter import fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
 from .batches import RETAIN, check_iterable, eval_mode, read_batches, reusable
-from .collect import collect
+from .collect import collect_at_origin
 from .config import UcanConfig
 from .controls import Control, random_control, random_step_control, uniform_control
 from .errors import UcanError, UcanWarning
@@ -125,7 +125,7 @@ def unlearn(
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
     job = _Job(model, adapter, config, progress)
-    with _at_origin(model, adapter, previous) as undone:
+    with one_walk(model), _at_origin(model, adapter, previous) as (job.origin, undone):
         check_iterable(forget, "forget")
         if holdout is not None and not (influence and config.auto_strength):
             raise UcanError("holdout= is for method='influence' with strength='auto'.")
@@ -200,6 +200,7 @@ class _Job:
     adapter: str
     config: UcanConfig
     progress: Progress
+    origin: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=lambda: {"forget": 0, "retain": 0})
     search: StrengthSearch | None = None
@@ -220,12 +221,13 @@ class _Job:
 
     def collect(self, batches: Batches, group: str, sites: tuple[str, ...]) -> ActivationStats:
         counted = _Counted(batches)
-        stats = collect(
+        stats = collect_at_origin(
             self.model,
             counted,
-            group=group,
+            group,
             sites=sites,
             adapter=self.adapter,
+            origin=self.origin,
             progress=self.progress,
         )
         self.sequences[group] += counted.sequences
@@ -300,17 +302,21 @@ def _at_origin(
     model: nn.Module,
     adapter: str,
     previous: UnlearnResult | ActivationStats | InfluenceFactors | None,
-) -> Iterator[AttenuationPlan | InfluencePlan | None]:
-    """Take the previous plan off (and yield it); put it back if what follows fails."""
-    now = fingerprint(model, adapter)
+) -> Iterator[tuple[str, AttenuationPlan | InfluencePlan | None]]:
+    """Take the previous plan off, and put it back if what follows fails.
+
+    Yields the origin's fingerprint and the plan that was taken off, if any.
+    """
+    origin = fingerprint(model, adapter)
     undone = None
-    if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == now:
+    if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == origin:
         previous.plan.undo(model, adapter)
         undone = previous.plan
+        origin = undone.fingerprint
     else:
-        check_is_origin(model, adapter, now)
+        check_is_origin(model, adapter, origin)
     try:
-        yield undone
+        yield origin, undone
     except BaseException:
         if undone is not None:
             undone.apply(model, adapter)

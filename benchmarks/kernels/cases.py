@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..costs import LoraCost
 from ..measure import Candidate, Inputs, Profile, Result, Skipped, case_name, measure
 from ..shapes import LLAMA_2_7B, LLAMA_32_1B, MODELS, RANKS, SMOLLM2_135M, TOKENS, Model
 
@@ -64,9 +65,15 @@ class LoraCase:
         """Arguments of :class:`Bench`."""
         return {"dtype": name_of(self.dtype), "adapter_dtype": name_of(self.adapter_dtype)}
 
-    def too_large(self, flops: float) -> str | None:
-        """Why it is not timed here."""
-        if benchmark_device().type != "cpu" or flops <= CPU_FLOPS:
+    def cost(self, device: torch.device) -> LoraCost:
+        """What its passes move and compute."""
+        k, n = self.size
+        dtypes = (name_of(self.dtype), name_of(self.adapter_dtype))
+        return LoraCost(self.tokens, k, n, self.rank, *dtypes, device.type)
+
+    def too_large(self, flops: float, device: torch.device) -> str | None:
+        """Why it is not timed there."""
+        if device.type != "cpu" or flops <= CPU_FLOPS:
             return None
         return f"{flops * 1e-9:.0f} GFLOP per call are too many for a CPU"
 
@@ -140,7 +147,12 @@ def lora_cases(profile: Profile, *, few: bool = False) -> list[LoraCase]:
 
 @dataclass
 class Bench:
-    """One case of one group: arguments of :func:`benchmarks.measure.measure`, made lazily."""
+    """One case of one group: arguments of :func:`benchmarks.measure.measure`, made lazily.
+
+    Attributes:
+        obstacle: why nothing of it can run here.
+        obstacles: candidate -> why it cannot run here, where the others can.
+    """
 
     group: str
     shape: Mapping[str, Any]
@@ -151,7 +163,9 @@ class Bench:
     reference: Callable[..., Any]
     adapter_dtype: str = ""
     mutates: bool = False
+    wall: bool = False
     obstacle: str | None = None
+    obstacles: Mapping[str, str] = field(default_factory=dict)
     _outcome: list[Result] | Exception | None = field(default=None, repr=False)
 
     @property
@@ -159,9 +173,10 @@ class Bench:
         """Its name in the results."""
         return case_name(self.shape, self.dtype, self.adapter_dtype)
 
-    def skipped(self, candidate: str) -> Skipped:
-        """The row of a candidate that :attr:`obstacle` keeps from running."""
-        return Skipped(self.group, self.case, candidate, self.obstacle or "")
+    def skipped(self, candidate: str) -> Skipped | None:
+        """The row of a candidate that something keeps from running, else None."""
+        reason = self.obstacle or self.obstacles.get(candidate)
+        return Skipped(self.group, self.case, candidate, reason) if reason else None
 
     def result(self, candidate: str, profile: Profile) -> Result:
         """The candidate's times: the first one asked for measures them all, side by side.
@@ -177,7 +192,7 @@ class Bench:
             try:
                 with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
                     self._outcome = measure(
-                        self.candidates,
+                        [one for one in self.candidates if one.name not in self.obstacles],
                         self.inputs,
                         group=self.group,
                         shape=self.shape,
@@ -186,6 +201,7 @@ class Bench:
                         baseline=self.baseline,
                         reference=self.reference,
                         mutates=self.mutates,
+                        wall=self.wall,
                         profile=profile,
                     )
             except Exception as error:

@@ -1,9 +1,10 @@
 """The front end: every candidate of a case is a test, all of them measured in one go.
 
-``pytest benchmarks/kernels --profile quick`` prints one table and writes one JSON file. Where
-pytest-benchmark is installed, it is handed the same times, so that its tables, comparisons and
-files work too (``--benchmark-only``, ``--benchmark-autosave``, ...); it measures nothing itself,
-since it times one function after another and these are interleaved.
+``pytest benchmarks/kernels --profile quick`` prints one table and writes one JSON file; with
+``-k shrink`` of one group. Where pytest-benchmark is installed, it is handed the same times, so
+that its tables, comparisons and files work too (``--benchmark-only``, ``--benchmark-autosave``,
+...); it measures nothing itself, since it times one function after another and these are
+interleaved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels.cases import Bench
+from benchmarks import targets
+from benchmarks.kernels import suite
+from benchmarks.kernels.cases import benchmark_device
 from benchmarks.measure import (
     ROOT,
     Profile,
@@ -34,7 +37,6 @@ _WRITTEN = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "benches(of): function profile -> the cases of this test")
     try:
         config.stash[_PROFILE] = chosen_profile(config.getoption("--profile"))
     except ValueError as error:
@@ -43,12 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marker = metafunc.definition.get_closest_marker("benches")
-    if marker is None:
+    if "timed" not in metafunc.fixturenames:
         return
-    benches: list[Bench] = marker.kwargs["of"](metafunc.config.stash[_PROFILE])
+    device = benchmark_device()
+    benches = suite.benches(metafunc.config.stash[_PROFILE], device)
+    if metafunc.config.option.targets:
+        benches = [bench for bench in benches if targets.asks_for(bench, device.type)]
     chosen = [(bench, candidate.name) for bench in benches for candidate in bench.candidates]
-    ids = [_slug(f"{bench.case} {name}") for bench, name in chosen]
+    ids = [_slug(f"{bench.group} {bench.case} {name}") for bench, name in chosen]
     metafunc.parametrize("timed", chosen, ids=ids, indirect=True)
 
 
@@ -57,9 +61,9 @@ def timed(request: pytest.FixtureRequest) -> Result:
     """The times of one candidate of one case."""
     bench, name = request.param
     stash = request.config.stash
-    if bench.obstacle:
-        stash[_SKIPPED].append(bench.skipped(name))
-        pytest.skip(bench.obstacle)
+    if skipped := bench.skipped(name):
+        stash[_SKIPPED].append(skipped)
+        pytest.skip(skipped.reason)
     result = bench.result(name, stash[_PROFILE])
     stash[_RESULTS].append(result)
     if request.config.pluginmanager.hasplugin("benchmark"):

@@ -234,6 +234,14 @@ def test_on_cuda_a_case_is_timed_in_one_way(monkeypatch):
     syncs = m.Candidate("syncs", lambda x: lambda: x, capturable=False)
     sets = [(1,), (2,)]
     assert m._samplers([one, other], sets, cuda) == ([2, 2], {"timing": "graph"})
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append(1))
+    (sample, _), how = m._samplers([one, other], sets, cuda, wall=True)
+    assert how == {"timing": "wall"}
+    waited.clear()
+    assert sample(3) > 0
+    # Before the clock starts and before it is read again.
+    assert len(waited) == 2
     how = {"timing": "events", "not_captured": "syncs"}
     assert m._samplers([one, syncs], sets, cuda) == ([2, 2], how)
 

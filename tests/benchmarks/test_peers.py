@@ -16,6 +16,7 @@ FORWARDS = {
     "peft": peers.forward(peers.peft_layer, torch.float32),
     "ucan_fast": peers.forward(peers.ucan_layer, torch.float32),
     "addmm_": peers.addmm_forward(torch.float32),
+    "operators": peers.ucan_operators(torch.float32, moments=False),
 }
 STEPS = {
     "peft": peers.training_step(peers.peft_layer, torch.float32),
@@ -25,7 +26,7 @@ STEPS = {
 MOMENTS = {
     "boolean": peers.hooked_forward(peers.BooleanIndex, torch.float32),
     "mask": peers.hooked_forward(peers.MaskMatmul, torch.float32),
-    "ucan_fast": peers.ucan_forward_with_moments(torch.float32),
+    "ucan_fast": peers.ucan_operators(torch.float32),
 }
 
 
@@ -160,10 +161,8 @@ def test_full_holds_quick_and_every_model_tokens_and_rank():
         assert timed == set(model.layers().values())
 
 
-def test_what_is_too_large_for_a_cpu_says_so(monkeypatch):
-    monkeypatch.setattr("benchmarks.kernels.cases.benchmark_device", lambda: CPU)
+def test_what_is_too_large_for_a_cpu_says_so():
     case = LoraCase(LLAMA_3_8B, "gate_proj", 8192)
-    assert "962 GFLOP" in case.too_large(case.base_flops)
-    assert case.too_large(1e9) is None
-    monkeypatch.setattr("benchmarks.kernels.cases.benchmark_device", lambda: torch.device("cuda"))
-    assert case.too_large(case.base_flops) is None
+    assert "962 GFLOP" in case.too_large(case.base_flops, CPU)
+    assert case.too_large(1e9, CPU) is None
+    assert case.too_large(case.base_flops, torch.device("cuda")) is None

@@ -36,18 +36,19 @@ def attenuate_(
             memory, or gradients being recorded. No weight was changed.
     """
     weights, offsets, axes = list(weights), list(offsets), list(axes)
-    if not torch.compiler.is_compiling() and choose("attenuate_", factors.device) == "native":
-        # The extension checks the same things, a hundred times faster, before it writes. What it
-        # refuses is looked at again, for the better words.
-        try:
-            _attenuate_native_(weights, factors.contiguous(), offsets, axes)
-        except RuntimeError:
-            _check(weights, factors, offsets, axes)
-            raise
+    if torch.compiler.is_compiling():
+        torch.ops.ucan_fast.attenuate_(weights, factors, offsets, axes)
         return
-    _check(weights, factors, offsets, axes)
-    if weights:
-        torch.ops.ucan_fast.attenuate_(weights, factors.contiguous(), offsets, axes)
+    # The extension checks the same things as the operator, a hundred times faster, before it
+    # writes. What it or the schema refuses is looked at again, for the better words.
+    try:
+        if choose("attenuate_", factors.device) == "native":
+            _attenuate_native_(weights, factors.contiguous(), offsets, axes)
+        else:
+            torch.ops.ucan_fast.attenuate_(weights, factors, offsets, axes)
+    except RuntimeError:
+        _check(weights, factors, offsets, axes)
+        raise
 
 
 def attenuate_reference_(
@@ -71,6 +72,24 @@ def _check(
     offsets: Sequence[int],
     axes: Sequence[int],
 ) -> None:
+    _check_arguments(weights, factors, offsets, axes)
+    if torch.is_grad_enabled():
+        for index, weight in enumerate(weights):
+            if weight.requires_grad:
+                raise UcanError(
+                    f"attenuate_: weight {index} requires a gradient; "
+                    "call attenuate_ under torch.no_grad()."
+                )
+    _check_overlap(weights)
+
+
+def _check_arguments(
+    weights: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+    offsets: Sequence[int],
+    axes: Sequence[int],
+) -> None:
+    # What can be asked of fake tensors, too.
     if not len(weights) == len(offsets) == len(axes):
         raise UcanError(
             f"attenuate_: {len(weights)} weights, {len(offsets)} offsets and {len(axes)} axes; "
@@ -96,14 +115,9 @@ def _check(
                 f"{which} needs factors [{offset}, {offset + weight.shape[axis]}), "
                 f"but there are {factors.numel()}."
             )
-        if torch.is_grad_enabled() and weight.requires_grad:
-            raise UcanError(f"{which} requires a gradient; call attenuate_ under torch.no_grad().")
-    _check_overlap(weights)
 
 
 def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
-    if torch.compiler.is_compiling():
-        return
     # Sorted by address, two weights overlap exactly if some neighbours do. Interleaved views
     # (two column ranges of one matrix) span each other without sharing an element: those are
     # refused as well, since telling them apart costs more than it is worth.
@@ -142,6 +156,8 @@ def _dispatch(
     axes: Sequence[int],
 ) -> None:
     backend = choose("attenuate_", factors.device)
+    _check(weights, factors, offsets, axes)
+    factors = factors.contiguous()
     if backend == "reference":
         attenuate_reference_(weights, factors, offsets, axes)
         return
@@ -178,4 +194,4 @@ LIBRARY.impl("attenuate_", _dispatch, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("ucan_fast::attenuate_", lib=LIBRARY)
 def _(weights, factors, offsets, axes) -> None:
-    return None
+    _check_arguments(weights, factors, offsets, axes)

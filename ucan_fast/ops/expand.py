@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import UcanError
 from .backend import LIBRARY, choose
+from .checks import check_device, check_dtypes
 from .moments import add_moments_, check_moments
 
 
@@ -45,8 +46,24 @@ def expand(
     Raises:
         UcanError: shapes, dtypes or devices that do not fit together.
     """
+    if delta_moments is None:
+        return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
+    if groups is None:
+        raise UcanError("expand: moments need groups, one integer per token.")
+    return torch.ops.ucan_fast.expand.moments(
+        base_out, z, b, scaling, bias, groups, only_group, delta_moments
+    )
+
+
+def _check(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
     if (
         b.dim() != 2
+        or z.dim() < 1
         or z.shape[-1] != b.shape[1]
         or tuple(base_out.shape) != (*z.shape[:-1], b.shape[0])
         or (bias is not None and tuple(bias.shape) != (b.shape[0],))
@@ -55,19 +72,9 @@ def expand(
             f"expand: base_out {tuple(base_out.shape)}, z {tuple(z.shape)}, B {tuple(b.shape)} "
             "must be [..., N], [..., r], [N, r], and a bias [N]."
         )
-    if not base_out.device == z.device == b.device:
-        raise UcanError(
-            f"expand: base_out is on {base_out.device}, z on {z.device}, B on {b.device}; "
-            "they must share a device."
-        )
-    if delta_moments is None:
-        return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
-    if groups is None:
-        raise UcanError("expand: moments need groups, one integer per token.")
-    check_moments(base_out, groups, delta_moments, only_group)
-    return torch.ops.ucan_fast.expand.moments(
-        base_out, z, b, scaling, bias, groups, only_group, delta_moments
-    )
+    bias_dtype = None if bias is None else bias.dtype
+    check_dtypes("expand", base_out=base_out.dtype, z=z.dtype, B=b.dtype, bias=bias_dtype)
+    check_device("expand", base_out=base_out, z=z, B=b, bias=bias)
 
 
 def delta_dtype(z: torch.Tensor, b: torch.Tensor) -> torch.dtype:
@@ -105,6 +112,7 @@ def run_expand(
     scaling: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """y, unchecked, on the backend chosen for this call."""
     if choose("expand", z.device, base_out.dtype, z.dtype, b.dtype) == "triton":
         from ..kernels.expand import expand as launch
 
@@ -122,13 +130,15 @@ def run_expand_moments(
     only_group: int | None,
     delta_moments: torch.Tensor,
 ) -> torch.Tensor:
+    """y and its moments, unchecked, on the backend chosen for this call."""
     backend = choose("expand", z.device, base_out.dtype, z.dtype, b.dtype)
     if backend == "triton":
         from ..kernels.expand import expand as launch
 
         return launch(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
     # Narrow products are rounded before they are added, as without moments.
-    if backend == "native" and base_out.numel() and z.dtype == delta_dtype(z, b):
+    products = base_out.numel() and z.numel()
+    if backend == "native" and products and z.dtype == delta_dtype(z, b):
         return _expand_native(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
     y = expand_reference(base_out, z, b, scaling, bias)
     add_moments_(delta_reference(z, b, scaling), groups, only_group, delta_moments)
@@ -146,7 +156,7 @@ def _expand_native(
     delta_moments: torch.Tensor,
 ) -> torch.Tensor:
     # One product in fp32 serves y and the moments; C++ does the rest in one pass over it.
-    n = b.shape[0]
+    n, totals = b.shape[0], delta_moments.contiguous()
     delta = delta_reference(z.reshape(-1, z.shape[-1]), b, 1.0)
     torch.ops.ucan_fast._add_delta_native_(
         base_out.reshape(-1, n),
@@ -155,8 +165,10 @@ def _expand_native(
         None if bias is None else bias.to(delta.dtype),
         groups,
         -1 if only_group is None else only_group,
-        delta_moments,
+        totals,
     )
+    if totals is not delta_moments:
+        delta_moments.copy_(totals)
     return delta.view(base_out.shape).to(base_out.dtype)
 
 
@@ -196,21 +208,50 @@ def lora_gradients(
     return [grad_z, grad_b, grad_bias]
 
 
+def _expand(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    _check(base_out, z, b, bias)
+    return run_expand(base_out, z, b, scaling, bias)
+
+
+def _expand_moments(
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    groups: torch.Tensor,
+    only_group: int | None,
+    delta_moments: torch.Tensor,
+) -> torch.Tensor:
+    _check(base_out, z, b, bias)
+    check_moments(base_out, groups, delta_moments, only_group)
+    return run_expand_moments(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
+
+
 LIBRARY.define("expand(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias) -> Tensor")
 LIBRARY.define(
     "expand.moments(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias, "
     "Tensor groups, int? only_group, Tensor(a!) delta_moments) -> Tensor"
 )
-LIBRARY.impl("expand", run_expand, "CompositeExplicitAutograd")
-LIBRARY.impl("expand.moments", run_expand_moments, "CompositeExplicitAutograd")
+LIBRARY.impl("expand", _expand, "CompositeExplicitAutograd")
+LIBRARY.impl("expand.moments", _expand_moments, "CompositeExplicitAutograd")
 torch.library.register_autograd("ucan_fast::expand", _backward, setup_context=_save, lib=LIBRARY)
 
 
 @torch.library.register_fake("ucan_fast::expand", lib=LIBRARY)
 def _(base_out, z, b, scaling, bias) -> torch.Tensor:
+    _check(base_out, z, b, bias)
     return base_out.new_empty(base_out.shape)
 
 
 @torch.library.register_fake("ucan_fast::expand.moments", lib=LIBRARY)
 def _(base_out, z, b, scaling, bias, groups, only_group, delta_moments) -> torch.Tensor:
+    _check(base_out, z, b, bias)
+    check_moments(base_out, groups, delta_moments, only_group)
     return base_out.new_empty(base_out.shape)

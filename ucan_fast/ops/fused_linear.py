@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .. import kernels
 from ..errors import UcanError
 from .backend import LIBRARY, choose
+from .checks import check_device, check_dtypes
 from .expand import lora_gradients, run_expand, run_expand_moments
 from .moments import check_totals
 
@@ -81,32 +82,60 @@ def fused_linear(
     Raises:
         UcanError: shapes, dtypes or devices that do not fit together.
     """
-    n = weight.shape[0]
+    if delta_moments is None:
+        return torch.ops.ucan_fast.fused_linear(x, weight, z, b, scaling, bias, lora_bias)
+    if groups is None:
+        raise UcanError("fused_linear: moments need groups, one integer per token.")
+    return torch.ops.ucan_fast.fused_linear.moments(
+        x, weight, z, b, scaling, bias, lora_bias, groups, only_group, delta_moments
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+) -> None:
     if (
         weight.dim() != 2
+        or x.dim() < 1
+        or z.dim() < 1
         or x.shape[-1] != weight.shape[1]
         or tuple(z.shape[:-1]) != tuple(x.shape[:-1])
-        or tuple(b.shape) != (n, z.shape[-1])
-        or any(v is not None and tuple(v.shape) != (n,) for v in (bias, lora_bias))
+        or tuple(b.shape) != (weight.shape[0], z.shape[-1])
+        or any(v is not None and tuple(v.shape) != (weight.shape[0],) for v in (bias, lora_bias))
     ):
         raise UcanError(
             f"fused_linear: x {tuple(x.shape)}, W {tuple(weight.shape)}, z {tuple(z.shape)}, "
             f"B {tuple(b.shape)} must be [..., K], [N, K], [..., r], [N, r], and biases [N]."
         )
-    if x.dtype != weight.dtype or not x.device == weight.device == z.device == b.device:
-        raise UcanError(
-            f"fused_linear: x is {x.dtype} on {x.device}, W {weight.dtype} on {weight.device}, "
-            f"z on {z.device}, B on {b.device}; x and W must share a dtype, all of them a device."
-        )
-    if delta_moments is None:
-        return torch.ops.ucan_fast.fused_linear(x, weight, z, b, scaling, bias, lora_bias)
-    if groups is None:
-        raise UcanError("fused_linear: moments need groups, one integer per token.")
+    lora = None if lora_bias is None else lora_bias.dtype
+    check_dtypes("fused_linear", x=x.dtype, z=z.dtype, B=b.dtype, lora_bias=lora)
+    for name, other in (("W", weight), ("the bias", bias)):
+        if other is not None and other.dtype != x.dtype:
+            raise UcanError(
+                f"fused_linear: x is {x.dtype}, {name} {other.dtype}; they must share one dtype."
+            )
+    check_device("fused_linear", x=x, W=weight, z=z, B=b, bias=bias, lora_bias=lora_bias)
+
+
+def _check_moments(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    groups: torch.Tensor,
+    only_group: int | None,
+    delta_moments: torch.Tensor,
+) -> None:
+    _check(x, weight, z, b, bias, lora_bias)
     tokens = math.prod(x.shape[:-1])
-    check_totals(tokens, n, x.device, groups, delta_moments, only_group)
-    return torch.ops.ucan_fast.fused_linear.moments(
-        x, weight, z, b, scaling, bias, lora_bias, groups, only_group, delta_moments
-    )
+    check_totals(tokens, weight.shape[0], x.device, groups, delta_moments, only_group)
 
 
 def _kernel(
@@ -140,6 +169,7 @@ def _fused_linear(
     bias: torch.Tensor | None,
     lora_bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    _check(x, weight, z, b, bias, lora_bias)
     launch = _kernel(x, weight, z, b, bias, lora_bias)
     if launch is None:
         return run_expand(_base(x, weight, bias), z, b, scaling, lora_bias)
@@ -158,6 +188,7 @@ def _fused_linear_moments(
     only_group: int | None,
     delta_moments: torch.Tensor,
 ) -> torch.Tensor:
+    _check_moments(x, weight, z, b, bias, lora_bias, groups, only_group, delta_moments)
     launch = _kernel(x, weight, z, b, bias, lora_bias)
     sums = (groups, only_group, delta_moments)
     if launch is None:
@@ -205,10 +236,12 @@ torch.library.register_autograd(
 
 
 @torch.library.register_fake("ucan_fast::fused_linear", lib=LIBRARY)
-def _(x, weight, *_) -> torch.Tensor:
+def _(x, weight, z, b, scaling, bias, lora_bias) -> torch.Tensor:
+    _check(x, weight, z, b, bias, lora_bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("ucan_fast::fused_linear.moments", lib=LIBRARY)
-def _(x, weight, *_) -> torch.Tensor:
+def _(x, weight, z, b, scaling, *rest) -> torch.Tensor:
+    _check_moments(x, weight, z, b, *rest)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

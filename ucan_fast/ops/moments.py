@@ -14,11 +14,13 @@ import torch.nn.functional as F
 
 from ..errors import UcanError
 from .backend import LIBRARY, choose
+from .checks import FLOATING
 
 #: fp32 partial sums span this many tokens; they are folded into fp64 totals in a fixed order.
 ROWS_PER_PARTIAL = 32
 #: Values of h that are widened at a time: 16 MiB in fp32, about four times that with temporaries.
 BLOCK_ELEMENTS = 1 << 22
+_GROUP_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def accumulate_moments(
@@ -40,7 +42,6 @@ def accumulate_moments(
     Raises:
         UcanError: shapes, dtypes or devices that do not fit together.
     """
-    check_moments(h, groups, moments, only_group)
     torch.ops.ucan_fast.accumulate_moments(h, groups, only_group, moments)
 
 
@@ -51,8 +52,11 @@ def check_moments(
     only_group: int | None = None,
 ) -> None:
     """Refuse arguments that would record nonsense."""
-    if not h.is_floating_point() or h.dim() < 1:
-        raise UcanError(f"moments: h must be floating [..., n], not {h.dtype} {tuple(h.shape)}.")
+    if h.dtype not in FLOATING or h.dim() < 1:
+        raise UcanError(
+            "moments: h must be float32, bfloat16, float16 or float64 [..., n], "
+            f"not {h.dtype} {tuple(h.shape)}."
+        )
     tokens = math.prod(h.shape[:-1]) if h.shape[-1] else 0
     check_totals(tokens, h.shape[-1], h.device, groups, moments, only_group)
 
@@ -66,10 +70,10 @@ def check_totals(
     only_group: int | None,
 ) -> None:
     """:func:`check_moments` for activations ``[tokens, n]`` that do not exist yet."""
-    if groups.dim() != 1 or groups.numel() != tokens or groups.is_floating_point():
+    if groups.dim() != 1 or groups.numel() != tokens or groups.dtype not in _GROUP_DTYPES:
         raise UcanError(
-            f"moments: groups must hold one integer for each of the {tokens} tokens, "
-            f"not {groups.dtype} {tuple(groups.shape)}."
+            "moments: groups must hold one integer (int8, uint8, int16, int32 or int64) for each "
+            f"of the {tokens} tokens, not {groups.dtype} {tuple(groups.shape)}."
         )
     if tuple(moments.shape) != (2, 2, n) or moments.dtype != torch.float64:
         raise UcanError(
@@ -117,7 +121,7 @@ def _block_moments(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 def add_moments_(
     h: torch.Tensor, groups: torch.Tensor, only_group: int | None, moments: torch.Tensor
 ) -> None:
-    """The operator itself: no checks, the backend chosen for this call."""
+    """The sums, unchecked, on the backend chosen for this call."""
     backend = choose("accumulate_moments", h.device, h.dtype)
     if backend == "triton":
         from ..kernels.moments import accumulate_moments_
@@ -126,19 +130,29 @@ def add_moments_(
     elif backend == "native":
         rows = h.reshape(-1, h.shape[-1]) if h.shape[-1] else h.new_empty(0, 0)
         group = -1 if only_group is None else only_group
-        torch.ops.ucan_fast._moments_native_(rows, groups, group, moments)
+        totals = moments.contiguous()
+        torch.ops.ucan_fast._moments_native_(rows, groups, group, totals)
+        if totals is not moments:
+            moments.copy_(totals)
     else:
         # Autocast would turn the sums into bf16 products.
         with torch.autocast(h.device.type, enabled=False):
             moments += moments_reference(h, groups, only_group)
 
 
+def _accumulate(
+    h: torch.Tensor, groups: torch.Tensor, only_group: int | None, moments: torch.Tensor
+) -> None:
+    check_moments(h, groups, moments, only_group)
+    add_moments_(h, groups, only_group, moments)
+
+
 LIBRARY.define(
     "accumulate_moments(Tensor h, Tensor groups, int? only_group, Tensor(a!) moments) -> ()"
 )
-LIBRARY.impl("accumulate_moments", add_moments_, "CompositeExplicitAutograd")
+LIBRARY.impl("accumulate_moments", _accumulate, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ucan_fast::accumulate_moments", lib=LIBRARY)
 def _(h, groups, only_group, moments) -> None:
-    return None
+    check_moments(h, groups, moments, only_group)

@@ -8,13 +8,24 @@ not every form; each reading is a choice of ``UcanConfig``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import UcanError
 from .backend import LIBRARY, choose
+from .checks import check_device
 
 #: Keeps the ratio contrast finite where a neuron never fires on the retain set.
 TINY = torch.finfo(torch.float32).tiny
+
+_CHOICES = {
+    "statistic": ("mean_abs", "rms"),
+    "contrast": ("symmetric", "difference", "ratio", "zscore", "none"),
+    "normalization": ("none", "layer", "global"),
+    "fusion": ("protect", "subtract"),
+    "decay": ("exponential", "inverse", "linear", "hard"),
+}
 
 
 def contrastive_scores(
@@ -35,28 +46,17 @@ def contrastive_scores(
         moments: fp64 ``[2, 2, n]``: Σ|h| and Σh² per group (0 forget, 1 retain).
         counts: fp64 ``[L, 2]``: tokens per layer and group, all > 0.
         weight_norms: fp64 ``[n]``: L2 norm of each neuron's own parameters.
-        offsets: int64 ``[L + 1]``: layer l holds neurons ``offsets[l] .. offsets[l + 1]``.
+        offsets: int64 ``[L + 1]``, from 0 to n, never falling: layer l holds neurons
+            ``offsets[l] .. offsets[l + 1]``.
         statistic, contrast, normalization, fusion, utility_weight: see ``UcanConfig``.
 
     Returns:
         R >= 0, U in [0, 1] and S, fp64 ``[n]`` each.
 
     Raises:
-        UcanError: shapes or dtypes that do not fit together.
+        UcanError: shapes, dtypes or devices that do not fit together, offsets that describe no
+            layers, a count that is not positive, an unknown choice or a weight below 0.
     """
-    n, layers = weight_norms.numel(), offsets.numel() - 1
-    if (
-        tuple(moments.shape) != (2, 2, n)
-        or tuple(counts.shape) != (layers, 2)
-        or int(offsets[-1]) != n
-        or int(offsets[0]) != 0
-    ):
-        raise UcanError(
-            f"scores: moments {tuple(moments.shape)}, counts {tuple(counts.shape)}, "
-            f"{n} weight norms and offsets up to {int(offsets[-1])} do not describe one plan."
-        )
-    if not moments.dtype == counts.dtype == weight_norms.dtype == torch.float64:
-        raise UcanError("scores: moments, counts and weight norms must be float64.")
     return torch.ops.ucan_fast.contrastive_scores(
         moments,
         counts,
@@ -79,14 +79,91 @@ def attenuation_factors(
     0; never below ``floor``.
 
     Args:
-        score: S, fp64 ``[n]``, of the whole plan (S_max is taken over it).
-        threshold: t.
+        score: S, fp64 ``[n]``, finite, of the whole plan (S_max is taken over it).
+        threshold: t, a finite number.
         decay, strength, floor: see ``UcanConfig``; ``strength`` is a number here.
 
     Returns:
         fp32 ``[n]``.
+
+    Raises:
+        UcanError: a score of another dtype or shape, an unknown decay, or a number out of range.
     """
     return torch.ops.ucan_fast.attenuation_factors(score, threshold, decay, strength, floor)
+
+
+def _check_choices(**given: str) -> None:
+    for name, choice in given.items():
+        if choice not in _CHOICES[name]:
+            known = ", ".join(_CHOICES[name])
+            raise UcanError(f"scores: {name} {choice!r} is unknown; use one of {known}.")
+
+
+def _check_plan(
+    moments: torch.Tensor,
+    counts: torch.Tensor,
+    weight_norms: torch.Tensor,
+    offsets: torch.Tensor,
+    statistic: str,
+    contrast: str,
+    normalization: str,
+    fusion: str,
+    utility_weight: float,
+) -> None:
+    # Everything but the values in the tensors, which a fake tensor does not have.
+    n, layers = weight_norms.numel(), offsets.numel() - 1
+    if (
+        tuple(moments.shape) != (2, 2, n)
+        or weight_norms.dim() != 1
+        or offsets.dim() != 1
+        or tuple(counts.shape) != (layers, 2)
+    ):
+        raise UcanError(
+            f"scores: moments {tuple(moments.shape)}, counts {tuple(counts.shape)}, weight norms "
+            f"{tuple(weight_norms.shape)} and offsets {tuple(offsets.shape)} do not describe one "
+            "plan; they must be [2, 2, n], [L, 2], [n] and [L + 1]."
+        )
+    if not moments.dtype == counts.dtype == weight_norms.dtype == torch.float64:
+        raise UcanError("scores: moments, counts and weight norms must be float64.")
+    if offsets.dtype != torch.int64:
+        raise UcanError(f"scores: offsets must be int64, not {offsets.dtype}.")
+    check_device(
+        "scores", moments=moments, counts=counts, weight_norms=weight_norms, offsets=offsets
+    )
+    _check_choices(
+        statistic=statistic, contrast=contrast, normalization=normalization, fusion=fusion
+    )
+    if not 0 <= utility_weight < math.inf:
+        raise UcanError(f"scores: utility_weight must be a number >= 0, not {utility_weight}.")
+
+
+def _check_values(counts: torch.Tensor, weight_norms: torch.Tensor, offsets: torch.Tensor) -> None:
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a CUDA graph cannot wait for them
+    n, ends = weight_norms.numel(), offsets.tolist()
+    if ends[0] != 0 or ends[-1] != n or ends != sorted(ends):
+        raise UcanError(
+            f"scores: the offsets of {len(ends) - 1} layers with {n} neurons do not describe one "
+            f"plan; they must begin at 0, end at {n} and never fall."
+        )
+    if not bool((counts > 0).all()):
+        raise UcanError("scores: every layer must have counted tokens of both groups.")
+
+
+def _check_factors(
+    score: torch.Tensor, threshold: float, decay: str, strength: float, floor: float
+) -> None:
+    if score.dim() != 1 or score.dtype != torch.float64:
+        raise UcanError(
+            f"scores: the score must be float64 [n], not {score.dtype} {tuple(score.shape)}."
+        )
+    _check_choices(decay=decay)
+    if not math.isfinite(threshold):
+        raise UcanError(f"scores: the threshold must be a finite number, not {threshold}.")
+    if not strength >= 0:
+        raise UcanError(f"scores: strength must be a number >= 0, not {strength}.")
+    if not 0 <= floor <= 1:
+        raise UcanError(f"scores: floor must be in [0, 1], not {floor}.")
 
 
 def scores_reference(
@@ -165,20 +242,31 @@ def _over_layer_max(value: torch.Tensor, layer_of: torch.Tensor) -> torch.Tensor
     return _ratio_or_zero(value, top[layer_of])
 
 
-def _scores(moments: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _scores(
+    moments: torch.Tensor,
+    counts: torch.Tensor,
+    weight_norms: torch.Tensor,
+    offsets: torch.Tensor,
+    *options,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_plan(moments, counts, weight_norms, offsets, *options)
+    _check_values(counts, weight_norms, offsets)
     if choose("contrastive_scores", moments.device) == "triton":
         from ..kernels.scores import contrastive_scores as launch
 
-        return launch(moments, *rest)
-    return scores_reference(moments, *rest)
+        return launch(moments, counts, weight_norms, offsets, *options)
+    return scores_reference(moments, counts, weight_norms, offsets, *options)
 
 
-def _factors(score: torch.Tensor, *rest) -> torch.Tensor:
+def _factors(score: torch.Tensor, *options) -> torch.Tensor:
+    _check_factors(score, *options)
+    if not score.numel():
+        return torch.empty_like(score, dtype=torch.float32)
     if choose("attenuation_factors", score.device) == "triton":
         from ..kernels.scores import attenuation_factors as launch
 
-        return launch(score, *rest)
-    return factors_reference(score, *rest)
+        return launch(score, *options)
+    return factors_reference(score, *options)
 
 
 LIBRARY.define(
@@ -195,10 +283,12 @@ LIBRARY.impl("attenuation_factors", _factors, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ucan_fast::contrastive_scores", lib=LIBRARY)
-def _(moments, counts, weight_norms, *_):
+def _(moments, counts, weight_norms, offsets, *options):
+    _check_plan(moments, counts, weight_norms, offsets, *options)
     return tuple(torch.empty_like(weight_norms) for _ in range(3))
 
 
 @torch.library.register_fake("ucan_fast::attenuation_factors", lib=LIBRARY)
-def _(score, threshold, decay, strength, floor):
+def _(score, *options):
+    _check_factors(score, *options)
     return torch.empty_like(score, dtype=torch.float32)

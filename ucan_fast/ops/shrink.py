@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from ..errors import UcanError
 from .backend import LIBRARY, choose
-from .moments import add_moments_, check_moments, check_totals
+from .checks import check_device, check_dtypes
+from .moments import add_moments_, check_totals
 
 
 def shrink(
@@ -41,25 +42,39 @@ def shrink(
     Raises:
         UcanError: shapes, dtypes or devices that do not fit together.
     """
-    if a.dim() != 2 or x.dim() < 1 or x.shape[-1] != a.shape[1]:
-        raise UcanError(
-            f"shrink: x {tuple(x.shape)} and A {tuple(a.shape)} must be [..., K] and [r, K]."
-        )
-    if x.device != a.device:
-        raise UcanError(f"shrink: x is on {x.device}, A on {a.device}; they must share a device.")
     dtype = dtype or a.dtype
     if input_moments is None and rank_moments is None:
         return torch.ops.ucan_fast.shrink(x, a, dtype)
     if groups is None:
         raise UcanError("shrink: moments need groups, one integer per token.")
-    if input_moments is not None:
-        check_moments(x, groups, input_moments, only_group)
-    if rank_moments is not None:
-        tokens = math.prod(x.shape[:-1])
-        check_totals(tokens, a.shape[0], x.device, groups, rank_moments, only_group)
     return torch.ops.ucan_fast.shrink.moments(
         x, a, dtype, groups, only_group, input_moments, rank_moments
     )
+
+
+def _check(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> None:
+    if a.dim() != 2 or x.dim() < 1 or x.shape[-1] != a.shape[1]:
+        raise UcanError(
+            f"shrink: x {tuple(x.shape)} and A {tuple(a.shape)} must be [..., K] and [r, K]."
+        )
+    check_dtypes("shrink", x=x.dtype, A=a.dtype, product=dtype)
+    check_device("shrink", x=x, A=a)
+
+
+def _check_moments(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    dtype: torch.dtype,
+    groups: torch.Tensor,
+    only_group: int | None,
+    input_moments: torch.Tensor | None,
+    rank_moments: torch.Tensor | None,
+) -> None:
+    _check(x, a, dtype)
+    tokens, (r, k) = math.prod(x.shape[:-1]), a.shape
+    for n, moments in ((k, input_moments), (r, rank_moments)):
+        if moments is not None:
+            check_totals(tokens, n, x.device, groups, moments, only_group)
 
 
 def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,6 +85,7 @@ def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> to
 
 
 def _shrink(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    _check(x, a, dtype)
     if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":
         from ..kernels.shrink import shrink as launch
 
@@ -86,6 +102,7 @@ def _shrink_moments(
     input_moments: torch.Tensor | None,
     rank_moments: torch.Tensor | None,
 ) -> torch.Tensor:
+    _check_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)
     if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":
         from ..kernels.shrink import shrink as launch
 
@@ -127,9 +144,11 @@ torch.library.register_autograd("ucan_fast::shrink", _backward, setup_context=_s
 
 @torch.library.register_fake("ucan_fast::shrink", lib=LIBRARY)
 def _(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    _check(x, a, dtype)
     return x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)
 
 
 @torch.library.register_fake("ucan_fast::shrink.moments", lib=LIBRARY)
 def _(x, a, dtype, groups, only_group, input_moments, rank_moments) -> torch.Tensor:
+    _check_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)
     return x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)

@@ -6,24 +6,29 @@ import functools
 import itertools
 from collections.abc import Callable
 
-import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.kernels.cases import Bench, benchmark_device
-from benchmarks.measure import Candidate, Profile, Result
-from benchmarks.shapes import LLAMA_2_7B, LLAMA_32_1B, QWEN_25_14B, SMOLLM2_135M, Model
+from ucan_fast import ops
+
+from .. import costs, peers
+from ..measure import Candidate, Profile
+from ..shapes import LLAMA_2_7B, LLAMA_32_1B, QWEN_25_14B, SMOLLM2_135M, Model
+from .cases import Bench
 
 #: About a sixth of the neurons of these inputs score higher.
 _CHOICES = {"threshold": 0.2, "strength": 2.0}
 
 
-def _inputs(model: Model) -> Callable[[int], tuple[torch.Tensor, ...]]:
-    device = benchmark_device()
-    widths = [k for k, _ in model.layers().values()] * model.blocks  # the input site
-    offsets = torch.tensor([0, *itertools.accumulate(widths)], device=device)
+def _widths(model: Model) -> list[int]:
+    # The input site.
+    return [k for k, _ in model.layers().values()] * model.blocks
+
+
+def _inputs(model: Model, device: torch.device) -> Callable[[int], tuple[torch.Tensor, ...]]:
+    widths = _widths(model)
 
     def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+        offsets = torch.tensor([0, *itertools.accumulate(widths)], device=device)
         generator = torch.Generator(device).manual_seed(seed)
 
         def positive(*shape: int) -> torch.Tensor:
@@ -43,22 +48,44 @@ def _bind(function: Callable) -> peers.Binder:
     return lambda *inputs: functools.partial(function, *inputs, **_CHOICES)
 
 
-def scores(profile: Profile) -> list[Bench]:
+def _by_reference(*inputs: torch.Tensor, **choices: float) -> dict[str, torch.Tensor]:
+    with ops.use_backend("reference"):
+        return peers.scores_ucan(*inputs, **choices)
+
+
+def scores(profile: Profile, device: torch.device) -> list[Bench]:
     """The default formulas, at the input site of every layer."""
     models = [SMOLLM2_135M]
     if profile.name == "full":
         models += [LLAMA_32_1B, LLAMA_2_7B, QWEN_25_14B]
     benches = []
     for model in models:
-        n = sum(k for k, _ in model.layers().values()) * model.blocks
+        n = sum(_widths(model))
         # Four sums and a norm in, R, U, S out in fp64, S in again, γ out in fp32.
         cost = {"bytes": n * (5 * 8 + 3 * 8 + 8 + 4), "flops": 20 * n}
         # γ is fp32; the tolerance of fp64 would ask for more than it holds. Both candidates read
         # layer boundaries back from the device.
         common = {**cost, "tolerance": 1e-6, "capturable": False}
         candidates = [
-            Candidate("torch, loop over layers", _bind(peers.scores_per_layer), **common),
-            Candidate("ucan_fast", _bind(peers.scores_ucan), **common),
+            Candidate(
+                "torch, loop over layers",
+                _bind(peers.scores_per_layer),
+                passes=costs.scores_layer_loop(_widths(model)),
+                **common,
+            ),
+            Candidate(
+                "ucan_fast",
+                _bind(peers.scores_ucan),
+                passes=costs.scores_ucan(n, device.type),
+                count_launches=True,
+                **common,
+            ),
+            Candidate(
+                "ucan_fast, reference backend",
+                _bind(_by_reference),
+                passes=costs.scores_reference(n),
+                **common,
+            ),
         ]
         benches.append(
             Bench(
@@ -67,8 +94,11 @@ def scores(profile: Profile) -> list[Bench]:
                 "float64",
                 baseline="torch, loop over layers",
                 candidates=candidates,
-                inputs=_inputs(model),
+                inputs=_inputs(model, device),
                 reference=functools.partial(_reference, **_CHOICES),
+                obstacles={"ucan_fast, reference backend": "on a CPU ucan_fast runs it anyway"}
+                if device.type == "cpu"
+                else {},
             )
         )
     return benches
@@ -97,8 +127,3 @@ def _reference(
     above = (out["score"] - threshold).relu()
     # exp(0) = 1 where the score is not above the threshold.
     return {**out, "γ": torch.exp(-strength * above / above.max())}
-
-
-@pytest.mark.benches(of=scores)
-def test_scores(timed: Result) -> None:
-    assert min(timed.seconds) > 0

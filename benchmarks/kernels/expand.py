@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import peers
-from benchmarks.kernels.cases import Bench, LoraCase, benchmark_device, lora_cases
-from benchmarks.measure import Candidate, Profile, Result
 from ucan_fast import ops
 
+from .. import peers
+from ..measure import Candidate, Profile
+from .cases import Bench, LoraCase, lora_cases
 
-def _inputs(case: LoraCase) -> Callable[[int], tuple[torch.Tensor, ...]]:
+
+def _inputs(case: LoraCase, device: torch.device) -> Callable[[int], tuple[torch.Tensor, ...]]:
     _, n = case.size
-    device = benchmark_device()
 
     def inputs(seed: int) -> tuple[torch.Tensor, ...]:
         # base_out is any [tokens, n] tensor, z any [tokens, r] one: x's and A's generator serves.
@@ -66,27 +65,33 @@ def _cost(case: LoraCase) -> dict[str, int]:
     }
 
 
-def expand(profile: Profile) -> list[Bench]:
+def expand(profile: Profile, device: torch.device) -> list[Bench]:
     """Without moments."""
     benches = []
     for case in lora_cases(profile, few=True):
-        cost = _cost(case)
+        cost, passes = _cost(case), case.cost(device)
         candidates = [
-            Candidate("peft's expression", _bind(_peft), **cost),
-            Candidate("ucan_fast", _bind(_ucan), **cost),
-            Candidate("torch.addmm", _bind(_addmm), **cost),
+            Candidate("peft's expression", _bind(_peft), passes=passes.torch_expand(), **cost),
+            Candidate("ucan_fast", _bind(_ucan), passes=passes.expand(), **cost),
+            Candidate("torch.addmm", _bind(_addmm), passes=passes.torch_addmm(), **cost),
         ]
         if case.compiled:
-            candidates.append(Candidate("peft's expression, compiled", _bind(_peft, compiled=True)))
+            candidates.append(
+                Candidate(
+                    "peft's expression, compiled",
+                    _bind(_peft, compiled=True),
+                    passes=passes.torch_expand_compiled(),
+                )
+            )
         benches.append(
             Bench(
                 "expand",
                 case.shape,
                 baseline="peft's expression",
                 candidates=candidates,
-                inputs=_inputs(case),
+                inputs=_inputs(case, device),
                 reference=_reference,
-                obstacle=case.too_large(cost["flops"]),
+                obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )
         )
@@ -124,24 +129,31 @@ def _reference_moments(base, z, b, groups) -> dict[str, Any]:
     return {"y": base.double() + delta, "output": peers.reference_moments(delta, groups)}
 
 
-def expand_with_moments(profile: Profile) -> list[Bench]:
+def expand_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
     """With the moments of δ."""
     benches = []
     for case in lora_cases(profile, few=True):
         _, n = case.size
-        cost = _cost(case)
+        cost, passes = _cost(case), case.cost(device)
         cost = {
             "bytes": cost["bytes"] + 2 * 4 * 8 * n,
             "flops": cost["flops"] + 4 * case.tokens * n,
         }
         candidates = [
-            Candidate("peft's expression, mask matmul", _bind_peft_moments(), **cost),
-            Candidate("ucan_fast", _bind_ucan_moments, **cost),
+            Candidate(
+                "peft's expression, mask matmul",
+                _bind_peft_moments(),
+                passes=passes.torch_expand_moments(),
+                **cost,
+            ),
+            Candidate("ucan_fast", _bind_ucan_moments, passes=passes.expand(moments=True), **cost),
         ]
         if case.compiled:
             candidates.append(
                 Candidate(
-                    "peft's expression, mask matmul, compiled", _bind_peft_moments(compiled=True)
+                    "peft's expression, mask matmul, compiled",
+                    _bind_peft_moments(compiled=True),
+                    passes=passes.torch_expand_moments_compiled(),
                 )
             )
         benches.append(
@@ -150,20 +162,10 @@ def expand_with_moments(profile: Profile) -> list[Bench]:
                 case.shape,
                 baseline="peft's expression, mask matmul",
                 candidates=candidates,
-                inputs=_inputs(case),
+                inputs=_inputs(case, device),
                 reference=_reference_moments,
-                obstacle=case.too_large(cost["flops"]),
+                obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )
         )
     return benches
-
-
-@pytest.mark.benches(of=expand)
-def test_expand(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=expand_with_moments)
-def test_expand_with_moments(timed: Result) -> None:
-    assert min(timed.seconds) > 0

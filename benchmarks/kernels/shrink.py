@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import peers
-from benchmarks.kernels.cases import Bench, LoraCase, benchmark_device, lora_cases
-from benchmarks.measure import Candidate, Profile, Result
 from ucan_fast import ops
 
+from .. import peers
+from ..measure import Candidate, Profile
+from .cases import Bench, LoraCase, lora_cases
 
-def _inputs(case: LoraCase):
+
+def _inputs(case: LoraCase, device: torch.device):
     k, n = case.size
-    return peers.lora_inputs(k, n, case.rank, case.tokens, case.dtype, benchmark_device())
+    return peers.lora_inputs(k, n, case.rank, case.tokens, case.dtype, device)
 
 
 def _torch(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -34,28 +34,34 @@ def _bind(function: Callable, case: LoraCase, *, compiled: bool = False) -> peer
     return bind
 
 
-def shrink(profile: Profile) -> list[Bench]:
+def shrink(profile: Profile, device: torch.device) -> list[Bench]:
     """Without moments."""
     benches = []
     for case in lora_cases(profile, few=True):
-        t = case.traffic()
+        t, passes = case.traffic(), case.cost(device)
         k, _ = case.size
         cost = {"bytes": t["x"] + t["a"] + t["z"], "flops": 2 * case.tokens * k * case.rank}
         candidates = [
-            Candidate("torch", _bind(_torch, case), **cost),
-            Candidate("ucan_fast", _bind(ops.shrink, case), **cost),
+            Candidate("torch", _bind(_torch, case), passes=passes.torch_shrink(), **cost),
+            Candidate("ucan_fast", _bind(ops.shrink, case), passes=passes.shrink(), **cost),
         ]
         if case.compiled:
-            candidates.append(Candidate("torch, compiled", _bind(_torch, case, compiled=True)))
+            candidates.append(
+                Candidate(
+                    "torch, compiled",
+                    _bind(_torch, case, compiled=True),
+                    passes=passes.torch_shrink(),
+                )
+            )
         benches.append(
             Bench(
                 "shrink",
                 case.shape,
                 baseline="torch",
                 candidates=candidates,
-                inputs=_inputs(case),
+                inputs=_inputs(case, device),
                 reference=lambda x, w, a, *_: x.double() @ a.double().t(),
-                obstacle=case.too_large(cost["flops"]),
+                obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )
         )
@@ -97,11 +103,11 @@ def _reference_moments(x, _w, a, _b, groups) -> dict[str, Any]:
     return {"z": z, "input": peers.reference_moments(x, groups)}
 
 
-def shrink_with_moments(profile: Profile) -> list[Bench]:
+def shrink_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
     """With the moments of x."""
     benches = []
     for case in lora_cases(profile, few=True):
-        t = case.traffic()
+        t, passes = case.traffic(), case.cost(device)
         k, _ = case.size
         # Four fp64 totals a column, read and written; |x| and x² added up per group.
         cost = {
@@ -109,12 +115,23 @@ def shrink_with_moments(profile: Profile) -> list[Bench]:
             "flops": 2 * case.tokens * k * case.rank + 4 * case.tokens * k,
         }
         candidates = [
-            Candidate("torch, mask matmul", _bind_torch_moments(case), **cost),
-            Candidate("ucan_fast", _bind_ucan_moments(case), **cost),
+            Candidate(
+                "torch, mask matmul",
+                _bind_torch_moments(case),
+                passes=passes.torch_shrink_moments(),
+                **cost,
+            ),
+            Candidate(
+                "ucan_fast", _bind_ucan_moments(case), passes=passes.shrink(moments=True), **cost
+            ),
         ]
         if case.compiled:
             candidates.append(
-                Candidate("torch, mask matmul, compiled", _bind_torch_moments(case, compiled=True))
+                Candidate(
+                    "torch, mask matmul, compiled",
+                    _bind_torch_moments(case, compiled=True),
+                    passes=passes.torch_shrink_moments_compiled(),
+                )
             )
         benches.append(
             Bench(
@@ -122,20 +139,10 @@ def shrink_with_moments(profile: Profile) -> list[Bench]:
                 case.shape,
                 baseline="torch, mask matmul",
                 candidates=candidates,
-                inputs=_inputs(case),
+                inputs=_inputs(case, device),
                 reference=_reference_moments,
-                obstacle=case.too_large(cost["flops"]),
+                obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )
         )
     return benches
-
-
-@pytest.mark.benches(of=shrink)
-def test_shrink(timed: Result) -> None:
-    assert min(timed.seconds) > 0
-
-
-@pytest.mark.benches(of=shrink_with_moments)
-def test_shrink_with_moments(timed: Result) -> None:
-    assert min(timed.seconds) > 0

@@ -1,0 +1,110 @@
+"""What make and ci/gpu.sh start, as far as that goes without a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as both
+from benchmarks import measure as m
+from benchmarks import roofline, targets
+
+from .synthetic import environment
+
+
+def _gpu_results(folder: Path, hurry: float) -> None:
+    # The predicted times, ours divided by `hurry`, as if an H100 had been measured.
+    found = roofline.predict("h100")
+    results = []
+    for row in found["results"]:
+        seconds = row["seconds"]["median"]
+        if row["candidate"].startswith("ucan_fast") and "reference" not in row["candidate"]:
+            seconds /= hurry
+        results.append(
+            m.Result(
+                row["candidate"],
+                row["group"],
+                row["shape"],
+                row["dtype"],
+                row["adapter_dtype"],
+                [seconds] * 3,
+                bytes=row["bytes"],
+                baseline=row["baseline"],
+                extra={"launches": row["extra"]["launches"]},
+            )
+        )
+    ceilings = found["environment"]["ceilings"]
+    m.write_results(
+        folder / "bench-kernels.json",
+        results,
+        "ci/gpu.sh bench",
+        profile=m.PROFILES["full"],
+        environment=environment("cuda", ceilings=ceilings),
+    )
+
+
+def _run(folder: Path, *steps: str) -> subprocess.CompletedProcess:
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'A GPU, 1.0'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    settings = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    return subprocess.run(
+        ["bash", str(m.ROOT / "ci" / "gpu.sh"), *steps],
+        env={**os.environ, **settings, "OUT": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="ci/gpu.sh needs bash")
+def test_the_gpu_script_ends_with_the_targets_and_fails_row_by_row(tmp_path):
+    ran = _run(tmp_path, "targets")
+    assert ran.returncode == 1
+    assert "run the step bench first" in ran.stdout
+    _gpu_results(tmp_path, hurry=0.5)
+    ran = _run(tmp_path, "targets")
+    assert ran.returncode == 1
+    assert "targets      FAILED (exit 1)" in ran.stdout
+    assert "FAIL: forward with moments against PEFT + hooks" in ran.stdout
+    assert "pass: attenuate_, 448 matrices: launches" in ran.stdout
+    assert (tmp_path / "summary.json").exists()
+    _gpu_results(tmp_path, hurry=2.0)
+    ran = _run(tmp_path, "targets")
+    assert ran.returncode == 0, ran.stdout
+    assert ran.stdout.rstrip().endswith("0 of 13 judged targets fall short")
+
+
+def test_both_suites_write_where_the_targets_read(monkeypatch, tmp_path, capsys):
+    started: list[list[str]] = []
+
+    def run(command, **_):
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    judged: list[list[str]] = []
+    monkeypatch.setattr(both.subprocess, "run", run)
+    monkeypatch.setattr(targets, "main", lambda files: judged.append(files) or 0)
+    assert both.main(["--profile", "quick"]) == 0
+    assert [command[command.index("--profile") + 1] for command in started] == ["quick"] * 2
+    written = [str(m.ROOT / command[command.index("--json") + 1]) for command in started]
+    assert judged == [written]
+    assert [Path(path).parent for path in written] == [m.ROOT / "build" / "bench"] * 2
+    assert both.main(["--profile", "quick", "--save"]) == 0
+    assert all("benchmarks/results" in path for path in judged[1])
+
+    monkeypatch.setattr(targets, "main", lambda files: 1)
+    assert both.main([]) == 1
+    monkeypatch.setattr(
+        both.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3)
+    )
+    monkeypatch.setattr(targets, "main", lambda files: pytest.fail("judged after a failed suite"))
+    assert both.main([]) == 1
+    assert "failed (3)" in capsys.readouterr().err

@@ -1,0 +1,201 @@
+"""Targets: each figure, each verdict, and the exit code."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import measure as m
+from benchmarks import targets as t
+from benchmarks.kernels import suite
+
+from .synthetic import case, document
+
+SHAPE = {"model": "tiny", "tokens": 8, "rank": 4}
+
+
+def _target(**changes) -> t.Target:
+    settings = {
+        "name": "x",
+        "device": "cpu",
+        "group": "g",
+        "where": {"tokens": 8},
+        "dtype": "float32",
+        "figure": "speedup",
+        "candidate": "mine",
+        "against": "peer",
+        "at_least": 2.0,
+    }
+    settings.update(changes)
+    return t.Target(**{key: value for key, value in settings.items() if value is not None})
+
+
+def _judge(target: t.Target, *documents) -> t.Row:
+    (row,) = t.evaluate([target], documents, devices={"cpu"})
+    return row
+
+
+def test_a_speedup_is_paired_within_each_round(tmp_path):
+    # Over medians it would be 4 / 2 = 2; within the rounds it is 4, 1, 4.
+    times = {"peer": [4.0, 2.0, 8.0], "mine": [1.0, 2.0, 2.0]}
+    found = document(tmp_path / "a.json", case("g", SHAPE, times))
+    row = _judge(_target(at_least=4.0), found)
+    assert (row.result, row.measured) == ("pass", m.Spread(4.0, 2.5, 4.0))
+    assert _judge(_target(at_least=4.01), found).result == "FAIL"
+    slower = _target(figure="time", at_least=None, at_most=0.25)
+    assert _judge(slower, found).measured.median == 0.25
+    assert _judge(slower, found).result == "pass"
+    assert _judge(_target(figure="time", at_least=None, at_most=0.24), found).result == "FAIL"
+
+
+def test_bandwidth_is_a_share_of_the_files_own_ceiling(tmp_path):
+    # 100 bytes per second: 200 bytes need 2 s.
+    found = document(tmp_path / "a.json", case("g", SHAPE, {"mine": [4.0, 4.0]}, bytes=200))
+    target = _target(figure="bandwidth", against=None, at_least=0.5)
+    assert _judge(target, found).measured.median == 0.5
+    assert _judge(target, found).result == "pass"
+    assert _judge(_target(figure="bandwidth", against=None, at_least=0.51), found).result == "FAIL"
+    del found["environment"]["ceilings"]
+    row = _judge(target, found)
+    assert row.result == "FAIL"
+    assert "ceilings" in row.note
+
+
+def test_launches_are_those_whose_names_match(tmp_path):
+    launches = {"measure_kernel": 1, "finish_kernel": 1, "void at::reduce_kernel": 3}
+    extra = {"launches": launches}
+    found = document(tmp_path / "a.json", case("g", SHAPE, {"mine": [1.0]}, extra=extra))
+    options = {"figure": "launches", "against": None, "at_least": None}
+    ours = _target(kernels="^(measure|finish)_kernel", at_most=2, **options)
+    assert (_judge(ours, found).result, _judge(ours, found).measured.median) == ("pass", 2)
+    every = _target(kernels="kernel", at_most=4, **options)
+    assert (_judge(every, found).result, _judge(every, found).measured.median) == ("FAIL", 5)
+    uncounted = document(tmp_path / "b.json", case("g", SHAPE, {"mine": [1.0]}))
+    assert "not counted" in _judge(ours, uncounted).note
+    assert _judge(ours, uncounted).result == "FAIL"
+
+
+def test_a_missing_case_fails_only_on_the_device_it_is_for(tmp_path):
+    found = document(tmp_path / "a.json", case("other", SHAPE, {"peer": [2.0], "mine": [1.0]}))
+    row = _judge(_target(), found)
+    assert row.result == "FAIL"
+    assert "none of the files" in row.note
+    (row,) = t.evaluate([_target(device="cuda")], [found], devices={"cpu"})
+    assert row.result == "not measured"
+    # A CPU file does not stand in for a GPU's.
+    same = document(tmp_path / "b.json", case("g", SHAPE, {"peer": [9.0], "mine": [1.0]}))
+    (row,) = t.evaluate([_target(device="cuda")], [same], devices={"cuda"})
+    assert row.result == "FAIL"
+
+
+def test_a_skipped_candidate_says_why(tmp_path):
+    skipped = [m.Skipped("g", "tiny", "mine", "no TMA here")]
+    found = document(tmp_path / "a.json", case("g", SHAPE, {"peer": [2.0]}), skipped=skipped)
+    row = _judge(_target(), found)
+    assert row.result == "FAIL"
+    assert "no TMA here" in row.note
+    assert _judge(_target(only_if_faster_than="peer"), found).result == "not used"
+
+
+def test_an_opt_in_counts_only_where_it_wins(tmp_path):
+    target = _target(candidate="fused", against="floor", at_least=0.9, only_if_faster_than="plain")
+    loses = {"floor": [1.0], "plain": [1.5], "fused": [1.6]}
+    row = _judge(target, document(tmp_path / "a.json", case("g", SHAPE, loses)))
+    assert (row.result, row.note) == ("not used", "slower than plain")
+    wins = {"floor": [1.0], "plain": [1.5], "fused": [1.2]}
+    row = _judge(target, document(tmp_path / "b.json", case("g", SHAPE, wins)))
+    assert row.result == "FAIL"
+
+
+def test_the_newest_file_counts(tmp_path):
+    new = document(
+        tmp_path / "a.json",
+        case("g", SHAPE, {"peer": [9.0], "mine": [1.0]}),
+        date="2026-11-02T00:00:00+00:00",
+    )
+    old = document(tmp_path / "b.json", case("g", SHAPE, {"peer": [1.0], "mine": [1.0]}))
+    assert _judge(_target(), old, new).measured.median == 9
+    assert _judge(_target(), new, old).measured.median == 9
+
+
+def test_a_target_must_name_one_case(tmp_path):
+    cases = [case("g", {**SHAPE, "rank": r}, {"peer": [2.0], "mine": [1.0]}) for r in (4, 8)]
+    found = document(tmp_path / "a.json", *cases)
+    with pytest.raises(ValueError, match=r"several cases: .*rank=4.*rank=8"):
+        _judge(_target(), found)
+    assert _judge(_target(where={"rank": 8}), found).result == "pass"
+
+
+def test_dtypes_tell_cases_apart(tmp_path):
+    times = {"peer": [2.0], "mine": [1.0]}
+    found = document(tmp_path / "a.json", case("g", SHAPE, times, adapter_dtype="bfloat16"))
+    assert _judge(_target(), found).result == "FAIL"
+    assert _judge(_target(adapter_dtype="bfloat16"), found).result == "pass"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"figure": "beauty"}, "figure 'beauty'"),
+        ({"at_most": 1.0}, "either at_least or at_most"),
+        ({"at_least": None}, "either at_least or at_most"),
+        ({"against": None}, "against belongs"),
+        ({"figure": "bandwidth"}, "against belongs"),
+        ({"kernels": "x"}, "kernels belongs"),
+    ],
+)
+def test_a_target_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _target(**changes)
+
+
+def test_a_file_of_targets_is_refused_with_the_place(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text('[[target]]\nname = "a"\ncolour = "red"\n')
+    with pytest.raises(ValueError, match=r"t.toml: target 1 \(a\): unknown key colour"):
+        t.load_targets(path)
+    path.write_text('[[target]]\nname = "a"\n')
+    with pytest.raises(ValueError, match=r"target 1 \(a\): .*missing"):
+        t.load_targets(path)
+
+
+def test_every_gpu_target_is_a_case_of_the_suite_with_its_candidates():
+    benches = suite.target_benches("cuda")
+    for target in t.load_targets():
+        if target.device != "cuda":
+            continue
+        mine = [
+            bench
+            for bench in benches
+            if target.describes(bench.group, bench.shape, bench.dtype, bench.adapter_dtype)
+        ]
+        assert len(mine) == 1, target.name
+        names = {candidate.name for candidate in mine[0].candidates}
+        for name in (target.candidate, target.against, target.only_if_faster_than):
+            assert not name or name in names, (target.name, name)
+        if target.figure == "launches":
+            (one,) = [c for c in mine[0].candidates if c.name == target.candidate]
+            assert one.count_launches
+        if target.figure == "bandwidth":
+            (one,) = [c for c in mine[0].candidates if c.name == target.candidate]
+            assert one.bytes
+
+
+def test_the_table_and_the_exit_code(tmp_path, monkeypatch, capsys):
+    times = {"peer": [4.0, 4.0, 5.0], "mine": [1.0, 2.0, 2.0]}
+    document(tmp_path / "a.json", case("g", SHAPE, times))
+    wanted = [_target(name="good", at_least=2.0, stretch=3.0), _target(name="gpu", device="cuda")]
+    monkeypatch.setattr(t, "load_targets", lambda: wanted)
+    path = str(tmp_path / "a.json")
+    assert t.main([path]) == 0
+    out = capsys.readouterr().out
+    assert "2.50x [2.25x, 3.25x]  >= 2.00x  3.00x not met  pass: good" in out
+    assert "not measured (needs a cuda result): gpu" in out
+    assert "0 of 1 judged targets fall short" in out
+    assert t.main([path, "--device", "cuda"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL (not measured: the case is in none of the files): gpu" in out
+    wanted[0] = _target(name="bad", at_least=9.0)
+    assert t.main([path]) == 1
+    assert "FAIL: bad" in capsys.readouterr().out
+    assert t.main([str(tmp_path / "none.json")]) == 2

@@ -1,0 +1,993 @@
+"""Breaks the kernels one line at a time, and asks whether a test notices.
+
+    python tests/mutations.py                  all of them: about 20 minutes on two cores
+    python tests/mutations.py --only expand    those whose name or file contains "expand"
+    python tests/mutations.py --list
+
+Works in copies of the checkout in a temporary folder; nothing here is changed. First the tests of
+the chosen mutations must pass unbroken. Then one line each: the test that failed, or SURVIVED. Exit
+code 1 if one survived, or could not be tried (it did not compile, or no test could be collected).
+
+A mutation that changes no result is not listed: where two masks guard the same sum (rows past the
+end are zero and belong to no group), taking one away is seen by ``kernels/test_bounds.py`` only if
+it reaches memory that is not the tensor's. That ``other=`` is named is read from the source
+(``kernels/test_rules.py``): the interpreter gives 0 without it.
+"""
+
+# ruff: noqa: E501  (the code is quoted as it stands)
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_LEFT_OUT = shutil.ignore_patterns(
+    *(".git", ".venv", ".ci", "build", "dist", "results", "docs", "*.egg-info"),
+    *("__pycache__", ".*_cache", "_C_cuda.*"),
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old``, which occurs once in ``file``, becomes ``new``; one of ``tests`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _mutations(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutation]:
+    place = "csrc" if file.startswith("csrc") else Path(file).parent.name
+    label = f"{place}/{Path(file).stem if place != 'csrc' else Path(file).name}"
+    return [
+        Mutation(f"{label}: {name}", file, old, new, tuple(tests.split()))
+        for name, old, new in changes
+    ]
+
+
+BOUNDS = "tests/kernels/test_bounds.py"
+
+MUTATIONS: list[Mutation] = [
+    *_mutations(
+        "kernels/common.py",
+        f"tests/kernels/test_moments.py tests/kernels/test_rules.py {BOUNDS}",
+        ("bf16 ties away from even", "0x7FFF + ((bits >> 16) & 1)", "0x8000"),
+        ("bf16 rounds a NaN away", "value == value, nearest", "value == value, nearest | 0"),
+        (
+            "groups swapped in Σ|h|",
+            "abs_f = tl.sum(size * f, axis=0)",
+            "abs_f = tl.sum(size * r, axis=0)",
+        ),
+        (
+            "groups swapped in Σh²",
+            "sq_r = tl.sum(square * r, axis=0)",
+            "sq_r = tl.sum(square * f, axis=0)",
+        ),
+        (
+            "ignored rows are counted as zero by a product",
+            "h = tl.where((forget | retain)[:, None], h, 0.0)",
+            "h = h * (forget | retain).to(tl.float32)[:, None]",
+        ),
+        (
+            "only_group ignored",
+            "h = tl.where((group == only_group)[:, None], h, 0.0)",
+            "h = tl.where((group >= 0)[:, None], h, 0.0)",
+        ),
+        ("no square", "sq_f = tl.sum(h * h, axis=0)", "sq_f = tl.sum(tl.abs(h), axis=0)"),
+        (
+            "abs and sq swapped in a slot",
+            "tl.store(base + n, abs_r, mask=inside)",
+            "tl.store(base + n, sq_f, mask=inside)",
+        ),
+        ("a slot overlaps its neighbour", "slot.to(tl.int64) * 4 * n", "slot.to(tl.int64) * 3 * n"),
+        ("the slot of one group overlaps", "slot.to(tl.int64) * 2 * n", "slot.to(tl.int64) * n"),
+        ("32-bit slots", "slot.to(tl.int64) * 4 * n", "slot * 4 * n"),
+        ("32-bit slots of one group", "slot.to(tl.int64) * 2 * n", "slot * 2 * n"),
+        ("columns past the end are stored", "inside = columns < n", "inside = columns < n + 1"),
+        (
+            "the fold takes one block of slots",
+            "range(0, slot_count, SLOTS)",
+            "range(0, SLOTS, SLOTS)",
+        ),
+        (
+            "the fold takes one slot too many",
+            "mask=(slot < slot_count)",
+            "mask=(slot < slot_count + 1)",
+        ),
+        (
+            "the fold takes one slot too few",
+            "mask=(slot < slot_count)",
+            "mask=(slot < slot_count - 1)",
+        ),
+        (
+            "the fold sums in fp32",
+            "tl.sum(value.to(tl.float64), axis=0)",
+            "tl.sum(value, axis=0).to(tl.float64)",
+        ),
+        (
+            "the fold replaces the totals",
+            "tl.load(target, mask=inside, other=0.0) + total",
+            "total",
+        ),
+        (
+            "the fold writes where the other statistic is",
+            "totals + (part // GROUPS) * total_stride + (part % GROUPS) * n",
+            "totals + (part % GROUPS) * total_stride + (part // GROUPS) * n",
+        ),
+        (
+            "the fold of a view is lost",
+            "    if target is not moments:\n        moments.copy_(target)\n",
+            "",
+        ),
+        (
+            "the fold of one group goes to group 0",
+            "target if only_group is None else target[:, only_group]",
+            "target",
+        ),
+        (
+            "no other= in the fold",
+            "mask=(slot < slot_count)[:, None] & inside[None, :], other=0.0)",
+            "mask=(slot < slot_count)[:, None] & inside[None, :])",
+        ),
+    ),
+    *_mutations(
+        "kernels/moments.py",
+        f"tests/kernels/test_moments.py {BOUNDS}",
+        (
+            "the last rows are skipped",
+            "range(0, ROWS_PER_PROGRAM, ROWS)",
+            "range(0, ROWS_PER_PROGRAM - ROWS, ROWS)",
+        ),
+        (
+            "rows of the neighbouring slot",
+            "slot.to(tl.int64) * ROWS_PER_PROGRAM + step",
+            "slot.to(tl.int64) * ROWS + step",
+        ),
+        (
+            "32-bit rows",
+            "slot.to(tl.int64) * ROWS_PER_PROGRAM + step",
+            "slot * ROWS_PER_PROGRAM + step",
+        ),
+        (
+            "no row mask",
+            "mask=(row < m)[:, None] & (column < n)[None, :]",
+            "mask=(column < n)[None, :]",
+        ),
+        (
+            "no column mask",
+            "mask=(row < m)[:, None] & (column < n)[None, :]",
+            "mask=(row < m)[:, None]",
+        ),
+        (
+            "no mask of the groups",
+            "tl.load(groups + row, mask=row < m, other=-1)",
+            "tl.load(groups + row)",
+        ),
+        (
+            "strides swapped",
+            "row[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_n",
+            "row[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_m",
+        ),
+        ("counted twice", "abs_f += a_f", "abs_f += 2 * a_f"),
+        (
+            "one slot too few",
+            "triton.cdiv(m, ROWS_PER_PROGRAM), n",
+            "max(1, m // ROWS_PER_PROGRAM), n",
+        ),
+        ("groups may be strided", "groups.contiguous()", "groups"),
+    ),
+    *_mutations(
+        "kernels/shrink.py",
+        f"tests/kernels/test_shrink.py {BOUNDS}",
+        (
+            "the last columns are skipped",
+            "tl.minimum(first + chunk, k), BLOCK_K)",
+            "tl.minimum(first + chunk, k) - BLOCK_K + 1, BLOCK_K)",
+        ),
+        ("a chunk begins one column late", "first = part * chunk", "first = part * chunk + part"),
+        (
+            "no row mask of x",
+            "mask=(row < m)[:, None] & inside, other=0.0",
+            "mask=inside, other=0.0",
+        ),
+        (
+            "no column mask of x",
+            "mask=(row < m)[:, None] & inside, other=0.0",
+            "mask=(row < m)[:, None], other=0.0",
+        ),
+        (
+            "padded rows of A are read",
+            "mask=(rank < r)[:, None] & inside, other=0.0",
+            "mask=inside, other=0.0",
+        ),
+        (
+            "padded columns of z are written",
+            "mask=(row < m)[:, None] & (rank < r)[None, :])\n\n\n@triton",
+            "mask=(row < m)[:, None])\n\n\n@triton",
+        ),
+        ("32-bit rows", "block.to(tl.int64) * BLOCK_M", "block * BLOCK_M"),
+        ("the lowest part of A is dropped", "            z = tl.dot(left, tl.trans(low), z)\n", ""),
+        (
+            "the middle part of A is dropped",
+            "            z = tl.dot(left, tl.trans(middle), z)\n",
+            "",
+        ),
+        (
+            "x is not rounded to the product",
+            "left = as_operand(x_tile, OPERAND, CAST_DOT)",
+            "left = x_tile.to(tl.float32)",
+        ),
+        (
+            "moments of the rounded x",
+            "column_sums(x_tile.to(tl.float32), group",
+            "column_sums(left.to(tl.float32), group",
+        ),
+        (
+            "the slot of the chunk, not of the rows",
+            "store_sums(slots, block, column, k",
+            "store_sums(slots, part, column, k",
+        ),
+        (
+            "partial z on top of each other",
+            "part.to(tl.int64) * m * r + row",
+            "part.to(tl.int64) * r + row",
+        ),
+        ("a partial z is left out", "range(0, splits, SPLITS)", "range(0, splits - 1, SPLITS)"),
+        (
+            "partial z past the last are added",
+            "mask = (part < splits)[:, None, None]",
+            "mask = (part < splits + 1)[:, None, None]",
+        ),
+        (
+            "moments of z before it is rounded",
+            "    total = round_to(total, z.dtype.element_ty, not CAST_DOT)\n    tl.store(z + place, total, mask=inside)\n",
+            "    tl.store(z + place, round_to(total, z.dtype.element_ty, not CAST_DOT), mask=inside)\n",
+        ),
+        (
+            "partial z in the dtype of z",
+            "x.new_empty((splits, m, r), dtype=torch.float32)",
+            "x.new_empty((splits, m, r), dtype=dtype)",
+        ),
+        (
+            "strides of x swapped",
+            "            x.stride(0),\n            x.stride(1),\n",
+            "            x.stride(1),\n            x.stride(0),\n",
+        ),
+        (
+            "moments of z are not folded",
+            "        if slots is not None:\n            fold_(slots, rank_moments, only_group)\n",
+            "",
+        ),
+        ("only the first 256 rows of A", "range(0, r, MAX_RANK)", "range(0, MAX_RANK, MAX_RANK)"),
+        (
+            "x counted once per part of a wide A",
+            "input_moments if start == 0 else None",
+            "input_moments",
+        ),
+    ),
+    *_mutations(
+        "kernels/expand.py",
+        f"tests/kernels/test_expand.py {BOUNDS}",
+        ("scaled twice", "delta = product * scaling", "delta = product * scaling * scaling"),
+        (
+            "not scaled",
+            "tl.fma(product, scaling, base.to(tl.float32))",
+            "product + base.to(tl.float32)",
+        ),
+        ("base dropped", "tl.fma(product, scaling, base.to(tl.float32))", "product * scaling"),
+        (
+            "base added twice",
+            "tl.fma(product, scaling, base.to(tl.float32))",
+            "tl.fma(product, scaling, 2 * base.to(tl.float32))",
+        ),
+        (
+            "bias dropped",
+            "            result += bias_row[None, :]\n",
+            "            result += 0 * bias_row[None, :]\n",
+        ),
+        (
+            "bias not scaled",
+            "operand(bias_row, z.dtype.element_ty, CAST_DOT).to(tl.float32) * scaling",
+            "operand(bias_row, z.dtype.element_ty, CAST_DOT).to(tl.float32)",
+        ),
+        (
+            "bias counted",
+            "        if MOMENTS:\n            if SPLIT:",
+            "        if MOMENTS:\n            if HAS_BIAS:\n                delta += bias_row[None, :]\n            if SPLIT:",
+        ),
+        (
+            "rounded twice",
+            "        delta = product * scaling\n",
+            "        product = round_to(product, y.dtype.element_ty, not CAST_DOT).to(tl.float32)\n        delta = product * scaling\n",
+        ),
+        ("what rounding B took is scaled up", "rest * (scaling / _SPLIT_SCALE)", "rest * scaling"),
+        (
+            "what rounding B took is dropped",
+            "            if SPLIT:\n                delta += rest",
+            "            if False:\n                delta += rest",
+        ),
+        (
+            "the last part of the rank is skipped",
+            "range(0, r, BLOCK_R)",
+            "range(0, r - BLOCK_R + 1, BLOCK_R)",
+        ),
+        (
+            "the last rows are skipped",
+            "range(0, rows, BLOCK_M)",
+            "range(0, rows - BLOCK_M + 1 if rows > BLOCK_M else rows, 2 * BLOCK_M)",
+        ),
+        (
+            "no rank mask of B",
+            "mask=(column < n)[:, None] & (rank < r)[None, :], other=0.0)",
+            "mask=(column < n)[:, None], other=0.0)",
+        ),
+        (
+            "no column mask of B",
+            "mask=(column < n)[:, None] & (rank < r)[None, :], other=0.0)",
+            "mask=(rank < r)[None, :], other=0.0)",
+        ),
+        (
+            "no rank mask of z",
+            "z_mask = (row < m)[:, None] & (rank < r)[None, :]",
+            "z_mask = (row < m)[:, None] & (rank >= 0)[None, :]",
+        ),
+        (
+            "no row mask",
+            "inside = (row < m)[:, None] & (column < n)[None, :]",
+            "inside = (row >= 0)[:, None] & (column < n)[None, :]",
+        ),
+        (
+            "no column mask",
+            "inside = (row < m)[:, None] & (column < n)[None, :]",
+            "inside = (row < m)[:, None] & (column >= 0)[None, :]",
+        ),
+        ("32-bit rows", "slot.to(tl.int64) * rows + step", "slot * rows + step"),
+        (
+            "groups swapped",
+            "abs_f = fold_rows(size * f, LANES)",
+            "abs_f = fold_rows(size * r, LANES)",
+        ),
+        (
+            "abs and sq swapped",
+            "sq_r = fold_rows(square * r, LANES)",
+            "sq_r = fold_rows(size * r, LANES)",
+        ),
+        (
+            "only_group ignored",
+            "h = tl.where((group == only_group)[:, None], h, 0.0)",
+            "h = tl.where((group >= 0)[:, None], h, 0.0)",
+        ),
+        (
+            "NaN of ignored rows spreads",
+            "h = tl.where((forget | retain)[:, None], h, 0.0)",
+            "h = h * (forget | retain).to(tl.float32)[:, None]",
+        ),
+        ("sums of the last tile alone", "            sq_f += s_f\n", "            sq_f = s_f\n"),
+        (
+            "z read without its stride",
+            "row[:, None] * stride_z + rank[None, :]",
+            "row[:, None] * r + rank[None, :]",
+        ),
+        ("slots one too few", "count = triton.cdiv(m, rows)", "count = max(1, m // rows)"),
+        (
+            "columns of the wrong tile",
+            "slot = tl.program_id(0) // column_tiles",
+            "slot = tl.program_id(0) % column_tiles",
+        ),
+        (
+            "B rounded to z for the moments",
+            "        b = b.float()\n",
+            "        b = b.to(z.dtype)\n",
+        ),
+    ),
+    *_mutations(
+        "kernels/fused_linear.py",
+        f"tests/kernels/test_fused_linear.py {BOUNDS}",
+        ("scaled twice", "total = product * scaling", "total = product * scaling * scaling"),
+        (
+            "bias dropped",
+            "            total += value.to(tl.float32)[None, :]",
+            "            total += 0 * value.to(tl.float32)[None, :]",
+        ),
+        (
+            "LoRA bias after the scaling",
+            "        total = product * scaling\n        if BIAS:",
+            "        total = product * scaling\n        if LORA_BIAS:\n            total += (1 - scaling) * round_to(value, LORA_DTYPE, INTERPRETED).to(tl.float32)[None, :]\n        if BIAS:",
+        ),
+        ("the last columns of K are skipped", "range(0, k, BK)", "range(0, k - BK + 1, BK)"),
+        (
+            "the last part of the rank is skipped",
+            "tl.range(0, r, RANK, num_stages=1)",
+            "tl.range(0, r - RANK + 1, RANK, num_stages=1)",
+        ),
+        (
+            "the right half stored at the left",
+            "y.store([row_block * BM, first_column + BN // 2], ",
+            "y.store([row_block * BM, first_column], ",
+        ),
+        (
+            "the right half counted at the left",
+            "store_sums(slots, row_block, half + BN // 2, n",
+            "store_sums(slots, row_block, half, n",
+        ),
+        (
+            "halves interleaved",
+            "tl.reshape(tile, [BM, 2, BN // 2]), [0, 2, 1]",
+            "tl.reshape(tile, [BM, BN // 2, 2]), [0, 1, 2]",
+        ),
+        (
+            "the slot of the program",
+            "store_sums(slots, row_block, half, n",
+            "store_sums(slots, band, half, n",
+        ),
+        (
+            "a band of the wrong height",
+            "min(row_blocks - band * ROW_BLOCKS, ROW_BLOCKS)",
+            "ROW_BLOCKS",
+        ),
+        (
+            "rounded B for the moments, too",
+            "if not MOMENTS or DELTA_DTYPE != LORA_DTYPE:",
+            "if not MOMENTS:",
+        ),
+        (
+            "padded ranks of z are read",
+            "mask=(row < m)[:, None] & (rank < r)[None, :], other=0.0)",
+            "mask=(row < m)[:, None], other=0.0)",
+        ),
+        (
+            "padded ranks of B are read",
+            "mask=(column < n)[:, None] & (rank < r)[None, :], other=0.0)",
+            "mask=(column < n)[:, None], other=0.0)",
+        ),
+        (
+            "no mask of the bias",
+            "tl.load(bias + column, mask=column < n, other=0.0)",
+            "tl.load(bias + column)",
+        ),
+        ("32-bit rows of z", "row.to(tl.int64)[:, None] * stride_z", "row[:, None] * stride_z"),
+        ("moments not scaled", "halves(product * scaling, BM, BN)", "halves(product, BM, BN)"),
+        (
+            "only_group lost",
+            "            -1 if only_group is None else only_group,\n            RANK",
+            "            0,\n            RANK",
+        ),
+    ),
+    *_mutations(
+        "kernels/scores.py",
+        f"tests/kernels/test_scores.py {BOUNDS}",
+        (
+            "counts of the groups swapped",
+            "count_f = tl.load(counts + 2 * layer)",
+            "count_f = tl.load(counts + 2 * layer + 1)",
+        ),
+        (
+            "Σh² of the other group",
+            "tl.load(moment + 3 * stride, mask=inside, other=0.0)",
+            "tl.load(moment + 2 * stride, mask=inside, other=0.0)",
+        ),
+        (
+            "a layer ends one neuron late",
+            "last = tl.load(offsets + layer + 1)\n    count_f",
+            "last = tl.load(offsets + layer + 1) + 1\n    count_f",
+        ),
+        (
+            "only the first block of a chunk",
+            "for start in range(first + chunk * BLOCK, last, chunks * BLOCK):\n        neuron = start + tl.arange(0, BLOCK)\n        inside = neuron < last\n        moment",
+            "for start in range(first + chunk * BLOCK, tl.minimum(last, first + chunk * BLOCK + 1), chunks * BLOCK):\n        neuron = start + tl.arange(0, BLOCK)\n        inside = neuron < last\n        moment",
+        ),
+        ("variance without the mean", "tl.maximum(sq_f - mean_f * mean_f, 0.0)", "sq_f"),
+        ("a negative contrast stays", "c = tl.maximum(c, 0.0)", "c = c + 0.0"),
+        ("ratio over a silent neuron", "tl.maximum(a_r, 1.1754943508222875e-38)", "a_r"),
+        (
+            "utility without the weights",
+            "tl.load(weight_norms + neuron, mask=inside, other=0.0) * root_r",
+            "root_r",
+        ),
+        (
+            "maximum of the last block alone",
+            "top_utility = tl.maximum(top_utility, importance)",
+            "top_utility = importance",
+        ),
+        (
+            "maxima of R and U swapped",
+            "parts += tl.num_programs(0).to(tl.int64) * chunks",
+            "parts += 0",
+        ),
+        (
+            "maximum over one chunk",
+            "tl.load(parts, mask=part < chunks, other=0.0), axis=0)\n    parts",
+            "tl.load(parts, mask=part < 1, other=0.0), axis=0)\n    parts",
+        ),
+        ("the plan's maximum is the first layer's", "range(0, parts, BLOCK)", "range(0, 1, BLOCK)"),
+        (
+            "global is layer",
+            'if NORMALIZATION == "global":\n        top_risk',
+            "if False:\n        top_risk",
+        ),
+        ("cube is square", "power = kept * kept * kept", "power = kept * kept"),
+        ("the power of 0 is 1", "power = tl.where(some, power, 0.0)", "power = power + 0.0"),
+        ("λ dropped", "s = r - utility_weight * u", "s = r - u"),
+        ("the threshold is selected", "selected = s > threshold", "selected = s >= threshold"),
+        (
+            "the threshold in fp32",
+            "threshold = tl.full([BLOCK], threshold, dtype=tl.float64)",
+            "threshold = tl.full([BLOCK], threshold.to(tl.float32), dtype=tl.float32).to(tl.float64)",
+        ),
+        ("no floor of γ", "factor = tl.maximum(factor, floor)", "factor = factor + 0.0"),
+        ("γ of the others", "tl.where(selected, factor, 1.0)", "factor"),
+        (
+            "the gap from zero",
+            "gap = tl.load(top) - threshold",
+            "gap = tl.load(top) + 0 * threshold",
+        ),
+        ("linear decay below zero", "tl.maximum(1.0 - strength * u, 0.0)", "1.0 - strength * u"),
+        ("inverse decay without β", "1.0 / (1.0 + strength * u)", "1.0 / (1.0 + u)"),
+    ),
+    *_mutations(
+        "kernels/attenuate.py",
+        f"tests/kernels/test_attenuate.py {BOUNDS}",
+        (
+            "rows and columns swapped",
+            "per_position = tl.load(row + 7) == 0",
+            "per_position = tl.load(row + 7) != 0",
+        ),
+        (
+            "a factor of 1 multiplies",
+            "tl.store(address, tl.where(factor == 1.0, old, new), mask=touched)",
+            "tl.store(address, new, mask=touched)",
+        ),
+        (
+            "the first factor of all",
+            "first_factor = tl.load(row + 2)",
+            "first_factor = tl.load(row + 2) * 0",
+        ),
+        (
+            "factors rounded first",
+            "widened(old, WIDE, INTERPRETED) * factor.to(WIDE)",
+            "widened(old, WIDE, INTERPRETED) * round_to(factor, DTYPE, INTERPRETED).to(WIDE)",
+        ),
+        ("fp64 in fp32", "tl.float64 if dtype == torch.float64 else tl.float32", "tl.float32"),
+        ("lines past the end", "inside = line < lines", "inside = line <= lines"),
+        (
+            "the line stride is the length",
+            "data + (line * line_stride)[:, None]",
+            "data + (line * per_line * WIDTH)[:, None]",
+        ),
+        ("the step is 1", "position * tl.load(row + 6)", "position"),
+        (
+            "the search stops before the matrix",
+            "tl.load(table + middle * FIELDS) <= block",
+            "tl.load(table + middle * FIELDS) < block",
+        ),
+        (
+            "one step too few in the search",
+            "(len(of_dtype) - 1).bit_length()",
+            "max((len(of_dtype) - 1).bit_length() - 1, 0)",
+        ),
+        (
+            "every dtype starts at the first row",
+            "table += first_row * FIELDS",
+            "table += 0 * first_row * FIELDS",
+        ),
+        ("blocks counted from the first matrix", "    block -= tl.load(row)\n", ""),
+        ("blocks overlap", "block * ELEMENTS, DTYPE", "block * (ELEMENTS // 2), DTYPE"),
+        ("misaligned weights in wide units", "        and weight.data_ptr() % 16 == 0\n", ""),
+        ("odd lengths in wide units", "        and length % width == 0\n", ""),
+        (
+            "a wide unit takes one factor",
+            "index = position[:, None] + neighbour[None, :]\n        factor",
+            "index = position[:, None] + 0 * neighbour[None, :]\n        factor",
+        ),
+        ("long lines by 32 bits", "if per_line < 1 << 30:", "if per_line < 1 << 62:"),
+        (
+            "a transposed weight keeps its axis",
+            "        factor_per_line = not factor_per_line\n",
+            "",
+        ),
+    ),
+    *_mutations(
+        "csrc/attenuate_cpu.cpp",
+        "tests/test_native.py tests/ops/test_attenuate.py",
+        (
+            "factor rounded to the weight's dtype",
+            "static_cast<Wide<T>>(value) * static_cast<Wide<T>>(factor)",
+            "static_cast<Wide<T>>(value) * static_cast<Wide<T>>(static_cast<T>(factor))",
+        ),
+        ("fp64 in fp32", "std::conditional_t<std::is_same_v<T, double>, double, float>", "float"),
+    ),
+    *_mutations(
+        "csrc/checks.h",
+        "tests/test_native.py tests/ops/test_attenuate.py",
+        (
+            "the last factor is one too far",
+            "needed <= available - offsets[i]",
+            "needed <= available - offsets[i] + 1",
+        ),
+        (
+            "negative offsets",
+            "offsets[i] >= 0 && offsets[i] <= available",
+            "offsets[i] <= available",
+        ),
+        ("any axis", "axis == 0 || axis == 1, ", "axis < 3, "),
+        (
+            "neighbours may overlap by an element",
+            "spans[i - 1].end <= spans[i].first",
+            "spans[i - 1].end <= spans[i].first + 4",
+        ),
+        ("spans unsorted", "return one.first < two.first;", "return one.weight < two.weight;"),
+        (
+            "an expanded weight",
+            "if ((rows > 1 && s0 == 0) || (cols > 1 && s1 == 0)) return true;",
+            "if (s0 == 0 || s1 == 0) return false;",
+        ),
+        ("columns walked as rows", "      factor_per_line = !factor_per_line;\n", ""),
+        (
+            "every weight at the first factor",
+            "factors.const_data_ptr<float>() + offsets[i]",
+            "factors.const_data_ptr<float>()",
+        ),
+    ),
+    *_mutations(
+        "csrc/moments_cpu.cpp",
+        "tests/ops/test_native_moments.py tests/ops/test_moments.py --deselect tests/ops/test_native_moments.py::test_every_instruction_set",
+        (
+            "groups swapped",
+            "value == 0 ? 0 : value == 1 ? 1 : kUncounted",
+            "value == 0 ? 1 : value == 1 ? 0 : kUncounted",
+        ),
+        (
+            "groups cut to 8 bits",
+            "const G value = groups[row * stride];",
+            "const int8_t value = static_cast<int8_t>(groups[row * stride]);",
+        ),
+        (
+            "only_group ignored",
+            "if (only_group >= 0 && group != only_group) group = kUncounted;",
+            "",
+        ),
+        (
+            "the last batch is dropped",
+            "for (int group = 0; group < 3; ++group) flush(group);",
+            "for (int group = 0; group < 1; ++group) flush(group);",
+        ),
+        ("fp32 sums of 64 rows", "kBatchesPerPartial = 4;", "kBatchesPerPartial = 8;"),
+        (
+            "subnormal fp16 as normal",
+            "magnitude < (1u << 27) ? as_bits(subnormal) : as_bits(normal)",
+            "as_bits(normal)",
+        ),
+        (
+            "no square",
+            "q += value * value;\n    }\n    abs_sum[j] += a;\n    square_sum[j] += q;\n  }\n}\n\n// delta",
+            "q += std::abs(value);\n    }\n    abs_sum[j] += a;\n    square_sum[j] += q;\n  }\n}\n\n// delta",
+        ),
+        (
+            "bias counted",
+            "const W value = scaling * product;",
+            "const W value = scaling * (product + bias[j]);",
+        ),
+        (
+            "bias not scaled",
+            "scaling * (product + bias[j]);\n    }\n    if",
+            "scaling * product + bias[j];\n    }\n    if",
+        ),
+        (
+            "abs and sq swapped",
+            "out + (2 * s + g) * out_stride",
+            "out + (2 * (1 - s) + g) * out_stride",
+        ),
+        ("totals replaced", "moments[j] += totals[j];", "moments[j] = totals[j];"),
+        (
+            "the last segment is left out",
+            "for (int64_t segment = 1; segment < segments; ++segment)",
+            "for (int64_t segment = 1; segment + 1 < segments; ++segment)",
+        ),
+        (
+            "the step is 1",
+            "out[j] = static_cast<W>(source[j * step]);",
+            "out[j] = static_cast<W>(source[j]);",
+        ),
+        (
+            "base and delta may overlap",
+            "base_end <= delta_start || delta_end <= base_start",
+            "base_start != delta_start",
+        ),
+        ("too few groups", "groups.dim() == 1 && groups.size(0) == tokens", "groups.dim() == 1"),
+    ),
+    *_mutations(
+        "ucan_fast/ops/shrink.py",
+        "tests/ops/test_shrink_expand.py tests/ops/test_checks.py tests/test_triton_path.py",
+        (
+            "no check in the operator",
+            "def _shrink(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:\n    _check(x, a, dtype)\n",
+            "def _shrink(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:\n",
+        ),
+        (
+            "the kernel's call loses only_group",
+            "return launch(x, a, dtype, groups, only_group, input_moments, rank_moments)",
+            "return launch(x, a, dtype, groups, None, input_moments, rank_moments)",
+        ),
+        (
+            "the reference instead of the kernel",
+            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":',
+            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "never":',
+        ),
+        (
+            "moments of z from x",
+            "add_moments_(z, groups, only_group, rank_moments)",
+            "add_moments_(z * 2, groups, only_group, rank_moments)",
+        ),
+        (
+            "the gradient of A transposed",
+            "rows.t() @ x.to(ctx.dtype)",
+            "2 * rows.t() @ x.to(ctx.dtype)",
+        ),
+    ),
+    *_mutations(
+        "ucan_fast/ops/expand.py",
+        "tests/ops/test_shrink_expand.py tests/ops/test_checks.py tests/test_triton_path.py",
+        ("a silent fallback", 'if backend == "triton":', 'if backend == "never":'),
+        ("narrow products in one pass", " and z.dtype == delta_dtype(z, b):", ":"),
+        (
+            "moments not scaled",
+            "return delta if scaling == 1.0 else delta * scaling",
+            "return delta",
+        ),
+        (
+            "gradients not scaled",
+            "grad_delta = (wide * scaling).to(z.dtype)",
+            "grad_delta = wide.to(z.dtype)",
+        ),
+        (
+            "no check of the groups",
+            "    _check(base_out, z, b, bias)\n    check_moments(base_out, groups, delta_moments, only_group)\n    return run_expand_moments",
+            "    _check(base_out, z, b, bias)\n    return run_expand_moments",
+        ),
+    ),
+    *_mutations(
+        "ucan_fast/ops/moments.py",
+        "tests/ops/test_moments.py tests/ops/test_checks.py",
+        (
+            "no check in the operator",
+            "    check_moments(h, groups, moments, only_group)\n    add_moments_(h",
+            "    add_moments_(h",
+        ),
+        (
+            "totals with strides are lost",
+            "        if totals is not moments:\n            moments.copy_(totals)\n",
+            "",
+        ),
+        (
+            "one group more in C++",
+            "group = -1 if only_group is None else only_group\n        totals",
+            "group = -1\n        totals",
+        ),
+        ("sums under autocast", "with torch.autocast(h.device.type, enabled=False):", "if True:"),
+    ),
+    *_mutations(
+        "ucan_fast/ops/scores.py",
+        "tests/ops/test_scores.py tests/ops/test_checks.py tests/test_triton_path.py",
+        (
+            "no check of the offsets",
+            "    _check_values(counts, weight_norms, offsets)\n    if",
+            "    if",
+        ),
+        (
+            "no check of the choices",
+            "        if choice not in _CHOICES[name]:",
+            "        if False:",
+        ),
+        (
+            "the reference instead of the kernel",
+            'choose("contrastive_scores", moments.device) == "triton"',
+            'choose("contrastive_scores", moments.device) == "never"',
+        ),
+        ("any threshold", "if not math.isfinite(threshold):", "if False:"),
+    ),
+    *_mutations(
+        "ucan_fast/ops/attenuate.py",
+        "tests/ops/test_attenuate.py tests/ops/test_checks.py tests/test_triton_path.py",
+        (
+            "no check in the operator",
+            '    backend = choose("attenuate_", factors.device)\n    _check(weights, factors, offsets, axes)\n',
+            '    backend = choose("attenuate_", factors.device)\n',
+        ),
+        ("overlaps are not looked for", "    _check_overlap(weights)\n\n", "\n"),
+        (
+            "the reference instead of the kernel",
+            "    launch(weights, factors, offsets, axes)\n",
+            "    attenuate_reference_(weights, factors, offsets, axes)\n",
+        ),
+        (
+            "a backward does not notice",
+            "        torch.autograd.graph.increment_version(weights)",
+            "        pass",
+        ),
+        ("strided factors as they lie", "    factors = factors.contiguous()\n", ""),
+    ),
+    *_mutations(
+        "ucan_fast/ops/fused_linear.py",
+        "tests/ops/test_fused_linear.py tests/ops/test_checks.py",
+        (
+            "no check in the operator",
+            "    _check(x, weight, z, b, bias, lora_bias)\n    launch",
+            "    launch",
+        ),
+        (
+            "the base's bias is dropped",
+            "return F.linear(x, weight, bias)",
+            "return F.linear(x, weight)",
+        ),
+        (
+            "the kernel is never taken",
+            "return launch if obstacle(x, weight, z, b, bias, lora_bias) is None else None",
+            "return None",
+        ),
+        (
+            "always wanted",
+            'switch == "auto" and not kernels.fused_linear_wins',
+            'switch == "never" and not kernels.fused_linear_wins',
+        ),
+    ),
+    *_mutations(
+        "ucan_fast/ops/backend.py",
+        "tests/ops/test_backend.py",
+        (
+            "a named backend falls back",
+            '    if reason:\n        raise UcanError(f"backend',
+            '    if reason:\n        return "reference"\n        raise UcanError(f"backend',
+        ),
+        (
+            "the interpreter by itself",
+            'if device.type != "cpu" and triton_obstacle',
+            "if triton_obstacle",
+        ),
+        (
+            "Triton before C++",
+            "if operator in _NATIVE.get(device.type, ()) and native_obstacle(operator, device) is None:",
+            "if False:",
+        ),
+        ("any name", "    if name not in BACKENDS:", "    if False:"),
+        ("fp64 to the kernels", "if dtype not in _TRITON_DTYPES), None)", "if False), None)"),
+    ),
+]
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """A copy that can be broken, with the built libraries."""
+    target = folder / "checkout"
+    shutil.copytree(ROOT, target, symlinks=True, ignore=_LEFT_OUT)
+    return target
+
+
+def run_tests(checkout: Path, tests: tuple[str, ...], timeout: int) -> tuple[int, str]:
+    """pytest's exit code and output; a timeout counts as a failed test."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    try:
+        done = subprocess.run(
+            command,
+            cwd=checkout,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return 1, f"FAILED after {timeout} s without an end"
+    return done.returncode, done.stdout
+
+
+def build(checkout: Path) -> tuple[int, str]:
+    """The CPU library in place."""
+    environment = os.environ | {"UCAN_FAST_SKIP_CUDA": "1", "UCAN_FAST_REQUIRE_EXTENSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def attempt(mutation: Mutation, checkout: Path, timeout: int) -> tuple[bool, str]:
+    """Whether a test noticed, and one line about it. The copy is mended afterwards."""
+    file = checkout / mutation.file
+    whole = file.read_text(encoding="utf-8")
+    native = mutation.file.startswith("csrc")
+    library = next((checkout / "ucan_fast").glob("_C.*so"), None)
+    kept = library.read_bytes() if library and native else None
+    try:
+        file.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+        if native:
+            code, output = build(checkout)
+            if code:
+                return False, "DID NOT COMPILE: " + _last(output)
+        code, output = run_tests(checkout, mutation.tests, timeout)
+    finally:
+        file.write_text(whole, encoding="utf-8")
+        if kept is not None:
+            library.unlink()
+            library.write_bytes(kept)
+    if code == 0:
+        return False, "SURVIVED"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
+    if code == 1 and failed:
+        return True, f"killed by {failed[1]}"
+    if code < 0:
+        return True, f"killed: the tests ended by signal {-code}"
+    return False, f"NOT TRIED (pytest ended with {code}): {_last(output)}"
+
+
+def _last(output: str) -> str:
+    lines = [line for line in output.splitlines() if "rror" in line] or output.splitlines()
+    return lines[-1][:200] if lines else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if every mutation was noticed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="TEXT", help="in the mutation's name or file")
+    parser.add_argument("--list", action="store_true", help="only name them")
+    parser.add_argument("--jobs", type=int, default=1, help="copies at work (default: 1)")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for the tests of one")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTATIONS if options.only is None or options.only in f"{m.name} {m.file}"]
+    if options.list or not chosen:
+        print("\n".join(m.name for m in chosen) or "no mutation has that name")
+        return int(not chosen)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copies: queue.Queue[Path] = queue.Queue()
+        for index in range(max(1, min(options.jobs, len(chosen)))):
+            copies.put(copy_of_checkout(Path(folder) / str(index)))
+        first = copies.queue[0]
+        if any(m.file.startswith("csrc") for m in chosen):
+            code, output = build(first)
+            if code:
+                print(f"the extension cannot be built here: {_last(output)}")
+                return 1
+        tests = tuple(dict.fromkeys(test for m in chosen for test in m.tests))
+        code, output = run_tests(first, tests, 10 * options.timeout)
+        if code:
+            print(f"{output[-3000:]}\nthe tests fail without a mutation")
+            return 1
+
+        def take(mutation: Mutation) -> tuple[bool, str]:
+            checkout = copies.get()
+            try:
+                return attempt(mutation, checkout, options.timeout)
+            finally:
+                copies.put(checkout)
+
+        survivors = 0
+        with concurrent.futures.ThreadPoolExecutor(copies.qsize()) as pool:
+            for mutation, (noticed, line) in zip(chosen, pool.map(take, chosen), strict=True):
+                survivors += not noticed
+                print(f"{mutation.name}: {line}", flush=True)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{len(chosen)} mutations, {survivors} not noticed, {minutes:.1f} minutes")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What the operators' checks share.
+
+Every operator checks its arguments itself, in its implementation and in its fake one, so that a
+direct call of ``torch.ops.ucan_fast`` is refused like a call of ``ucan_fast.ops``: the kernels
+trust shapes, and would read and write past the end of what does not fit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UcanError
+
+#: What activations, weights and products may be.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtypes(operator: str, **dtypes: torch.dtype | None) -> None:
+    """Refuse what is no floating type of :data:`FLOATING`; None stands for nothing given.
+
+    Raises:
+        UcanError: one of them is another type; its name is in the message.
+    """
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in FLOATING:
+            raise UcanError(
+                f"{operator}: {name} must be float32, bfloat16, float16 or float64, not {dtype}."
+            )
+
+
+def check_device(operator: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors on different devices; None stands for nothing given.
+
+    Raises:
+        UcanError: two devices; all tensors are named with theirs.
+    """
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise UcanError(f"{operator}: {listed}; they must share one device.")
