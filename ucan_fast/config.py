@@ -67,7 +67,8 @@ class UcanConfig:
             influence step: t, the predicted rise of the forget NLL in nats per token.
         floor: γ is never below this.
         max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
-            rise, relative to its value before (0.05 = 5 %).
+            rise, relative to its value before (0.05 = 5 %). An influence step moves rankings more
+            than this loss: start with 0.01 there, or search on a loss of your own.
         max_strength: ``"auto"`` searches β in [0, max_strength]; t at most up to ln V.
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
             ``"layer"``, the whole output of the layer.
