@@ -175,10 +175,8 @@ def test_labels_follow_the_model():
     drawn = draw_labels(probabilities.log().expand(8000, -1), u)
     counts = torch.bincount(drawn, minlength=5).double() / 8000
     assert torch.allclose(counts, probabilities, atol=1e-3)
-    assert (
-        draw_labels(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2.0**-53]).double()).item()
-        == 0
-    )
+    largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert draw_labels(torch.tensor([[0.0, -math.inf]]), largest).item() == 0
 
 
 def test_uniforms_depend_on_the_sequence_alone():
