@@ -23,6 +23,7 @@ CANDIDATES = (
     BASELINE,
     "ucan_fast, bank",
     "gradient ascent, 1 epoch",
+    "GradDiff, 1 epoch",
     "retrain the adapter",
 )
 VOCABULARY = 1024
