@@ -29,6 +29,7 @@ class WeightEdit:
                     seen.add(piece.storage_key())
                     self._parameters[piece.key] = piece.parameter
         self.originals = {key: p.detach().clone() for key, p in self._parameters.items()}
+        self._restored = self._state()
 
     def write(self, factors: torch.Tensor) -> None:
         """Set every parameter to original x factor; on any error all are the originals again.
@@ -42,7 +43,11 @@ class WeightEdit:
         if not torch.isfinite(factors).all():
             raise UcanError("attenuation factors must be finite; nothing was changed.")
         try:
-            self.restore()
+            # No copy back where the parameters are the originals still: before the first write,
+            # and after restore().
+            if self._restored != self._state():
+                self.restore()
+            self._restored = None
             with torch.no_grad():
                 for device, (weights, offsets, axes) in self._calls().items():
                     ops.attenuate_(weights, factors.to(device), offsets, axes)
@@ -64,6 +69,18 @@ class WeightEdit:
         with torch.no_grad():
             for key, parameter in self._parameters.items():
                 parameter.copy_(self.originals[key])
+        self._restored = self._state()
+
+    def _state(self) -> list[object]:
+        # Equal to an earlier one if every parameter is the same memory, not written in place since
+        # (its version counts that). An inference tensor has no version, and equals nothing.
+        return [
+            id(self.originals),
+            *(
+                object() if p.is_inference() else (p.data_ptr(), p._version)
+                for p in self._parameters.values()
+            ),
+        ]
 
     def _calls(self) -> dict[torch.device, tuple[list[torch.Tensor], list[int], list[int]]]:
         calls: dict[torch.device, tuple[list, list, list]] = {}
