@@ -13,12 +13,11 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 
 namespace {
 
-void attenuate_cuda(
-    const std::vector<torch::stable::Tensor>& weights, const torch::stable::Tensor& factors,
-    const std::vector<int64_t>& offsets, const std::vector<int64_t>& axes) {
-  const auto matrices = ucan_fast::checked_matrices(weights, factors, offsets, axes);
+void attenuate_cuda(StableIValue* stack, uint64_t arguments_given, uint64_t results) {
+  const ucan_fast::Arguments arguments(stack, arguments_given, results);
+  const auto matrices = ucan_fast::checked_matrices(arguments);
   if (matrices.empty()) return;
-  const int32_t device = factors.get_device_index();
+  const int32_t device = arguments.factors().get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(
@@ -31,5 +30,5 @@ void attenuate_cuda(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ucan_fast, CUDA, m) {
-  m.impl("_attenuate_native_", TORCH_BOX(&attenuate_cuda));
+  m.impl("_attenuate_native_", &attenuate_cuda);
 }

@@ -17,24 +17,72 @@
 
 namespace ucan_fast {
 
+// A call of torch's C interface; its error becomes an exception.
+#define UCAN_ASK(call) STD_TORCH_CHECK((call) == AOTI_TORCH_SUCCESS, "_attenuate_native_: " #call)
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Dtype dtype_of(const Tensor& weight, size_t index) {
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(
-          false, "_attenuate_native_: weight ", index,
-          " must be float32, float64, bfloat16 or float16");
+// The arguments as the dispatcher hands them over. Bare handles: a torch::stable::Tensor allocates
+// a reference counter and asks for everything one call at a time, which for many small weights
+// takes longer than scaling them.
+class Arguments {
+ public:
+  Arguments(const StableIValue* stack, uint64_t arguments, uint64_t results)
+      : weights_(checked(stack, arguments, results)),
+        factors_(torch::stable::detail::to<Tensor>(stack[1])),
+        offsets_(torch::stable::detail::to<std::vector<int64_t>>(stack[2])),
+        axes_(torch::stable::detail::to<std::vector<int64_t>>(stack[3])) {}
+
+  const std::vector<AtenTensorHandle>& weights() const { return weights_.handles; }
+  const Tensor& factors() const { return factors_; }
+  const std::vector<int64_t>& offsets() const { return offsets_; }
+  const std::vector<int64_t>& axes() const { return axes_; }
+
+ private:
+  struct Owned {
+    std::vector<AtenTensorHandle> handles;
+    explicit Owned(std::vector<AtenTensorHandle> taken) : handles(std::move(taken)) {}
+    Owned(const Owned&) = delete;
+    Owned& operator=(const Owned&) = delete;
+    ~Owned() {
+      for (const AtenTensorHandle handle : handles) aoti_torch_delete_tensor_object(handle);
+    }
+  };
+
+  static std::vector<AtenTensorHandle> checked(
+      const StableIValue* stack, uint64_t arguments, uint64_t results) {
+    STD_TORCH_CHECK(
+        arguments == 4 && results == 0, "_attenuate_native_: the schema has ", arguments,
+        " arguments and ", results, " results, the kernel 4 and 0");
+    return torch::stable::detail::to<std::vector<AtenTensorHandle>>(stack[0]);
   }
+
+  Owned weights_;
+  Tensor factors_;
+  std::vector<int64_t> offsets_, axes_;
+};
+
+// torch's numbers of the dtypes, asked for once and not per weight.
+struct DtypeNumbers {
+  int32_t float32 = aoti_torch_dtype_float32();
+  int32_t float64 = aoti_torch_dtype_float64();
+  int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t float16 = aoti_torch_dtype_float16();
+};
+
+inline Dtype dtype_of(int32_t number, const DtypeNumbers& numbers, size_t index) {
+  if (number == numbers.float32) return Dtype::float32;
+  if (number == numbers.float64) return Dtype::float64;
+  if (number == numbers.bfloat16) return Dtype::bfloat16;
+  STD_TORCH_CHECK(
+      number == numbers.float16, "_attenuate_native_: weight ", index,
+      " must be float32, float64, bfloat16 or float16");
+  return Dtype::float16;
+}
+
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
 // Whether two elements of a rows x cols matrix share memory: i * s0 == j * s1 for some
@@ -43,6 +91,7 @@ inline bool overlaps_itself(int64_t rows, int64_t cols, int64_t s0, int64_t s1) 
   if (rows == 0 || cols == 0) return false;
   if ((rows > 1 && s0 == 0) || (cols > 1 && s1 == 0)) return true;
   if (rows == 1 || cols == 1) return false;
+  if ((cols - 1) * s1 < s0 || (rows - 1) * s0 < s1) return false;  // one after the other
   const int64_t divisor = std::gcd(s0, s1);
   return s1 / divisor < rows && s0 / divisor < cols;
 }
@@ -56,9 +105,10 @@ struct Span {
 // Sorted by address, two spans overlap exactly if some neighbours do. Interleaved views (two column
 // ranges of one matrix) span each other without sharing an element; they are refused as well.
 inline void check_disjoint(std::vector<Span>& spans) {
-  std::sort(spans.begin(), spans.end(), [](const Span& one, const Span& two) {
-    return one.first < two.first;
-  });
+  const auto earlier = [](const Span& one, const Span& two) { return one.first < two.first; };
+  if (!std::is_sorted(spans.begin(), spans.end(), earlier)) {
+    std::sort(spans.begin(), spans.end(), earlier);
+  }
   for (size_t i = 1; i < spans.size(); ++i) {
     STD_TORCH_CHECK(
         spans[i - 1].end <= spans[i].first, "_attenuate_native_: weights ",
@@ -70,9 +120,11 @@ inline void check_disjoint(std::vector<Span>& spans) {
 
 // The non-empty matrices. `factors` and all weights must be on one device; the dispatcher has
 // already chosen the CPU or CUDA kernel by it.
-inline std::vector<Matrix> checked_matrices(
-    const std::vector<Tensor>& weights, const Tensor& factors, const std::vector<int64_t>& offsets,
-    const std::vector<int64_t>& axes) {
+inline std::vector<Matrix> checked_matrices(const Arguments& arguments) {
+  const auto& weights = arguments.weights();
+  const auto& offsets = arguments.offsets();
+  const auto& axes = arguments.axes();
+  const Tensor& factors = arguments.factors();
   STD_TORCH_CHECK(
       weights.size() == offsets.size() && weights.size() == axes.size(), "_attenuate_native_: ",
       weights.size(), " weights, ", offsets.size(), " offsets and ", axes.size(),
@@ -81,29 +133,36 @@ inline std::vector<Matrix> checked_matrices(
       factors.dim() == 1 && factors.scalar_type() == ScalarType::Float && factors.is_contiguous(),
       "_attenuate_native_: factors must be one contiguous 1-D float32 tensor");
   const int64_t available = factors.numel();
-  const bool on_cpu = factors.is_cpu();
-  const bool on_cuda = factors.is_cuda();
-  const auto device = factors.get_device_index();
+  const float* const first_factor = factors.const_data_ptr<float>();
+  int32_t device_type = 0, device_index = 0;
+  UCAN_ASK(aoti_torch_get_device_type(factors.get(), &device_type));
+  UCAN_ASK(aoti_torch_get_device_index(factors.get(), &device_index));
+  const DtypeNumbers numbers;
 
   std::vector<Matrix> matrices;
   std::vector<Span> spans;
   matrices.reserve(weights.size());
   spans.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& weight = weights[i];
+    const AtenTensorHandle weight = weights[i];
+    int64_t dim = 0;
+    int32_t dtype_number = 0, on_type = 0, on_index = 0;
+    UCAN_ASK(aoti_torch_get_dim(weight, &dim));
+    STD_TORCH_CHECK(dim == 2, "_attenuate_native_: weight ", i, " must be 2-D, not ", dim, "-D");
+    UCAN_ASK(aoti_torch_get_dtype(weight, &dtype_number));
+    const Dtype dtype = dtype_of(dtype_number, numbers, i);
+    UCAN_ASK(aoti_torch_get_device_type(weight, &on_type));
+    UCAN_ASK(aoti_torch_get_device_index(weight, &on_index));
     STD_TORCH_CHECK(
-        weight.dim() == 2, "_attenuate_native_: weight ", i, " must be 2-D, not ", weight.dim(),
-        "-D");
-    const Dtype dtype = dtype_of(weight, i);
-    STD_TORCH_CHECK(
-        (on_cpu ? weight.is_cpu() : weight.is_cuda() == on_cuda) &&
-            weight.get_device_index() == device,
-        "_attenuate_native_: weight ", i, " and the factors must be on the same device");
+        on_type == device_type && on_index == device_index, "_attenuate_native_: weight ", i,
+        " and the factors must be on the same device");
     const int64_t axis = axes[i];
     STD_TORCH_CHECK(
         axis == 0 || axis == 1, "_attenuate_native_: axis of weight ", i,
         " must be 0 (rows) or 1 (columns), not ", axis);
-    const auto sizes = weight.sizes(), strides = weight.strides();
+    int64_t *sizes = nullptr, *strides = nullptr;
+    UCAN_ASK(aoti_torch_get_sizes(weight, &sizes));
+    UCAN_ASK(aoti_torch_get_strides(weight, &strides));
     const int64_t needed = sizes[axis];
     STD_TORCH_CHECK(
         // Subtracting cannot overflow where adding to a wild offset could.
@@ -123,12 +182,14 @@ inline std::vector<Matrix> checked_matrices(
       std::swap(row_stride, col_stride);
       factor_per_line = !factor_per_line;
     }
+    void* data = nullptr;
+    UCAN_ASK(torch_get_mutable_data_ptr(weight, &data));
     matrices.push_back(
-        {weight.mutable_data_ptr(), factors.const_data_ptr<float>() + offsets[i], rows, cols,
-         row_stride, col_stride, factor_per_line, dtype});
-    const auto first = reinterpret_cast<uintptr_t>(matrices.back().data);
+        {data, first_factor + offsets[i], rows, cols, row_stride, col_stride, factor_per_line,
+         dtype});
+    const auto first = reinterpret_cast<uintptr_t>(data);
     const int64_t last = (rows - 1) * row_stride + (cols - 1) * col_stride;
-    spans.push_back({first, first + (last + 1) * weight.element_size(), i});
+    spans.push_back({first, first + (last + 1) * element_size(dtype), i});
   }
   check_disjoint(spans);
   return matrices;

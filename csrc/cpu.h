@@ -21,6 +21,14 @@
 #define UCAN_INDEPENDENT
 #endif
 
+// A short loop of constant length stays a loop until it is vectorised: GCC would unroll it into
+// scalar instructions first.
+#if defined(__GNUC__) && !defined(__clang__)
+#define UCAN_ROLLED _Pragma("GCC unroll 1")
+#else
+#define UCAN_ROLLED
+#endif
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define UCAN_X86 1
 #define UCAN_AVX2 __attribute__((target("avx2,fma")))

@@ -610,6 +610,51 @@ MUTATIONS: list[Mutation] = [
             "static_cast<Wide<T>>(value) * static_cast<Wide<T>>(static_cast<T>(factor))",
         ),
         ("fp64 in fp32", "std::conditional_t<std::is_same_v<T, double>, double, float>", "float"),
+        (
+            "every line is scaled",
+            "count += !is_one(factors[line]);",
+            "count += 1;",
+        ),
+        (
+            "lines past 256 take the first factors",
+            "const float* factors = matrix.factors + start;",
+            "const float* factors = matrix.factors;",
+        ),
+        (
+            "lines past 256 are the first ones again",
+            "static_cast<T*>(matrix.data) + start * line_stride;",
+            "static_cast<T*>(matrix.data);",
+        ),
+        (
+            "the last line is left out",
+            "std::min(kBlock, last - start)",
+            "std::min(kBlock, last - start - 1)",
+        ),
+        (
+            "a strided line of 16 is contiguous",
+            "matrix.step == 1 ? matrix.length : 0",
+            "matrix.length",
+        ),
+        (
+            "a position's factor of 1 multiplies",
+            "std::bit_cast<T>(is_one(factors[j]) ? kept : product)",
+            "std::bit_cast<T>(product)",
+        ),
+        (
+            "one factor of 1 leaves all positions",
+            "std::all_of(factors, factors + length, is_one)",
+            "std::any_of(factors, factors + length, is_one)",
+        ),
+        (
+            "a task's first line is the matrix's",
+            "const int64_t first = start >= begin ? 0 : line_at(begin);",
+            "const int64_t first = 0;",
+        ),
+        (
+            "a task's last line is the matrix's",
+            "const int64_t last = ends[i] <= end ? matrix.lines : line_at(end);",
+            "const int64_t last = matrix.lines;",
+        ),
     ),
     *_mutations(
         "csrc/checks.h",
@@ -630,7 +675,24 @@ MUTATIONS: list[Mutation] = [
             "spans[i - 1].end <= spans[i].first",
             "spans[i - 1].end <= spans[i].first + 4",
         ),
-        ("spans unsorted", "return one.first < two.first;", "return one.weight < two.weight;"),
+        ("spans unsorted", "std::sort(spans.begin(), spans.end(), earlier);", ""),
+        (
+            "interleaved lines do not overlap",
+            "if ((cols - 1) * s1 < s0 || (rows - 1) * s0 < s1) return false;",
+            "return false;",
+        ),
+        (
+            "one stride more is apart",
+            "if ((cols - 1) * s1 < s0 || (rows - 1) * s0 < s1) return false;",
+            "if ((cols - 2) * s1 < s0 || (rows - 2) * s0 < s1) return false;",
+        ),
+        ("any dtype", "number == numbers.float16, ", "true, "),
+        (
+            "the spans of fp64 weights in 16 bits",
+            "dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2",
+            "dtype == Dtype::float32 ? 4 : 2",
+        ),
+        ("the spans of all weights in 16 bits", "(last + 1) * element_size(dtype)", "(last + 1) * 2"),
         (
             "an expanded weight",
             "if ((rows > 1 && s0 == 0) || (cols > 1 && s1 == 0)) return true;",
@@ -639,8 +701,8 @@ MUTATIONS: list[Mutation] = [
         ("columns walked as rows", "      factor_per_line = !factor_per_line;\n", ""),
         (
             "every weight at the first factor",
-            "factors.const_data_ptr<float>() + offsets[i]",
-            "factors.const_data_ptr<float>()",
+            "first_factor + offsets[i]",
+            "first_factor",
         ),
     ),
     *_mutations(

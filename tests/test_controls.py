@@ -14,6 +14,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
+from ucan_fast import weights as weights_module
 from ucan_fast.adapter import find_layers
 from ucan_fast.controls import random_control, uniform_control
 from ucan_fast.evaluation import group_loss
@@ -211,3 +212,61 @@ def test_writing_twice_starts_from_the_originals_and_bad_factors_change_nothing(
     assert_same_weights(model, quarter)
     edit.restore()
     assert_same_weights(model, original)
+
+
+def edit_of_b(model) -> tuple[WeightEdit, int]:
+    groups = neuron_groups(model, find_layers(model, "default"), "output")
+    return WeightEdit(groups), sum(group.n for group in groups)
+
+
+@pytest.mark.parametrize("when", ["before the first write", "after a restore"])
+def test_a_write_by_others_in_between_does_not_count(when):
+    model = trained()
+    original = weights(model)
+    edit, n = edit_of_b(model)
+    if when == "after a restore":
+        with edit.applied(torch.full((n,), 2.0)):
+            pass
+    changed = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        changed.add_(1.0)
+    edit.write(torch.full((n,), 0.5))
+    expected = {k: v * (0.5 if "lora_B" in k else 1) for k, v in original.items()}
+    assert_same_weights(model, expected)
+    edit.restore()
+    assert_same_weights(model, original)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_write_that_fails_half_way_leaves_the_originals(monkeypatch, writes):
+    model = trained()
+    original = weights(model)
+    edit, n = edit_of_b(model)
+    for _ in range(writes):
+        edit.write(torch.full((n,), 0.5))
+
+    def broken(weights, factors, offsets, axes):
+        weights[0].zero_()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_module.ops, "attenuate_", broken)
+        with pytest.raises(KeyboardInterrupt):
+            edit.write(torch.full((n,), 0.25))
+    assert_same_weights(model, original)
+
+
+def test_inference_tensors_are_written_from_the_originals():
+    with torch.inference_mode():
+        model = trained()
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    fresh = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+                    module._parameters[name] = fresh
+        original = weights(model)
+        edit, n = edit_of_b(model)
+        for factor in (0.5, 0.25):
+            edit.write(torch.full((n,), factor))
+            expected = {k: v * (factor if "lora_B" in k else 1) for k, v in original.items()}
+            assert_same_weights(model, expected)

@@ -265,12 +265,14 @@ def test_refuses_while_gradients_are_recorded(backend):
     refused("weight 0 requires a gradient", [torch.nn.Parameter(torch.ones(2, 2))])
 
 
-def test_refuses_weights_that_overlap(backend):
-    weight = torch.ones(4, 4)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_refuses_weights_that_overlap(backend, dtype):
+    weight = torch.ones(4, 4, dtype=dtype)
     refused("weights 0 and 1 overlap", [weight, weight])
     refused("weights 0 and 1 overlap", [weight[:3], weight[2:]])
     refused("weights 1 and 2 overlap", [torch.ones(2, 2), weight[2:], weight.t()])
     refused("weights 0 and 1 overlap", [weight, weight[1:2, 1:2]])
+    refused("weights 0 and 1 overlap", [weight[3:], weight])  # the later address first
 
 
 def test_refuses_weights_that_overlap_themselves(backend):
