@@ -25,8 +25,8 @@ class WeightEdit:
         seen = set()
         for group in groups:
             for piece in group.pieces:
-                if piece.storage_key() not in seen:
-                    seen.add(piece.storage_key())
+                if piece.storage_key not in seen:
+                    seen.add(piece.storage_key)
                     self._parameters[piece.key] = piece.parameter
         self.originals = {key: p.detach().clone() for key, p in self._parameters.items()}
 
