@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +87,7 @@ def weight_norms(groups: Sequence[NeuronGroup]) -> list[torch.Tensor]:
     norms = iter(_norms([matrix for g in groups for factors in g.norms for matrix in factors]))
     found = []
     for group in groups:
-        terms = [math.prod(next(norms) for _ in factors) for factors in group.norms]
+        terms = [functools.reduce(operator.mul, (next(norms) for _ in f)) for f in group.norms]
         found.append(terms[0] if len(terms) == 1 else torch.stack(terms).square().sum(0).sqrt())
     return found
 
@@ -103,7 +104,8 @@ def _norms(matrices: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
         for start in range(0, len(indices), _NORMS_AT_ONCE):
             some = indices[start : start + _NORMS_AT_ONCE]
             joined = torch.cat([matrices[i][0].detach() for i in some], axis)
-            found = joined.to(to, torch.float64).norm(dim=1 - axis)
+            # Not norm: along columns it takes ten times as long.
+            found = joined.to(to, torch.float64).square().sum(1 - axis).sqrt()
             sizes = [matrices[i][0].shape[axis] for i in some]
             for i, norm in zip(some, found.split(sizes), strict=True):
                 norms[i] = norm
