@@ -360,7 +360,7 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
     weights = [_weights_of(module, adapter) for _, module in layers]
     for (name, _), named in zip(layers, weights, strict=True):
         for key, weight in named:
-            if weight.device.type == "meta":
+            if weight.is_meta:
                 raise UcanError(
                     f"{name} ({key}): its weights are on the meta device (offloaded); load the "
                     "adapter's values onto a real device first."
@@ -382,8 +382,10 @@ def _wide_on_cpu(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = [weight.detach() for weight in weights]
     away: dict[tuple, list[int]] = {}
     for index, weight in enumerate(found):
-        if weight.device.type == "cpu":
-            found[index] = weight.to(_wide(weight.dtype)).contiguous()
+        if weight.is_cpu:
+            if weight.dtype != _wide(weight.dtype):
+                weight = weight.to(_wide(weight.dtype))
+            found[index] = weight.contiguous()
         else:
             away.setdefault((weight.device, weight.dtype), []).append(index)
     for (_, dtype), indices in away.items():

@@ -490,8 +490,10 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, nothing compiled; every mode and random state comes back."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    own = (p for _, m in named_modules(model) for p in m._parameters.values() if p is not None)
-    devices = {p.device.index for p in own if p.device.type == "cuda"}
+    devices: set[int] = set()
+    if torch.cuda.is_initialized():  # it is where there is a tensor on a GPU
+        own = (p for _, m in named_modules(model) for p in m._parameters.values() if p is not None)
+        devices = {p.device.index for p in own if p.device.type == "cuda"}
     try:
         with (
             eval_mode(model),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .adapter import find_layers, fingerprint, resolve_adapter, unwrap
+from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, unwrap
 from .config import UcanConfig
 from .errors import UcanError, UcanWarning
 from .files import read_safetensors, write_safetensors
@@ -135,7 +135,10 @@ class AttenuationPlan:
                 already, or the factors do not fit. Every weight is as it was.
         """
         model = unwrap(model)
-        adapter = resolve_adapter(model, adapter)
+        with one_walk(model):
+            self._apply(model, resolve_adapter(model, adapter))
+
+    def _apply(self, model: nn.Module, adapter: str) -> None:
         now = fingerprint(model, adapter)
         if is_attenuated(model, adapter, now):
             raise UcanError(
@@ -166,7 +169,10 @@ class AttenuationPlan:
                 :meth:`apply` left. Nothing is changed.
         """
         model = unwrap(model)
-        adapter = resolve_adapter(model, adapter)
+        with one_walk(model):
+            self._undo(model, resolve_adapter(model, adapter))
+
+    def _undo(self, model: nn.Module, adapter: str) -> None:
         if self.originals is None or self.applied_fingerprint is None:
             raise UcanError(
                 "this plan holds no original values: it was never applied, or was saved without "

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -445,14 +446,19 @@ def _figures(
 
 
 def _change(plan: AttenuationPlan) -> dict[str, Any]:
-    layers = {}
-    for names, factors in zip(plan.groups, plan.flat_factors.split(plan.sizes), strict=True):
-        layers[" + ".join(names)] = {
-            "neurons": factors.numel(),
-            "attenuated": int((factors != 1).sum()),
-            "mean_factor": float(factors.double().mean()),
-            "min_factor": float(factors.min()),
-        }
+    factors, sizes = plan.flat_factors.double().numpy(), np.array(plan.sizes)
+    starts = sizes.cumsum() - sizes
+    figures = {
+        "neurons": sizes,
+        "attenuated": np.add.reduceat(factors != 1, starts, dtype=np.int64),
+        "mean_factor": np.add.reduceat(factors, starts) / sizes,
+        "min_factor": np.minimum.reduceat(factors, starts),
+    }
+    columns = zip(*(column.tolist() for column in figures.values()), strict=True)
+    layers = {
+        " + ".join(names): dict(zip(figures, row, strict=True))
+        for names, row in zip(plan.groups, columns, strict=True)
+    }
     return {
         "neurons": plan.neurons,
         "attenuated": plan.attenuated,
