@@ -337,36 +337,58 @@ def hooked_forward(
     return bind
 
 
-def ucan_operators(
-    adapter_dtype: torch.dtype, *, moments: bool = True, fused: bool = False
-) -> Binder:
-    """What a fused layer does inside ``collect``: base, shrink, expand, both with moments.
+class _Recorder:
+    """What ``collect`` gives a fused layer to record with, for one layer on its own."""
 
-    Args:
-        adapter_dtype: of A and B.
-        moments: without them it is the same forward pass, and y alone is returned.
-        fused: base product and expand in one, by ``fused_linear``.
-    """
+    def __init__(self, groups: torch.Tensor, totals: dict[str, torch.Tensor]) -> None:
+        self.groups, self.totals = groups, totals
+
+    def wants(self, _adapter: str) -> bool:
+        return True
+
+    def shrink(
+        self, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        z = ops.shrink(x, a, dtype=dtype, groups=self.groups, input_moments=self.totals["input"])
+        return z, {"groups": self.groups, "delta_moments": self.totals["output"]}
+
+    def layer_output(self, _y: torch.Tensor) -> None:
+        pass
+
+
+def recorded_forward(adapter_dtype: torch.dtype) -> Binder:
+    """A fused layer's forward while it records: called as a module, as the peers are."""
+
+    def bind(x, w, a, b, groups, *_) -> Call:
+        layer = ucan_layer(w, a, b, adapter_dtype)
+        totals = {"input": new_totals(w.shape[1], x.device)}
+        totals["output"] = new_totals(w.shape[0], x.device)
+        layer.__dict__["_ucan_recorder"] = _Recorder(groups, totals)
+
+        def call() -> dict[str, torch.Tensor]:
+            with torch.no_grad():
+                return {"y": layer(x), **totals}
+
+        return call
+
+    return bind
+
+
+def fused_linear_moments(adapter_dtype: torch.dtype) -> Binder:
+    """The same work by ``shrink`` and ``fused_linear``, the opt-in, without the layer around it."""
 
     def bind(x, w, a, b, groups, *_) -> Call:
         a, b = a.to(adapter_dtype), b.to(adapter_dtype)
-        totals, of_x, of_delta = {}, {}, {}
-        if moments:
-            totals = {"input": new_totals(w.shape[1], x.device)}
-            totals["output"] = new_totals(w.shape[0], x.device)
-            of_x = {"groups": groups, "input_moments": totals["input"]}
-            of_delta = {"groups": groups, "delta_moments": totals["output"]}
+        totals = {"input": new_totals(w.shape[1], x.device)}
+        totals["output"] = new_totals(w.shape[0], x.device)
 
-        def call() -> Any:
+        def call() -> dict[str, torch.Tensor]:
             with torch.no_grad():
-                if fused:
-                    z = ops.shrink(x, a, **of_x)
-                    y = ops.fused_linear(x, w, z, b, SCALING, **of_delta)
-                else:
-                    base = F.linear(x, w)
-                    z = ops.shrink(x, a, **of_x)
-                    y = ops.expand(base, z, b, SCALING, **of_delta)
-            return {"y": y, **totals} if moments else y
+                z = ops.shrink(x, a, groups=groups, input_moments=totals["input"])
+                y = ops.fused_linear(
+                    x, w, z, b, SCALING, groups=groups, delta_moments=totals["output"]
+                )
+            return {"y": y, **totals}
 
         return call
 

@@ -237,7 +237,11 @@ def _figure(
     if not launches:
         return None, "launches were not counted"
     pattern = re.compile(target.kernels)
-    return Spread.of([sum(n for name, n in launches.items() if pattern.search(name))]), ""
+    counted = sum(n for name, n in launches.items() if pattern.search(name))
+    if not counted:
+        # Another backend ran, or the kernels were renamed.
+        return None, f"no kernel is named like {target.kernels}, but {', '.join(launches)}"
+    return Spread.of([counted]), ""
 
 
 def short_commit(environment: Mapping[str, Any]) -> str:

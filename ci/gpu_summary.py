@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from importlib import metadata
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 # What compute-sanitizer prints where it may not attach, rather than where it found something.
-REFUSALS = ("not supported", "permission", "Unable to", "Device not supported", "ERR_NVGPUCTRPERM")
+REFUSALS = ("not supported", "permission", "Unable to", "ERR_NVGPUCTRPERM")
 PACKAGES = ("transformers", "peft", "triton", "bitsandbytes")
 
 
@@ -67,9 +68,12 @@ def _result(folder: Path, name: str, status: str) -> str:
     if not status.isdigit():
         return status
     log = (folder / f"{name}.log").read_text(errors="replace")
-    if name in ("memcheck", "racecheck") and "ERROR SUMMARY: 0 errors" not in log:
-        refusal = next((text for text in REFUSALS if text in log), None)
-        if refusal:
+    if name in ("memcheck", "racecheck"):
+        # The tool's own lines only: what pytest prints has such words too. And whoever counted
+        # errors was not refused.
+        said = "\n".join(line for line in log.splitlines() if line.startswith("========="))
+        refusal = next((text for text in REFUSALS if text in said), None)
+        if refusal and not re.search(r"SUMMARY: [1-9]", said):
             return f"refused by the driver ({refusal!r})"
     if name == "quantised" and "No module named 'bitsandbytes'" in log:
         return "bitsandbytes is not installed"

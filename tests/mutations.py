@@ -725,13 +725,18 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "the reference instead of the kernel",
-            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "triton":',
-            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if choose("shrink", x.device, x.dtype, a.dtype, dtype) == "never":',
+            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if _backend(x, a, dtype) == "triton":',
+            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if _backend(x, a, dtype) == "never":',
         ),
         (
             "moments of z from x",
             "add_moments_(z, groups, only_group, rank_moments)",
             "add_moments_(z * 2, groups, only_group, rank_moments)",
+        ),
+        (
+            "a kernel run past autograd",
+            "runs_directly(_backend(x, a, dtype), x, a)",
+            "runs_directly('reference', x, a)",
         ),
         (
             "the gradient of A transposed",

@@ -1119,3 +1119,75 @@ def test_a_process_refuses_without_a_traceback(spoilt, out):
     assert "bank.safetensors is truncated or corrupt" in process.stderr
     assert "Traceback" not in process.stderr
     assert nothing_left(out)
+
+
+# The influence step.
+
+
+def test_unlearn_by_influence_equals_the_library(project, out):
+    code, text, _ = unlearn(project, out, "--method", "influence", "--strength", "0.3")
+    assert code == 0
+    assert "influence step on 28 matrices" in text
+    model = load(project, project / "adapter")
+    config = uf.UcanConfig(method="influence", strength=0.3)
+    sets = {
+        name: read_jsonl(project / f"{name}.jsonl", None, batch_size=8, max_length=64)
+        for name in ("forget", "retain")
+    }
+    uf.accelerate(model)
+    uf.unlearn(model, **sets, config=config, evaluate=False)
+    expected = peft.get_peft_model_state_dict(model)
+    written = adapter_of(out)
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+    report = json.loads((out / REPORT).read_text())
+    assert list(report["metrics"]) == ["before", "influence", "uniform", "random"]
+    findings = run(project, "audit", unlearned=out, forget="forget.jsonl", retain="retain.jsonl")
+    assert findings[0] == 0
+    assert findings[1].count("pass  ") == 3
+
+
+def test_a_bank_of_factors_a_holdout_and_a_second_request(project, out):
+    bank = out.parent / "bank.safetensors"
+    code, text, _ = run(project, "collect", "--factors", "diagonal", data="all.jsonl", out=bank)
+    assert code == 0
+    assert "factors 'diagonal'" in text
+    assert run(project, "collect", "--overwrite", data="all.jsonl", out=bank)[0] == 0
+    code, *_ = run(
+        project, "collect", "--factors", "diagonal", "--overwrite", data="all.jsonl", out=bank
+    )
+    assert code == 0
+    flags = ["--method", "influence", "--influence-variant", "diagonal"]
+    paths = {"retain": None, "bank": bank, "calibration": "retain.jsonl"}
+    first = out.parent / "first"
+    code, _, err = unlearn(project, first, *flags, holdout="forget.jsonl", **paths)
+    assert code == 1
+    assert "no better known than never-seen data" in err
+    assert not first.exists()
+    flags += ["--strength", "0.2", "--no-evaluate"]
+    assert unlearn(project, out, *flags, **paths)[0] == 0
+    both, union = out.parent / "both", out.parent / "union"
+    code, *_ = unlearn(project, both, *flags, forget="second.jsonl", previous=out, **paths)
+    assert code == 0
+    assert unlearn(project, union, *flags, forget="union.jsonl", **paths)[0] == 0
+    one, two = adapter_of(both), adapter_of(union)
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=1e-3, atol=1e-5), name
+    code, _, err = run(
+        project,
+        "unlearn",
+        adapter=both,
+        forget="second.jsonl",
+        retain="retain.jsonl",
+        out=out.parent / "again",
+    )
+    assert code == 1
+    assert "is an unlearned adapter already" in err
+
+
+def test_a_bank_of_the_other_kind_is_refused(project, out):
+    code, _, err = unlearn(
+        project, out, "--method", "influence", retain=None, bank="bank.safetensors"
+    )
+    assert code == 1
+    assert "is no ucan_fast.influence_factors file" in err
+    assert nothing_left(out)

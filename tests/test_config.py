@@ -11,7 +11,7 @@ import pytest
 from ucan_fast import UcanConfig, UcanError
 
 CHOICES = {
-    "method": {"attenuate"},
+    "method": {"attenuate", "influence"},
     "site": {"input", "rank", "output", "mlp"},
     "statistic": {"mean_abs", "rms"},
     "contrast": {"symmetric", "difference", "ratio", "zscore", "none"},
@@ -19,6 +19,7 @@ CHOICES = {
     "fusion": {"protect", "subtract"},
     "decay": {"exponential", "inverse", "linear", "hard"},
     "output_signal": {"delta", "layer"},
+    "influence_variant": {"all", "b-only", "last-blocks", "eigenbasis", "diagonal"},
 }
 # field -> values at and inside its limits, values outside
 NUMBERS = {
@@ -27,10 +28,14 @@ NUMBERS = {
     "floor": ([0, 0.5, 1, 1.0], [-0.1, 1.1]),
     "max_retain_loss_increase": ([0, 0.05, 3.0], [-0.05]),
     "max_strength": ([0, 32, 1000.0], [-1]),
+    "damping": ([0, 0.01, 10], [-1e-9]),
+    "retain_gradient_weight": ([0, 1.0, 2], [-0.5]),
+    "trust_region": ([0, 0.1, 1, 50.0], [-0.1]),
     "risk_threshold": ([None, -1.0, 0, 0.3, 7], []),
     "min_score": ([None, -1.0, 0, 0.05], []),
     "strength": (["auto", 0, 0.0, 2, 1e9], [-0.1, -1, "Auto", "", "2"]),
 }
+COUNTS = ("influence_rank", "influence_blocks")
 NOT_NUMBERS = ["1", "x", True, False, [1], {}, b"1", 1j, math.nan, math.inf, -math.inf, 10**400]
 
 
@@ -53,12 +58,18 @@ def test_defaults_are_those_of_the_design():
         "max_strength": 32.0,
         "output_signal": "delta",
         "seed": 0,
+        "influence_variant": "all",
+        "influence_rank": 32,
+        "influence_blocks": 2,
+        "damping": 0.01,
+        "retain_gradient_weight": 1.0,
+        "trust_region": 1.0,
     }
 
 
 def test_this_file_covers_every_field():
     fields = {field.name for field in dataclasses.fields(UcanConfig)}
-    assert fields == {*CHOICES, *NUMBERS, "seed"}
+    assert fields == {*CHOICES, *NUMBERS, *COUNTS, "seed"}
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -82,6 +93,14 @@ def test_numbers(name):
     nullable = name in ("risk_threshold", "min_score")
     for value in [*outside, *NOT_NUMBERS, *([] if nullable else [None])]:
         with pytest.raises(UcanError, match=f"UcanConfig: {name} must be "):
+            UcanConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name):
+    assert getattr(UcanConfig(**{name: 1}), name) == 1
+    for value in (0, -1, 1.0, True, "2", None):
+        with pytest.raises(UcanError, match=f"{name} must be an integer >= 1"):
             UcanConfig(**{name: value})
 
 

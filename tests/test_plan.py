@@ -38,9 +38,9 @@ from ucan_fast import (
     collect,
     files,
     make_plan,
+    reversible,
 )
 from ucan_fast import ops as ops_package
-from ucan_fast import plan as plan_module
 from ucan_fast.adapter import fingerprint, tuner_layers
 from ucan_fast.files import read_safetensors, write_safetensors
 from ucan_fast.plan import FORMAT, FORMAT_VERSION
@@ -298,7 +298,7 @@ def test_a_failure_while_weights_are_written(monkeypatch, error, done):
 def test_a_failure_after_the_weights_were_written(monkeypatch, name, error):
     model, plan = planned()
     before = snapshot(model)
-    original, calls = getattr(plan_module, name), []
+    original, calls = getattr(reversible, name), []
 
     def failing(*arguments):
         calls.append(1)
@@ -312,7 +312,7 @@ def test_a_failure_after_the_weights_were_written(monkeypatch, name, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_module, name, failing)
+        patch.setattr(reversible, name, failing)
         with pytest.raises(type(error)):
             plan.apply(model)
         assert_same_bits(model, before)
@@ -335,7 +335,7 @@ def test_a_failure_during_undo_leaves_the_plan_applied(monkeypatch, name):
     before = snapshot(model)
     plan.apply(model)
     applied = snapshot(model)
-    original, calls = getattr(plan_module, name), []
+    original, calls = getattr(reversible, name), []
 
     def failing(*arguments):
         calls.append(1)
@@ -344,7 +344,7 @@ def test_a_failure_during_undo_leaves_the_plan_applied(monkeypatch, name):
         raise MemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_module, name, failing)
+        patch.setattr(reversible, name, failing)
         with pytest.raises(MemoryError):
             plan.undo(model)
     if name == "fingerprint":

@@ -545,3 +545,76 @@ def test_a_deletion_over_a_quantised_base(kind):
     assert (factors[0] < 1).sum() > 10
     # A score near the threshold may fall on either side of it.
     assert ((factors[0] - factors[1]).abs() > 0.02).sum() <= 2
+
+
+# Gradients and factors of the influence step.
+
+
+def packed_and_dense(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A LoRA model over a quantised base, and the same over its dequantised weights."""
+    import bitsandbytes
+
+    base = hm.llama(hidden=64)
+    base.config.intermediate_size = 64
+    base = transformers.LlamaForCausalLM(base.config)
+    dense = copy.deepcopy(base)
+    for name, module in list(base.named_modules()):
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        packed = (nf4 if kind == "nf4" else int8)(module)
+        # Packed for the CPU, NF4 weights would pass no gradient.
+        packed.support_avx512bf16_for_cpu = False
+        if kind == "nf4":
+            weight = bitsandbytes.functional.dequantize_4bit(
+                packed.weight.data, packed.weight.quant_state
+            )
+        else:
+            weight = packed.weight.data.float() * packed.weight.SCB[:, None] / 127
+        parent, _, last = name.rpartition(".")
+        setattr(base.get_submodule(parent), last, packed)
+        dense.get_submodule(name).weight.data = weight.float()
+    return hm.lora(base), hm.lora(dense)
+
+
+@pytest.mark.parametrize("kind", BNB_KINDS)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_influence_over_a_quantised_base(kind, accelerated):
+    """As over the dequantised weights, to the rounding of bitsandbytes' products (bf16 or int8)."""
+    packed, dense = packed_and_dense(kind)
+    if accelerated:
+        uf.accelerate(packed)
+    data = [hm.token_batch([6, 5, 7]), hm.token_batch([4, 8], seed=1)]
+    got, wanted = (uf.collect_factors(model, data) for model in (packed, dense))
+    for key, gradient in wanted.gradients.items():
+        assert (got.gradients[key] - gradient).norm() < 0.1 * gradient.norm(), key
+    for name in wanted.layers:
+        c_x, expected = got.factor(name, "c_x"), wanted.factor(name, "c_x")
+        assert (c_x - expected).norm() < 0.05 * expected.norm(), name
+    before = packed.state_dict()
+    before = {key: value.clone() for key, value in before.items()}
+    config = uf.UcanConfig(method="influence", strength=0.1)
+    result = uf.unlearn(packed, forget=data[:1], retain=data[1:], config=config)
+    assert (
+        result.report.metrics["influence"]["forget/perplexity"]
+        > (result.report.metrics["before"]["forget/perplexity"])
+    )
+    changed = [k for k, v in packed.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed
+    assert all("lora_" in key for key in changed)
+    result.plan.undo(packed)
+    left = [k for k, v in packed.state_dict().items() if not torch.equal(v, before[k])]
+    assert not left
+
+
+@needs_bnb
+def test_packed_weights_that_pass_no_gradient_are_refused():
+    """bitsandbytes packs NF4 weights for AVX512-BF16 in the first forward without gradients."""
+    packed, _ = packed_and_dense("nf4")
+    data = [hm.token_batch([6, 5, 7])]
+    for module in packed.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.packing_format_for_cpu = True
+    with pytest.raises(uf.UcanError, match=r"base_layer: bitsandbytes packed its 4-bit weight"):
+        uf.collect_factors(packed, data)
+    assert not any(m._forward_pre_hooks for m in packed.modules())

@@ -14,10 +14,11 @@ from helpers_models import llama, lora, pair_batch, t5
 from trained_model import forget_batches, retain_batches, trained
 
 import ucan_fast as uf
-from ucan_fast.report import STATES, environment
+from ucan_fast.report import environment
 from ucan_fast.strength import StrengthSearch
 
 PNG = b"\x89PNG\r\n\x1a\n"
+STATES = ("before", "U-CAN", "uniform", "random")
 
 
 def no_constant(name: str):

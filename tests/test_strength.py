@@ -85,6 +85,32 @@ def test_when_nothing_fits_zero_is_chosen_and_said(bad):
     assert "nothing was attenuated" in search.note
 
 
+def test_a_guard_refuses_values_within_the_budget():
+    search = search_strength(
+        lambda value: 1.0, 1.0, 0.05, 8.0, guard=lambda v: f"{v} is too far" if v > 3 else ""
+    )
+    assert 2.99 < search.chosen <= 3
+    assert search.note == f"{min(v for v, _ in search.curve if v > 3)} is too far"
+    # It is asked only where the budget allows.
+    asked = []
+    search_strength(lambda value: 1 + value, 1.0, 0.05, 8.0, guard=lambda v: asked.append(v) or "")
+    assert asked
+    assert max(asked) <= 0.05
+
+
+def test_a_guard_that_is_not_the_limit_leaves_no_note():
+    search = search_strength(
+        lambda value: 1 + value, 1.0, 0.5, 8.0, guard=lambda v: "far" if v > 1 else ""
+    )
+    assert search.chosen == pytest.approx(0.5, rel=0.03)
+    assert search.note == ""
+
+
+def test_a_guard_that_refuses_everything_is_named():
+    search = search_strength(lambda value: 1.0, 1.0, 0.05, 1.0, guard=lambda v: "nothing goes")
+    assert (search.chosen, search.note) == (0.0, "nothing goes")
+
+
 def test_a_negative_loss_has_a_budget_too():
     search = search_strength(lambda value: -1 + value, -1.0, 0.05, 1.0)
     assert 0.045 <= search.chosen <= 0.05

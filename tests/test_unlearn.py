@@ -22,7 +22,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import controls, evaluation, plan
+from ucan_fast import controls, evaluation, plan, reversible
 
 job = importlib.import_module("ucan_fast.unlearn")
 FIXED = uf.UcanConfig(strength=2.0)
@@ -552,7 +552,7 @@ STAGES = {
     "evaluate U-CAN": lambda patch: {"evaluate": fails_at(2, lambda model: {"x": 1.0})},
     "evaluate random": lambda patch: {"evaluate": fails_at(4, lambda model: {"x": 1.0})},
     "apply": lambda patch: patch(plan.AttenuationPlan, "apply", 1),
-    "apply, weights written": lambda patch: patch(plan, "mark_attenuated", 1),
+    "apply, weights written": lambda patch: patch(reversible, "mark_attenuated", 1),
     "report": lambda patch: patch(job, "environment", 1),
 }
 

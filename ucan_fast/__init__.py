@@ -5,6 +5,9 @@ from .accelerate import AccelerationReport, accelerate, restore
 from .collect import collect
 from .config import UcanConfig
 from .errors import UcanError, UcanWarning
+from .factor_pass import collect_factors, factor_memory
+from .factors import InfluenceFactors
+from .influence import InfluencePlan, make_influence_plan
 from .plan import AttenuationPlan
 from .report import DeletionReport
 from .scoring import make_plan
@@ -16,6 +19,8 @@ __all__ = [
     "ActivationStats",
     "AttenuationPlan",
     "DeletionReport",
+    "InfluenceFactors",
+    "InfluencePlan",
     "Moments",
     "UcanConfig",
     "UcanError",
@@ -24,6 +29,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "collect",
+    "collect_factors",
+    "factor_memory",
+    "make_influence_plan",
     "make_plan",
     "restore",
     "unlearn",

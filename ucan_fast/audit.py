@@ -18,9 +18,10 @@ from .adapter import fingerprint, resolve_adapter, unwrap
 from .batches import reusable
 from .errors import UcanError
 from .evaluation import forget_shift, group_loss
-from .plan import AttenuationPlan
+from .plans import load_plan
 from .progress import Progress
 from .report import DISCLAIMER, REPORT, json_values
+from .reversible import ReversiblePlan
 
 _OTHER = "ucan_fast_audited"
 
@@ -74,7 +75,7 @@ def audit(
     """Compare an unlearned adapter with the original one that ``model`` carries.
 
     Checks that the two differ; with a plan also that it was made for the original, and that the
-    original attenuated by it *is* the unlearned adapter, bit by bit.
+    original edited by it *is* the unlearned adapter, bit by bit.
 
     Args:
         model: the base model with the original adapter. It is the same afterwards.
@@ -99,7 +100,7 @@ def audit(
             else "the unlearned adapter IS the original",
         )
         if plan is not None:
-            loaded = AttenuationPlan.load(plan)
+            loaded = load_plan(plan)
             findings.checks["plan"] = _check_plan(model, adapter, loaded, edited)
         report = Path(unlearned) / REPORT
         if report.exists():
@@ -157,7 +158,7 @@ def check_loaded(loaded: Any, folder: str | os.PathLike) -> None:
 
 
 def _check_plan(
-    model: nn.Module, adapter: str, plan: AttenuationPlan, edited: str
+    model: nn.Module, adapter: str, plan: ReversiblePlan, edited: str
 ) -> tuple[bool, str]:
     original = fingerprint(model, adapter)
     if plan.fingerprint != original:
@@ -171,8 +172,8 @@ def _check_plan(
     finally:
         plan.undo(model, adapter)
     if same:
-        return True, "the original attenuated by the plan is the unlearned adapter, bit by bit"
-    return False, "the original attenuated by the plan is another adapter than the unlearned one"
+        return True, "the original edited by the plan is the unlearned adapter, bit by bit"
+    return False, "the original edited by the plan is another adapter than the unlearned one"
 
 
 def _check_report(path: Path, original: str, edited: str) -> tuple[bool, str]:

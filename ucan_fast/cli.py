@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ MAX_LENGTH = 1024
 # The options that name what a command reads.
 _INPUTS = (
     *("base", "adapter", "tokenizer", "forget", "retain", "data", "bank", "calibration"),
+    "holdout",
     *("previous", "unlearned", "config"),
 )
 
@@ -64,6 +66,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     if (arguments.retain is None) == (arguments.bank is None):
         return _usage("unlearn", "give exactly one of --retain and --bank")
 
+    from .factors import InfluenceFactors
     from .files import atomic_directory, check_output_folder
     from .report import REPORT
     from .stats import ActivationStats
@@ -73,10 +76,11 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     check_output_folder(arguments.out, arguments.overwrite, only_with=ours)
     _check_apart(arguments)
     config = _config(arguments)
-    bank = None if arguments.bank is None else ActivationStats.load(arguments.bank)
+    measured = InfluenceFactors if config.method == "influence" else ActivationStats
+    bank = None if arguments.bank is None else measured.load(arguments.bank)
     previous = None
     if arguments.previous is not None:
-        previous = ActivationStats.load(Path(arguments.previous) / ADAPTER_STATS)
+        previous = measured.load(Path(arguments.previous) / ADAPTER_STATS)
     model, tokenizer = _load(arguments)
     result = unlearn(
         model,
@@ -88,8 +92,9 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         evaluate=not arguments.no_evaluate,
         progress=_progress(arguments),
         previous=previous,
+        holdout=_read(arguments, arguments.holdout, model, tokenizer),
     )
-    if not result.plan.attenuated:
+    if result.plan.is_noop:
         raise UcanError(f"the plan changes nothing, so nothing was written. {result.plan.note}")
     with atomic_directory(arguments.out, arguments.overwrite, only_with=ours) as folder:
         model.save_pretrained(folder)
@@ -104,17 +109,22 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 
 def _collect(arguments: argparse.Namespace) -> int:
     from .collect import collect
+    from .factor_pass import collect_factors
 
     out = Path(arguments.out)
     _check_output_file(arguments, _is_statistics)
     model, tokenizer = _load(arguments)
-    stats = collect(
-        model,
-        _read(arguments, arguments.data, model, tokenizer),
-        group=arguments.group,
-        sites=arguments.sites,
-        progress=_progress(arguments),
-    )
+    data = _read(arguments, arguments.data, model, tokenizer)
+    options = {"group": arguments.group, "progress": _progress(arguments)}
+    if arguments.factors is not None:
+        factors = collect_factors(model, data, variant=arguments.factors, **options)
+        factors.save(out)
+        print(
+            f"{factors.tokens:.0f} {arguments.group} tokens over {len(factors.layers)} layers, "
+            f"factors {arguments.factors!r}, {factors.bytes / 2**20:.1f} MiB: {out}"
+        )
+        return DONE
+    stats = collect(model, data, sites=arguments.sites, **options)
     stats.save(out)
     print(
         f"{stats.tokens(arguments.group)} {arguments.group} tokens over "
@@ -187,13 +197,14 @@ def _check_output_file(
 
 
 def _is_statistics(path: Path) -> bool:
+    from .factors import InfluenceFactors
     from .stats import ActivationStats
 
-    try:
-        ActivationStats.load(path)
-    except UcanError:
-        return False
-    return True
+    for kind in (ActivationStats, InfluenceFactors):
+        with contextlib.suppress(UcanError):
+            kind.load(path)
+            return True
+    return False
 
 
 def _is_findings(path: Path) -> bool:
@@ -272,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
 
     unlearn = commands.add_parser(
         "unlearn",
-        help="attenuate what an adapter knows of a forget set",
+        help="remove what an adapter knows of a forget set",
         description="Write an unlearned copy of a PEFT adapter, with a deletion report.",
         epilog=_SETS,
         formatter_class=formatter,
@@ -289,6 +300,12 @@ def _parser() -> argparse.ArgumentParser:
         help="retain data for the strength search (default: a sample of --retain)",
     )
     unlearn.add_argument(
+        "--holdout",
+        metavar="JSONL",
+        help="data the adapter never saw: with --method influence the forget set is made no less "
+        "likely than these",
+    )
+    unlearn.add_argument(
         "--previous",
         metavar="DIR",
         help="output of the last request: its forget set is included in this one. --adapter stays "
@@ -301,6 +318,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--config", metavar="FILE", help="a UcanConfig as JSON")
     for name, kind in (
+        ("method", str),
+        ("influence-variant", str),
         ("site", str),
         ("contrast", str),
         ("decay", str),
@@ -331,6 +350,14 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--group", choices=("retain", "forget"), default="retain")
     collect.add_argument(
         "--sites", nargs="+", metavar="SITE", help="input rank output layer mlp (default: first 3)"
+    )
+    collect.add_argument(
+        "--factors",
+        nargs="?",
+        const="all",
+        metavar="VARIANT",
+        help="measure gradients and Kronecker factors instead, for unlearn --method influence: "
+        "all (default), b-only, last-blocks, eigenbasis or diagonal",
     )
     collect.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     collect.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -448,12 +475,12 @@ def _device(name: str | None):
 def _check_not_unlearned(arguments: argparse.Namespace, model: Any) -> None:
     """Refuse an output of ours as the original: its statistics would describe another adapter."""
     from .adapter import fingerprint
-    from .plan import AttenuationPlan
+    from .plans import load_plan
 
     plan = Path(arguments.adapter) / ADAPTER_PLAN
     if not plan.exists():
         return
-    if AttenuationPlan.load(plan).applied_fingerprint == fingerprint(model, model.active_adapter):
+    if load_plan(plan).applied_fingerprint == fingerprint(model, model.active_adapter):
         raise UcanError(
             f"{arguments.adapter} is an unlearned adapter already (its {ADAPTER_PLAN} says so), "
             "and plans do not stack. Give the original adapter with --adapter; for a further "
@@ -503,8 +530,9 @@ def _config(arguments: argparse.Namespace):
             config = UcanConfig.from_json(Path(arguments.config).read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise UcanError(f"cannot read {arguments.config}: {error}") from error
-    names = ("site", "contrast", "decay", "fraction", "max_retain_loss_increase", "seed")
-    changes = {n: getattr(arguments, n) for n in (*names, "strength")}
+    names = ("method", "influence_variant", "site", "contrast", "decay", "fraction")
+    names += ("max_retain_loss_increase", "seed", "strength")
+    changes = {n: getattr(arguments, n) for n in names}
     return config.replace(**{n: value for n, value in changes.items() if value is not None})
 
 

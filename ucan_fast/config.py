@@ -12,8 +12,10 @@ from typing import Any
 from .errors import UcanError
 
 SITES = ("input", "rank", "output", "mlp")
+#: What is kept of the Kronecker factors of the influence step.
+VARIANTS = ("all", "b-only", "last-blocks", "eigenbasis", "diagonal")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("attenuate",),
+    "method": ("attenuate", "influence"),
     "site": SITES,
     "statistic": ("mean_abs", "rms"),
     "contrast": ("symmetric", "difference", "ratio", "zscore", "none"),
@@ -21,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": ("protect", "subtract"),
     "decay": ("exponential", "inverse", "linear", "hard"),
     "output_signal": ("delta", "layer"),
+    "influence_variant": VARIANTS,
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "utility_weight": (0.0, math.inf),
@@ -28,7 +31,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "floor": (0.0, 1.0),
     "max_retain_loss_increase": (0.0, math.inf),
     "max_strength": (0.0, math.inf),
+    "damping": (0.0, math.inf),
+    "retain_gradient_weight": (0.0, math.inf),
+    "trust_region": (0.0, math.inf),
 }
+_COUNTS = ("influence_rank", "influence_blocks")
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,9 @@ class UcanConfig:
     the defaults are *ours*, the best of those tried on a small recommender.
 
     Attributes:
-        method: ``"attenuate"``, the paper's soft attenuation.
+        method: ``"attenuate"``, the paper's soft attenuation, or ``"influence"``, one
+            preconditioned step up the forget loss (not in the paper). It reads the last six
+            fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and ``seed``.
         site: which neurons are measured and scaled. ``"input"``: the K inputs of a layer
             (column j of A). ``"rank"``: the r rank dimensions (column j of B). ``"output"``: the
             N outputs (row j of B). ``"mlp"``: the intermediate neurons of a gated MLP (column j
@@ -54,14 +63,28 @@ class UcanConfig:
         risk_threshold: a fixed threshold t on the score, instead of the quantile.
         min_score: t is never below this. ``None``: 0.05 for the symmetric contrast, else 0.
         decay: γ(u) = exp(-βu), 1/(1+βu), max(1-βu, 0), or 0 (``"hard"``, the ablation w/o H).
-        strength: β, or ``"auto"``: the largest β whose retain loss stays within the budget.
+        strength: β, or ``"auto"``: the largest β whose retain loss stays within the budget. Of an
+            influence step: t, the predicted rise of the forget NLL in nats per token.
         floor: γ is never below this.
         max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
-            rise, relative to its value before (0.05 = 5 %).
-        max_strength: ``"auto"`` searches β in [0, max_strength].
+            rise, relative to its value before (0.05 = 5 %). An influence step moves rankings more
+            than this loss: start with 0.01 there, or search on a loss of your own.
+        max_strength: ``"auto"`` searches β in [0, max_strength]; t at most up to ln V.
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
             ``"layer"``, the whole output of the layer.
-        seed: for the random control and for drawing calibration batches.
+        seed: for the random control, for drawing calibration batches, and for the labels that
+            the factors of an influence step are drawn with.
+        influence_variant: which matrices an influence step moves, and what is kept of their
+            Kronecker factors. ``"all"``: everything. ``"b-only"``: B alone. ``"last-blocks"``: A
+            and B of the last ``influence_blocks`` blocks. ``"eigenbasis"``: the large factors as
+            ``influence_rank`` eigenpairs and a flat rest. ``"diagonal"``: only their diagonals.
+            :func:`ucan_fast.factor_memory` says what each takes.
+        influence_rank, influence_blocks: see there.
+        damping: added to every factor, relative to its mean eigenvalue.
+        retain_gradient_weight: κ, how much of the retain gradient is taken off the forget
+            gradient.
+        trust_region: ``"auto"`` goes no further than where the measured rise of the forget NLL is
+            off the predicted one by this share of it.
 
     Raises:
         UcanError: a value is of the wrong type or out of its range; the field is named.
@@ -84,6 +107,12 @@ class UcanConfig:
     max_strength: float = 32.0
     output_signal: str = "delta"
     seed: int = 0
+    influence_variant: str = "all"
+    influence_rank: int = 32
+    influence_blocks: int = 2
+    damping: float = 0.01
+    retain_gradient_weight: float = 1.0
+    trust_region: float = 1.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -101,6 +130,10 @@ class UcanConfig:
             _refuse("strength", self.strength, "'auto' or a number >= 0")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             _refuse("seed", self.seed, "an integer")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                _refuse(name, value, "an integer >= 1")
         if self.decay == "hard" and self.auto_strength and self.risk_threshold is not None:
             raise UcanError(
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .adapter import find_layers
+from .influence import InfluencePlan, StepEdit
 from .neurons import neuron_groups
 from .plan import AttenuationPlan
 from .strength import match_loss
@@ -16,6 +17,8 @@ from .weights import WeightEdit
 
 #: A control whose loss is further off than this share of U-CAN's rise is reported as not matched.
 _MATCHED = 0.1
+#: How far a random step may go, in lengths of the plan's step.
+_LONGEST = 8.0
 
 
 @dataclass
@@ -26,14 +29,15 @@ class Control:
         name: ``"uniform"`` or ``"random"``.
         edit, factors: ``edit.applied(factors)`` puts it in force.
         value: uniform: how far the adapter is scaled down (0 nothing, 1 off). random: the share
-            of all neurons that are attenuated.
+            of all neurons that are attenuated; of an influence step, its length (1 is 8 times the
+            plan's).
         loss: mean retain NLL with it, nats.
         note: says so where U-CAN's retain loss could not be matched.
     """
 
     name: str
-    edit: WeightEdit
-    factors: torch.Tensor
+    edit: WeightEdit | StepEdit
+    factors: torch.Tensor | float
     value: float
     loss: float
     note: str = ""
@@ -88,10 +92,30 @@ def random_control(
     return _matched("random", edit, factors_at, retain_loss, before, target)
 
 
+def random_step_control(
+    model: nn.Module,
+    adapter: str,
+    plan: InfluencePlan,
+    retain_loss: Callable[[], float],
+    before: float,
+    target: float,
+) -> Control:
+    """A step of random direction, every matrix moved as far as the plan moves it, times one
+    length that is varied until the retain loss is the plan's."""
+    generator = torch.Generator().manual_seed(plan.config.seed)
+    directions = {}
+    for key, direction in plan.directions.items():
+        drawn = torch.randn(direction.shape, generator=generator, dtype=direction.dtype)
+        directions[key] = drawn * (_LONGEST * plan.strength * direction.norm() / drawn.norm())
+    parameters = {target.key: target.parameter for target in plan.match(model, adapter)}
+    edit = StepEdit(parameters, directions)
+    return _matched("random", edit, lambda value: value, retain_loss, before, target)
+
+
 def _matched(
     name: str,
-    edit: WeightEdit,
-    factors_at: Callable[[float], torch.Tensor],
+    edit: WeightEdit | StepEdit,
+    factors_at: Callable[[float], torch.Tensor | float],
     retain_loss: Callable[[], float],
     before: float,
     target: float,

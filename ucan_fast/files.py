@@ -118,6 +118,19 @@ def write_safetensors(
     atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
+def safetensors_kind(path: str | os.PathLike) -> str | None:
+    """Which of our own files this says it is (its content is not checked), None for others.
+
+    Raises:
+        UcanError: the file is missing or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UcanError(f"{path} cannot be read: {error}.") from error
+
+
 def read_safetensors(
     path: str | os.PathLike, kind: str, version: str
 ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from . import ops
-from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, unwrap
+from .adapter import find_layers
 from .config import UcanConfig
 from .errors import UcanError, UcanWarning
 from .files import read_safetensors, write_safetensors
-from .marks import clear_mark, is_attenuated, mark_attenuated
 from .neurons import NeuronGroup, neuron_groups
+from .reversible import ReversiblePlan
 from .weights import WeightEdit
 
 FORMAT = "ucan_fast.plan"
@@ -26,7 +26,7 @@ _FIELDS = ("factors", "risk", "utility", "score")
 
 
 @dataclass
-class AttenuationPlan:
+class AttenuationPlan(ReversiblePlan):
     """What will be scaled, by how much, and why.
 
     Attributes:
@@ -88,6 +88,11 @@ class AttenuationPlan:
         return int((self.flat_score > self.threshold).sum())
 
     @property
+    def is_noop(self) -> bool:
+        """Whether it leaves every weight as it is."""
+        return not self.attenuated
+
+    @property
     def attenuated(self) -> int:
         """Neurons whose factor is not 1."""
         return int((self.flat_factors != 1).sum())
@@ -125,91 +130,11 @@ class AttenuationPlan:
             lines.append(self.note)
         return "\n".join(lines)
 
-    def apply(self, model: nn.Module, adapter: str | None = None) -> None:
-        """Scale the adapter's weights in place: all of them, or none.
+    def _edit(self, model: nn.Module, adapter: str) -> WeightEdit:
+        return WeightEdit(self.match(model, adapter))
 
-        The overwritten values are kept for :meth:`undo`.
-
-        Raises:
-            UcanError: the model's adapter is not the one the plan was made for, is attenuated
-                already, or the factors do not fit. Every weight is as it was.
-        """
-        model = unwrap(model)
-        with one_walk(model):
-            self._apply(model, resolve_adapter(model, adapter))
-
-    def _apply(self, model: nn.Module, adapter: str) -> None:
-        now = fingerprint(model, adapter)
-        if is_attenuated(model, adapter, now):
-            raise UcanError(
-                f"adapter {adapter!r} is attenuated already; undo the applied plan first. Plans "
-                "do not stack: each applies to the origin."
-            )
-        if now != self.fingerprint:
-            raise UcanError(
-                f"this plan was made for an adapter with fingerprint {self.fingerprint[:12]}, "
-                f"adapter {adapter!r} has {now[:12]}. Make a plan from statistics of this adapter."
-            )
-        edit = WeightEdit(self.match(model, adapter))
+    def _write(self, edit: WeightEdit) -> None:
         edit.write(self.flat_factors)
-        try:
-            self.applied_fingerprint = fingerprint(model, adapter)
-            self.originals = {key: value.cpu() for key, value in edit.originals.items()}
-            if self.applied_fingerprint != self.fingerprint:
-                mark_attenuated(model, adapter, self.applied_fingerprint)
-        except BaseException:
-            edit.restore()
-            raise
-
-    def undo(self, model: nn.Module, adapter: str | None = None) -> None:
-        """Put the overwritten values back, bit exact.
-
-        Raises:
-            UcanError: the plan holds no original values, or the weights are not those that
-                :meth:`apply` left. Nothing is changed.
-        """
-        model = unwrap(model)
-        with one_walk(model):
-            self._undo(model, resolve_adapter(model, adapter))
-
-    def _undo(self, model: nn.Module, adapter: str) -> None:
-        if self.originals is None or self.applied_fingerprint is None:
-            raise UcanError(
-                "this plan holds no original values: it was never applied, or was saved without "
-                "save(..., include_original=True). Load the original adapter instead."
-            )
-        now = fingerprint(model, adapter)
-        if now != self.applied_fingerprint:
-            state = "is not attenuated" if now == self.fingerprint else "was changed since"
-            raise UcanError(
-                f"cannot undo: adapter {adapter!r} {state} (fingerprint {now[:12]}, the plan left "
-                f"{self.applied_fingerprint[:12]}). Nothing was changed."
-            )
-        edit = WeightEdit(self.match(model, adapter))
-        if set(edit.originals) != set(self.originals):
-            raise UcanError("cannot undo: the model shares parameters differently than before.")
-        for key, value in self.originals.items():
-            if value.shape != edit.originals[key].shape:
-                raise UcanError(
-                    f"cannot undo: the plan's original values of {key} have the shape "
-                    f"{tuple(value.shape)}, the parameter {tuple(edit.originals[key].shape)}. "
-                    "Nothing was changed."
-                )
-        current = edit.originals
-        edit.originals = self.originals
-        try:
-            edit.restore()
-            if fingerprint(model, adapter) != self.fingerprint:
-                raise UcanError(
-                    "cannot undo bit exactly: the adapter is loaded in another dtype than the one "
-                    "it was attenuated in, or the plan's original values were altered. Nothing was "
-                    "changed."
-                )
-        except BaseException:
-            edit.originals = current
-            edit.restore()
-            raise
-        clear_mark(model, adapter)
 
     def match(self, model: nn.Module, adapter: str) -> list[NeuronGroup]:
         """The model's neurons, checked to be the plan's.

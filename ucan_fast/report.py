@@ -33,10 +33,11 @@ DISCLAIMER = (
 #: The JSON form of a report, in the folder of the adapter that it is about.
 REPORT = "deletion_report.json"
 
-STATES = ("before", "U-CAN", "uniform", "random")
+STATES = ("before", "U-CAN", "influence", "uniform", "random")
 _STATE_NAMES = {
     "before": "before",
     "U-CAN": "U-CAN",
+    "influence": "influence step",
     "uniform": "control: whole adapter scaled down",
     "random": "control: random neurons",
 }
@@ -57,9 +58,12 @@ class DeletionReport:
     Attributes:
         request: counts of tokens and sequences, and where the retain statistics came from.
         config: every choice.
-        change: neurons attenuated, in total and per layer, threshold, strength, note.
-        metrics: state (``before``, ``U-CAN``, ``uniform``, ``random``) -> metric -> value; None
-            where it could not be measured (``notes`` says why).
+        change: neurons attenuated, in total and per layer, threshold, strength, note. For an
+            influence step: its strength (the predicted rise of the forget NLL in nats), the
+            bytes of every variant's factors, and per layer how far it was moved (relative to
+            its norm) and its share of the predicted rise.
+        metrics: state (``before``, ``U-CAN`` or ``influence``, ``uniform``, ``random``) -> metric
+            -> value; None where it could not be measured (``notes`` says why).
         notes: why something is missing or not comparable.
         search: the strength search, or None.
         seconds: wall time per step.
@@ -113,23 +117,12 @@ class DeletionReport:
             "",
             "## What changed",
             "",
-            f"{change['attenuated']} of {change['neurons']} neurons attenuated "
-            f"({_percent(change['attenuated'], change['neurons'])}) at site "
-            f"`{self.config.site}`, decay `{self.config.decay}`, "
-            f"strength {change['strength']:.4g}. Largest score {change['largest_score']:.4g}, "
-            f"threshold {change['threshold']:.4g}.",
+            self._change_text(),
         ]
         if change["note"]:
             lines += ["", f"**Note:** {change['note']}"]
         lines += ["", *self._metrics_table(), *self._search_lines(), "", "## Layers", ""]
-        lines += ["| layer | neurons | attenuated | mean factor | smallest factor |"]
-        lines += ["|---|---:|---:|---:|---:|"]
-        lines += [
-            f"| {name} | {v['neurons']} | {v['attenuated']} | {v['mean_factor']:.4f} "
-            f"| {v['min_factor']:.4f} |"
-            for name, v in change["layers"].items()
-        ]
-        lines += ["", "## How", ""]
+        lines += [*self._layer_lines(), "", "## How", ""]
         lines += [f"- {step}: {seconds:.3f} s" for step, seconds in self.seconds.items()]
         lines += [f"- statistics pass: {self.samples_per_second:.1f} sequences/s"]
         lines += [f"- adapter before: `{self.fingerprint_before}`"]
@@ -188,10 +181,13 @@ class DeletionReport:
         lines = [
             "## Metrics",
             "",
-            "Controls are set to the retain loss that U-CAN reached: what they forget, shrinking "
-            "anything would have forgotten.",
+            "Controls are set to the retain loss that the step reached: what they forget, any "
+            "change of that cost would have forgotten."
+            if self._influence
+            else "Controls are set to the retain loss that U-CAN reached: what they forget, "
+            "shrinking anything would have forgotten.",
             "",
-            "| metric | " + " | ".join(_STATE_NAMES[s] for s in states) + " |",
+            "| metric | " + " | ".join(self._state_name(s) for s in states) + " |",
             "|---|" + "---:|" * len(states),
         ]
         for name in names:
@@ -200,6 +196,56 @@ class DeletionReport:
             label = OWN_METRICS.get(name, name).replace("|", "\\|")
             lines.append(f"| {label} | " + " | ".join(values) + " |")
         return lines + self._note_lines()
+
+    def _change_text(self) -> str:
+        change = self.change
+        if self._influence:
+            memory = change["factor_bytes"]
+            return (
+                f"{change['matrices']} matrices ({change['parameters']} parameters) moved by one "
+                f"influence step, variant `{change['variant']}`, whose predicted rise of the "
+                f"forget NLL is {change['strength']:.4g} nats per token. Factors: "
+                + ", ".join(f"`{name}` {size / 2**20:.3g} MiB" for name, size in memory.items())
+                + "."
+            )
+        return (
+            f"{change['attenuated']} of {change['neurons']} neurons attenuated "
+            f"({_percent(change['attenuated'], change['neurons'])}) at site "
+            f"`{self.config.site}`, decay `{self.config.decay}`, "
+            f"strength {change['strength']:.4g}. Largest score {change['largest_score']:.4g}, "
+            f"threshold {change['threshold']:.4g}."
+        )
+
+    def _layer_lines(self) -> list[str]:
+        layers = self.change["layers"].items()
+        if self._influence:
+            return [
+                "| layer | parameters | moved, of its norm | share of the predicted rise |",
+                "|---|---:|---:|---:|",
+                *(
+                    f"| {name} | {v['parameters']} | {100 * v['relative_change']:.2f} % "
+                    f"| {100 * v['share']:.1f} % |"
+                    for name, v in layers
+                ),
+            ]
+        return [
+            "| layer | neurons | attenuated | mean factor | smallest factor |",
+            "|---|---:|---:|---:|---:|",
+            *(
+                f"| {name} | {v['neurons']} | {v['attenuated']} | {v['mean_factor']:.4f} "
+                f"| {v['min_factor']:.4f} |"
+                for name, v in layers
+            ),
+        ]
+
+    def _state_name(self, state: str) -> str:
+        if state == "random" and self._influence:
+            return "control: random direction"
+        return _STATE_NAMES[state]
+
+    @property
+    def _influence(self) -> bool:
+        return self.config.method == "influence"
 
     def _note_lines(self) -> list[str]:
         return [""] + [f"- {key}: {text}" for key, text in self.notes.items()] if self.notes else []
@@ -225,14 +271,17 @@ class DeletionReport:
         return lines
 
     def _draw_layers(self, figure, axes) -> None:
-        """A map: kinds of layers by blocks of the model, coloured by the attenuated share."""
+        """A map: kinds of layers by blocks of the model, coloured by how much was changed."""
         # Several layers may share a place (the experts of a block): their neurons together.
-        attenuated, neurons = Counter(), Counter()
+        part, whole = Counter(), Counter()
         for names, values in self.change["layers"].items():
             for name in names.split(" + "):
-                attenuated[_place(name)] += values["attenuated"]
-                neurons[_place(name)] += values["neurons"]
-        cells = {place: 100 * attenuated[place] / count for place, count in neurons.items()}
+                size = values["parameters" if self._influence else "neurons"]
+                whole[_place(name)] += size
+                part[_place(name)] += (
+                    values["relative_change"] * size if self._influence else values["attenuated"]
+                )
+        cells = {place: 100 * part[place] / count for place, count in whole.items()}
         kinds = list(dict.fromkeys(kind for kind, _ in cells))
         blocks = sorted({block for _, block in cells})
         grid = [[cells.get((kind, block), math.nan) for block in blocks] for kind in kinds]
@@ -241,11 +290,14 @@ class DeletionReport:
         step = max(1, len(blocks) // 16)
         axes.set_xticks(range(0, len(blocks), step), blocks[::step])
         axes.set_xlabel("block of the model")
-        axes.set_title(
-            f"{self.change['attenuated']} of {self.change['neurons']} neurons attenuated",
-            fontsize=10,
-        )
-        figure.colorbar(image, ax=axes, label="attenuated in this layer (%)")
+        if self._influence:
+            title = f"one step, predicted rise {self.change['strength']:.3g} nats"
+            label = "moved, of the layer's norm (%)"
+        else:
+            title = f"{self.change['attenuated']} of {self.change['neurons']} neurons attenuated"
+            label = "attenuated in this layer (%)"
+        axes.set_title(title, fontsize=10)
+        figure.colorbar(image, ax=axes, label=label)
 
     def _draw_cost(self, axes) -> None:
         axes.set_xlabel("rise of the retain loss (nats per token)")
@@ -265,9 +317,11 @@ class DeletionReport:
                 0.5, 0.5, f"no comparison:\n{_wrap(reason)}", ha="center", va="center", fontsize=9
             )
             return
-        markers = {"before": "o", "U-CAN": "D", "uniform": "s", "random": "^"}
+        markers = {"before": "o", "U-CAN": "D", "influence": "D", "uniform": "s", "random": "^"}
         for state, (x, y) in points.items():
-            axes.scatter([x], [y], marker=markers[state], s=60, label=_STATE_NAMES[state], zorder=3)
+            axes.scatter(
+                [x], [y], marker=markers[state], s=60, label=self._state_name(state), zorder=3
+            )
         axes.axhline(0, color="0.85", linewidth=1, zorder=0)
         axes.set_title("how far forget predictions moved, and at what cost", fontsize=10)
         axes.margins(0.15)

@@ -40,6 +40,7 @@ def search_strength(
     budget: float,
     high: float,
     parameter: str = "strength",
+    guard: Callable[[float], str] | None = None,
 ) -> StrengthSearch:
     """Bisection over [0, high]; never ends outside the budget.
 
@@ -51,14 +52,21 @@ def search_strength(
         loss_before: the same without any attenuation.
         budget: allowed relative rise.
         high: the largest value to consider.
+        guard: why a value within the budget is refused all the same, "" where it is not.
     """
     search = StrengthSearch(parameter, budget, loss_before, loss_after=loss_before)
     allowed = budget * abs(loss_before)
+    # Of the smallest value that was refused, "" where that was for the budget.
+    refused = (math.inf, "")
 
     def inside(value: float) -> bool:
+        nonlocal refused
         loss = loss_at(value)
         search.curve.append((value, loss))
-        if not loss <= loss_before + allowed:  # nan is outside
+        within = loss <= loss_before + allowed  # nan is outside
+        reason = guard(value) if within and guard is not None else ""
+        if not within or reason:
+            refused = min(refused, (value, reason))
             return False
         search.chosen, search.loss_after = value, loss
         return True
@@ -79,11 +87,13 @@ def search_strength(
             low = middle
         else:
             high = middle
-    if not search.chosen:
+    if not search.chosen and not refused[1]:
         search.note = (
             f"no {parameter} above {high:.3g} stays within the budget of {100 * budget:g} % retain "
             "loss; nothing was attenuated."
         )
+    elif refused[1]:
+        search.note = refused[1]
     return search
 
 

@@ -20,9 +20,19 @@ from .adapter import fingerprint, one_walk, resolve_adapter, untouched_parts, un
 from .batches import RETAIN, check_iterable, eval_mode, read_batches, reusable
 from .collect import collect_at_origin
 from .config import UcanConfig
-from .controls import Control, random_control, uniform_control
+from .controls import Control, random_control, random_step_control, uniform_control
 from .errors import UcanError, UcanWarning
 from .evaluation import Shift, forget_shift, group_loss
+from .factor_pass import collect_factors
+from .factors import InfluenceFactors
+from .influence import InfluencePlan
+from .influence_job import (
+    InfluenceStats,
+    influence_change,
+    influence_plan,
+    influence_statistics,
+    search_step,
+)
 from .marks import check_is_origin
 from .neurons import moments_site
 from .plan import AttenuationPlan
@@ -45,14 +55,14 @@ class UnlearnResult:
     """What :func:`unlearn` did.
 
     Attributes:
-        stats: moments of both groups on the origin; pass the result as ``previous=`` to the next
-            request.
+        stats: what was measured of both groups on the origin; pass the result as ``previous=`` to
+            the next request.
         plan: the applied plan; ``plan.undo(model)`` takes it back.
         report: the :class:`DeletionReport`.
     """
 
-    stats: ActivationStats
-    plan: AttenuationPlan
+    stats: ActivationStats | InfluenceStats
+    plan: AttenuationPlan | InfluencePlan
     report: DeletionReport
 
 
@@ -61,15 +71,17 @@ def unlearn(
     *,
     forget: Batches,
     retain: Batches | None = None,
-    bank: ActivationStats | None = None,
+    bank: ActivationStats | InfluenceFactors | None = None,
     calibration: Batches | Callable[[nn.Module], float] | None = None,
     config: UcanConfig | None = None,
     evaluate: bool | Measure = True,
     progress: Progress = None,
-    previous: UnlearnResult | ActivationStats | None = None,
+    previous: UnlearnResult | ActivationStats | InfluenceFactors | None = None,
+    holdout: Batches | float | None = None,
     adapter: str | None = None,
 ) -> UnlearnResult:
-    """Attenuate what the adapter knows of the forget set, in place: forward passes only.
+    """Unlearn the forget set in place: by attenuation (forward passes only), or by the influence
+    step (``method="influence"``; forward and backward passes).
 
     Args:
         model: a model with PEFT LoRA layers, plain or accelerated.
@@ -78,7 +90,8 @@ def unlearn(
         retain: batches of D_r. Needed unless there is a bank, or ``forget`` holds retain tokens.
             Every token counts in its own group, wherever it is passed: pass none of them twice.
         bank: ``collect(model, all_batches)`` over *all* data, D_f included; then only D_f is run,
-            and ``retain = bank - forget``.
+            and ``retain = bank - forget``. For the influence step
+            ``collect_factors(model, all_batches)``.
         calibration: batches of D_r for the strength search, or a function ``model -> loss``.
             Default: a sample of about 8192 tokens of the retain batches (which stay in the
             statistics too).
@@ -91,6 +104,9 @@ def unlearn(
             taken off, its forget set is added to this one, and one new plan is applied to the
             origin: the same as one request with the union. Requests must not overlap: a token in
             two of them would be counted, and taken from the bank, twice.
+        holdout: for the influence step: what never-seen data cost, as batches (forget tokens
+            count) or in nats per token. The search stops before the forget set costs more, so
+            that it does not stand out as forgotten.
         adapter: needed when several adapters are active.
 
     Returns:
@@ -106,23 +122,26 @@ def unlearn(
             trained more than LoRA matrices (modules_to_save, biases), which stays as it is.
     """
     config = config or UcanConfig()
+    influence = config.method == "influence"
     model = unwrap(model)
-    adapter = resolve_adapter(model, adapter)
-    job = _Job(model, adapter, config, progress)
-    with one_walk(model), _at_origin(model, adapter, previous) as (job.origin, undone):
+    with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
+        job = _Job(model, adapter, config, progress, origin)
         check_iterable(forget, "forget")
-        if evaluate or config.auto_strength:
+        if holdout is not None and not (influence and config.auto_strength):
+            raise UcanError("holdout= is for method='influence' with strength='auto'.")
+        if evaluate or config.auto_strength or influence:
             forget = reusable(forget, "forget")
             retain = None if retain is None else reusable(retain, "retain")
         with job.timed("collect"):
-            stats = _statistics(job, forget, retain, bank, previous)
+            gather = influence_statistics if influence else _statistics
+            stats = gather(job, forget, retain, bank, previous)
         with job.timed("score"):
-            plan = score_plan(model, stats, config, adapter)
+            plan = (influence_plan if influence else score_plan)(model, stats, config, adapter)
         if config.auto_strength or evaluate:
             job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
-            plan = _choose_strength(job, plan)
-        if previous is not None and not plan.attenuated:
+            plan = _choose_strength(job, plan, forget, holdout)
+        if previous is not None and plan.is_noop:
             plan.note += " Nothing of the earlier requests' forget sets is attenuated either."
             if undone is not None:
                 plan.note += (
@@ -157,7 +176,7 @@ def unlearn(
                     "adapter": adapter,
                 },
                 config=config,
-                change=_change(plan),
+                change=influence_change(job, plan) if influence else _change(plan),
                 metrics=states,
                 notes=notes,
                 search=job.search,
@@ -214,6 +233,19 @@ class _Job:
         self.sequences[group] += counted.sequences
         return stats
 
+    def factors(self, batches: Batches, group: str, **options: Any) -> InfluenceFactors:
+        counted = _Counted(batches)
+        factors = collect_factors(
+            self.model,
+            counted,
+            group=group,
+            adapter=self.adapter,
+            progress=self.progress,
+            **options,
+        )
+        self.sequences[group] += counted.sequences
+        return factors
+
     def prepare_retain_loss(
         self,
         calibration: Batches | Callable | None,
@@ -267,12 +299,15 @@ class _Counted:
 
 @contextmanager
 def _at_origin(
-    model: nn.Module, adapter: str, previous: UnlearnResult | ActivationStats | None
-) -> Iterator[tuple[str, AttenuationPlan | None]]:
+    model: nn.Module,
+    adapter: str | None,
+    previous: UnlearnResult | ActivationStats | InfluenceFactors | None,
+) -> Iterator[tuple[str, str, AttenuationPlan | InfluencePlan | None]]:
     """Take the previous plan off, and put it back if what follows fails.
 
-    Yields the origin's fingerprint and the plan that was taken off, if any.
+    Yields the adapter's name, the origin's fingerprint and the plan that was taken off, if any.
     """
+    adapter = resolve_adapter(model, adapter)
     origin = fingerprint(model, adapter)
     undone = None
     if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == origin:
@@ -282,7 +317,7 @@ def _at_origin(
     else:
         check_is_origin(model, adapter, origin)
     try:
-        yield origin, undone
+        yield adapter, origin, undone
     except BaseException:
         if undone is not None:
             undone.apply(model, adapter)
@@ -300,8 +335,18 @@ def _statistics(
     request = job.collect(forget, "forget", sites)
     if not request.tokens("forget"):
         raise UcanError("the forget set is empty: no token of it is in group 0 (forget).")
+    if isinstance(bank, InfluenceFactors):
+        raise UcanError(
+            "method='attenuate' needs a bank of activation statistics, not of factors: "
+            "bank=ucan_fast.collect(model, all_batches)."
+        )
     if previous is not None:
         earlier = previous.stats if isinstance(previous, UnlearnResult) else previous
+        if not isinstance(earlier, ActivationStats):
+            raise UcanError(
+                "the earlier request was answered by method='influence', which takes no activation "
+                "statistics. Undo its plan and ask for both forget sets in one request."
+            )
         request = request + earlier.select(sites).only("forget")
     if bank is not None:
         return bank.select(sites).with_forget(request)
@@ -315,7 +360,12 @@ def _statistics(
     return request
 
 
-def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
+def _choose_strength(
+    job: _Job,
+    plan: AttenuationPlan | InfluencePlan,
+    forget: Batches,
+    holdout: Batches | float | None,
+) -> AttenuationPlan | InfluencePlan:
     if job.retain_loss is not None:
         job.loss_before = job.retain_loss()
         if not math.isfinite(job.loss_before):
@@ -331,6 +381,8 @@ def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
             job.retain_loss, job.no_retain_loss = None, why
     if not job.config.auto_strength or plan.note:
         return plan
+    if isinstance(plan, InfluencePlan):
+        return search_step(job, plan, forget, holdout)
     if job.retain_loss is None:
         plan.note = f"{unsearched_note(plan.config)} (pass calibration= or retain=)."
         return plan
@@ -356,22 +408,26 @@ def _choose_strength(job: _Job, plan: AttenuationPlan) -> AttenuationPlan:
 
 
 def _evaluate(
-    job: _Job, plan: AttenuationPlan, forget: Batches, evaluate: bool | Measure
+    job: _Job, plan: AttenuationPlan | InfluencePlan, forget: Batches, evaluate: bool | Measure
 ) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:
     """Metrics of the four states, and why one is missing."""
     model, notes = job.model, {}
-    edit = WeightEdit(plan.match(model, job.adapter))
-    edits = {"U-CAN": (edit, plan.flat_factors)}
+    if isinstance(plan, InfluencePlan):
+        name, edit, factors = "influence", plan.edit(model, job.adapter), plan.strength
+    else:
+        name, factors = "U-CAN", plan.flat_factors
+        edit = WeightEdit(plan.match(model, job.adapter))
+    edits = {name: (edit, factors)}
     retain_losses = {"before": job.loss_before}
-    if not plan.attenuated:
+    if plan.is_noop:
         notes["controls"] = f"not run: the plan changes nothing ({plan.note})"
     elif job.retain_loss is None:
         notes["controls"] = f"not run: the retain loss cannot be matched, {job.no_retain_loss}"
     if job.retain_loss is not None:
-        with edit.applied(plan.flat_factors):
-            retain_losses["U-CAN"] = job.retain_loss()
+        with edit.applied(factors):
+            retain_losses[name] = job.retain_loss()
     if "controls" not in notes:
-        for control in _controls(job, plan, retain_losses["U-CAN"]):
+        for control in _controls(job, plan, retain_losses[name]):
             edits[control.name] = (control.edit, control.factors)
             retain_losses[control.name] = control.loss
             if control.note:
@@ -423,10 +479,11 @@ def _measured(evaluate: Measure, model: nn.Module) -> dict[str, float | None]:
     return values
 
 
-def _controls(job: _Job, plan: AttenuationPlan, target: float) -> Iterator[Control]:
+def _controls(job: _Job, plan: AttenuationPlan | InfluencePlan, target: float) -> Iterator[Control]:
     arguments = (job.retain_loss, job.loss_before, target)
     yield uniform_control(job.model, job.adapter, *arguments)
-    yield random_control(job.model, job.adapter, plan, *arguments)
+    at_random = random_step_control if isinstance(plan, InfluencePlan) else random_control
+    yield at_random(job.model, job.adapter, plan, *arguments)
 
 
 def _figures(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -12,23 +12,36 @@ from .errors import UcanError
 from .neurons import NeuronGroup
 
 
-class WeightEdit:
-    """The parameters that some neurons own, and the values they had when this was made.
+class ParameterEdit:
+    """Some parameters, and the values they had when this was made.
 
     Every write starts from those values, so writes do not accumulate. Holds one copy of the
     parameters (an adapter's worth of memory, on their own devices).
     """
 
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = dict(parameters)
+        self.originals = {key: p.detach().clone() for key, p in self._parameters.items()}
+
+    def restore(self) -> None:
+        """Every parameter as it was, bit by bit."""
+        with torch.no_grad():
+            for key, parameter in self._parameters.items():
+                parameter.copy_(self.originals[key])
+
+
+class WeightEdit(ParameterEdit):
+    """The parameters that some neurons own, to be scaled."""
+
     def __init__(self, groups: Sequence[NeuronGroup]) -> None:
         self._groups = list(groups)
-        self._parameters = {}
-        seen = set()
+        parameters, seen = {}, set()
         for group in groups:
             for piece in group.pieces:
                 if piece.storage_key not in seen:
                     seen.add(piece.storage_key)
-                    self._parameters[piece.key] = piece.parameter
-        self.originals = {key: p.detach().clone() for key, p in self._parameters.items()}
+                    parameters[piece.key] = piece.parameter
+        super().__init__(parameters)
 
     def write(self, factors: torch.Tensor) -> None:
         """Set every parameter to original x factor; on any error all are the originals again.
@@ -58,12 +71,6 @@ class WeightEdit:
             yield
         finally:
             self.restore()
-
-    def restore(self) -> None:
-        """Every parameter as it was, bit by bit."""
-        with torch.no_grad():
-            for key, parameter in self._parameters.items():
-                parameter.copy_(self.originals[key])
 
     def _calls(self) -> dict[torch.device, tuple[list[torch.Tensor], list[int], list[int]]]:
         calls: dict[torch.device, tuple[list, list, list]] = {}

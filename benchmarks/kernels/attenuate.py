@@ -51,6 +51,19 @@ def _inputs(
     return inputs
 
 
+def _check_inputs(
+    sizes: Sizes, dtype: torch.dtype, changed: float, device: torch.device
+) -> Callable[[int], tuple[Any, ...]]:
+    # The factors that can be timed are so near 1 that bf16 weights do not change: these show it.
+    make = _inputs(sizes, dtype, changed, device)
+
+    def inputs(seed: int) -> tuple[Any, ...]:
+        weights, factors, *rest = make(seed)
+        return weights, 1 + 2e3 * (factors - 1), *rest
+
+    return inputs
+
+
 def _reference(weights: Sequence[torch.Tensor], *rest) -> list[torch.Tensor]:
     copies = [weight.clone() for weight in weights]
     attenuate_reference_(copies, *rest)
@@ -101,6 +114,7 @@ def _bench(
         ],
         inputs=_inputs(sizes, dtype, changed, device),
         reference=_reference,
+        check_inputs=_check_inputs(sizes, dtype, changed, device),
         mutates=True,
         **options,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,9 @@ from ..shapes import LLAMA_2_7B, LLAMA_32_1B, MODELS, RANKS, SMOLLM2_135M, TOKEN
 
 #: Largest product that is timed on a CPU: half a second or so on two cores.
 CPU_FLOPS = 30e9
+#: Σ|h| and Σh² over thousands of tokens: rounding averages out in every dtype, so that a block of
+#: 128 rows out of 8,192 which is left out (1.6 %) shows in bf16 too.
+SUMS = {"input": 1e-3, "output": 1e-3}
 
 
 def benchmark_device() -> torch.device:
@@ -119,8 +123,7 @@ def lora_cases(profile: Profile, *, few: bool = False) -> list[LoraCase]:
 
     Args:
         profile: quick or full.
-        few: for groups that say little new: without the sweep over all models in full, and the
-            first three in quick.
+        few: the first three in quick.
     """
     if profile.name == "quick":
         return list(_QUICK[:3] if few else _QUICK)
@@ -130,7 +133,7 @@ def lora_cases(profile: Profile, *, few: bool = False) -> list[LoraCase]:
     one, wide = seven[:2]
     cases = [
         *_QUICK,
-        *(seven if few else every),
+        *every,
         *(replace(case, adapter_dtype=torch.bfloat16) for case in seven),
         *(replace(case, tokens=t) for case in (one, wide) for t in TOKENS),
         *(LoraCase(SMOLLM2_135M, "gate_proj", t) for t in TOKENS),
@@ -164,6 +167,8 @@ class Bench:
     adapter_dtype: str = ""
     mutates: bool = False
     wall: bool = False
+    tolerances: Mapping[str, float] | None = None
+    check_inputs: Callable[[int], Inputs] | None = None
     obstacle: str | None = None
     obstacles: Mapping[str, str] = field(default_factory=dict)
     _outcome: list[Result] | Exception | None = field(default=None, repr=False)
@@ -202,9 +207,13 @@ class Bench:
                         reference=self.reference,
                         mutates=self.mutates,
                         wall=self.wall,
+                        tolerances=self.tolerances,
+                        check_inputs=self.check_inputs,
                         profile=profile,
                     )
             except Exception as error:
+                # Its frames hold the tensors of the case, and it is kept to the end.
+                traceback.clear_frames(error.__traceback__)
                 self._outcome = error
         if isinstance(self._outcome, Exception):
             raise self._outcome

@@ -12,7 +12,7 @@ from ucan_fast import ops
 
 from .. import peers
 from ..measure import Candidate, Profile
-from .cases import Bench, LoraCase, lora_cases
+from .cases import SUMS, Bench, LoraCase, lora_cases
 
 
 def _inputs(case: LoraCase, device: torch.device) -> Callable[[int], tuple[torch.Tensor, ...]]:
@@ -164,6 +164,7 @@ def expand_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
                 candidates=candidates,
                 inputs=_inputs(case, device),
                 reference=_reference_moments,
+                tolerances=SUMS,
                 obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )

@@ -10,7 +10,7 @@ from ucan_fast.ops.backend import triton_obstacle
 
 from .. import peers
 from ..measure import Candidate, Profile
-from .cases import Bench, LoraCase, lora_cases, name_of
+from .cases import SUMS, Bench, LoraCase, lora_cases, name_of
 
 
 def _inputs(case: LoraCase, device: torch.device):
@@ -215,19 +215,19 @@ def forward_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
             *_hooked(case, device, "mask matmul"),
             Candidate(
                 "ucan_fast",
-                peers.ucan_operators(adapter),
+                peers.recorded_forward(adapter),
                 passes=passes.ucan(moments=True),
                 **cost,
             ),
             Candidate(
                 "ucan_fast, fused_linear",
-                peers.ucan_operators(adapter, fused=True),
+                peers.fused_linear_moments(adapter),
                 passes=passes.fused_linear(moments=True),
                 **cost,
             ),
             Candidate(
                 "ucan_fast, no moments",
-                peers.ucan_operators(adapter, moments=False),
+                peers.forward(peers.ucan_layer, adapter),
                 passes=passes.ucan(),
                 **plain,
             ),
@@ -257,6 +257,7 @@ def forward_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
                 candidates=candidates,
                 inputs=_inputs(case, device),
                 reference=peers.reference_linear_moments,
+                tolerances=SUMS,
                 obstacle=case.too_large(cost["flops"], device),
                 obstacles={"ucan_fast, fused_linear": obstacle} if obstacle else {},
                 **case.dtypes,
@@ -272,7 +273,7 @@ def forward_with_hooks(profile: Profile, device: torch.device) -> list[Bench]:
         cost = _moments_cost(case)
         ours = Candidate(
             "ucan_fast",
-            peers.ucan_operators(case.adapter_dtype),
+            peers.recorded_forward(case.adapter_dtype),
             passes=case.cost(device).ucan(moments=True),
             **cost,
         )
@@ -286,6 +287,7 @@ def forward_with_hooks(profile: Profile, device: torch.device) -> list[Bench]:
                 candidates=[*boolean, mask, ours],
                 inputs=_inputs(case, device),
                 reference=peers.reference_linear_moments,
+                tolerances=SUMS,
                 obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )

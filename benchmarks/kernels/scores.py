@@ -61,8 +61,8 @@ def scores(profile: Profile, device: torch.device) -> list[Bench]:
     benches = []
     for model in models:
         n = sum(_widths(model))
-        # Four sums and a norm in, R, U, S out in fp64, S in again, γ out in fp32.
-        cost = {"bytes": n * (5 * 8 + 3 * 8 + 8 + 4), "flops": 20 * n}
+        # Three sums and a norm in, R, U, S out in fp64, S in again, γ out in fp32.
+        cost = {"bytes": n * (4 * 8 + 3 * 8 + 8 + 4), "flops": 20 * n}
         # γ is fp32; the tolerance of fp64 would ask for more than it holds. Both candidates read
         # layer boundaries back from the device.
         common = {**cost, "tolerance": 1e-6, "capturable": False}

@@ -93,6 +93,50 @@ def test_a_narrower_candidate_has_its_own_tolerance_and_a_floor_its_own_referenc
         _measure(_candidate("torch"), _candidate("bf16", lambda x, w: narrow.bind(x, w)()))
 
 
+def test_a_part_of_a_result_may_have_to_be_more_exact():
+    # Sums that lack a row in a hundred, beside a bf16 result.
+    def both(rows: int):
+        return lambda x, w: lambda: {"y": x.bfloat16(), "sums": x[:rows].abs().sum(0)}
+
+    def inputs(seed: int):
+        return torch.randn(128, 6, generator=torch.Generator().manual_seed(seed)), None
+
+    options = {
+        "reference": lambda x, w: {"y": x.double(), "sums": x.double().abs().sum(0)},
+        "dtype": "bfloat16",
+    }
+    floor = m.Candidate("floor", lambda x, w: lambda: x, reference=lambda x, w: x.double())
+    short = m.Candidate("short", both(127))
+    m.check([short], inputs, **options)
+    m.check([m.Candidate("whole", both(128)), floor], inputs, tolerances={"sums": 1e-3}, **options)
+    with pytest.raises(m.CheckFailed, match=r"'short' is wrong.*allowed 0\.001"):
+        m.check([short], inputs, tolerances={"sums": 1e-3}, **options)
+
+
+def test_inputs_of_the_check_may_be_others_than_those_timed():
+    seen: list[float] = []
+
+    def bind(x: torch.Tensor):
+        seen.append(float(x))
+        return lambda: x * 2
+
+    def inputs(value: float):
+        return lambda seed: (torch.tensor(value),)
+
+    m.measure(
+        [m.Candidate("torch", bind)],
+        inputs(3.0),
+        check_inputs=inputs(5.0),
+        group="g",
+        shape={},
+        dtype="float32",
+        baseline="torch",
+        reference=lambda x: x.double() * 2,
+        profile=QUICK,
+    )
+    assert seen == [5.0, 3.0]
+
+
 def test_in_place_candidates_are_checked_on_their_own_copy():
     def double_(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x.mul_(2)

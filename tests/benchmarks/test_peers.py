@@ -8,15 +8,15 @@ from peft.tuners import lora
 
 from benchmarks import measure as m
 from benchmarks import peers
-from benchmarks.kernels.cases import LoraCase, lora_cases
-from benchmarks.shapes import LLAMA_3_8B, MODELS, SMOLLM2_135M
+from benchmarks.kernels import attenuate
+from benchmarks.kernels.cases import SUMS, LoraCase, lora_cases
+from benchmarks.shapes import LLAMA_3_8B, MODELS, SMOLLM2_135M, Model
 
 CPU = torch.device("cpu")
 FORWARDS = {
     "peft": peers.forward(peers.peft_layer, torch.float32),
     "ucan_fast": peers.forward(peers.ucan_layer, torch.float32),
     "addmm_": peers.addmm_forward(torch.float32),
-    "operators": peers.ucan_operators(torch.float32, moments=False),
 }
 STEPS = {
     "peft": peers.training_step(peers.peft_layer, torch.float32),
@@ -26,7 +26,8 @@ STEPS = {
 MOMENTS = {
     "boolean": peers.hooked_forward(peers.BooleanIndex, torch.float32),
     "mask": peers.hooked_forward(peers.MaskMatmul, torch.float32),
-    "ucan_fast": peers.ucan_operators(torch.float32),
+    "ucan_fast": peers.recorded_forward(torch.float32),
+    "fused_linear": peers.fused_linear_moments(torch.float32),
 }
 
 
@@ -135,6 +136,53 @@ def test_attenuation_peers_agree():
         "foreach": peers.attenuate_foreach,
     }
     m.check(_candidates(binders), inputs, reference=reference, dtype="float32", mutates=True)
+
+
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_attenuation_that_does_nothing_is_caught_in_every_dtype(profile):
+    for bench in attenuate.attenuate(m.PROFILES[profile], CPU)[:2]:
+        nothing = m.Candidate("nothing", lambda weights, *_: lambda: weights)
+        with pytest.raises(m.CheckFailed, match="'nothing' is wrong"):
+            m.check(
+                [nothing],
+                bench.check_inputs,
+                reference=bench.reference,
+                dtype=bench.dtype,
+                mutates=True,
+            )
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_a_forgotten_block_of_rows_is_caught_in_bf16(adapter):
+    case = LoraCase(
+        Model("tiny", 1, hidden=64, intermediate=48, query=32, key_value=32),
+        "q_proj",
+        8192,
+        rank=8,
+        adapter_dtype=adapter,
+    )
+    inputs = peers.lora_inputs(*case.size, case.rank, case.tokens, case.dtype, CPU)
+
+    def short(x, w, a, b, groups):
+        # The last block counts for nothing.
+        groups = groups.clone()
+        groups[-128:] = -1
+        return peers.recorded_forward(adapter)(x, w, a, b, groups)
+
+    options = {
+        "reference": peers.reference_linear_moments,
+        "dtype": "bfloat16",
+        "tolerances": SUMS,
+    }
+    whole = [
+        m.Candidate("ucan_fast", peers.recorded_forward(adapter)),
+        m.Candidate("fused_linear", peers.fused_linear_moments(adapter)),
+        m.Candidate("boolean", peers.hooked_forward(peers.BooleanIndex, adapter)),
+        m.Candidate("mask", peers.hooked_forward(peers.MaskMatmul, adapter)),
+    ]
+    m.check(whole, inputs, **options)
+    with pytest.raises(m.CheckFailed, match="'short' is wrong"):
+        m.check([m.Candidate("short", short)], inputs, **options)
 
 
 def test_every_projection_of_a_model_is_covered():

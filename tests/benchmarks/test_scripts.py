@@ -82,6 +82,33 @@ def test_the_gpu_script_ends_with_the_targets_and_fails_row_by_row(tmp_path):
     assert ran.stdout.rstrip().endswith("0 of 13 judged targets fall short")
 
 
+@pytest.mark.parametrize(
+    ("log", "result"),
+    [
+        ("========= Error: Device not supported. Please refer to\n", "refused by the driver"),
+        ("========= ERROR SUMMARY: 2 errors\nSKIPPED: not supported here\n", "FAILED (exit 9)"),
+        (
+            "========= Warning: Unable to read symbols\n"
+            "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n",
+            "FAILED (exit 9)",
+        ),
+        ("FAILED test_gpu.py::test_x - permission\n========= ERROR SUMMARY: 0 errors\n", "FAILED"),
+    ],
+)
+def test_what_a_sanitizer_found_is_not_taken_for_a_refusal(tmp_path, log, result):
+    for tool in ("memcheck", "racecheck"):
+        (tmp_path / f"{tool}.log").write_text(log)
+    (tmp_path / "steps.tsv").write_text("memcheck\t9\t1\nracecheck\t9\t1\n")
+    ran = subprocess.run(
+        [sys.executable, str(m.ROOT / "ci" / "gpu_summary.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.count(result) == 2, ran.stdout + ran.stderr
+    assert ran.returncode == (0 if result.startswith("refused") else 1)
+
+
 def test_both_suites_write_where_the_targets_read(monkeypatch, tmp_path, capsys):
     started: list[list[str]] = []
 

@@ -69,6 +69,10 @@ def test_launches_are_those_whose_names_match(tmp_path):
     assert (_judge(ours, found).result, _judge(ours, found).measured.median) == ("pass", 2)
     every = _target(kernels="kernel", at_most=4, **options)
     assert (_judge(every, found).result, _judge(every, found).measured.median) == ("FAIL", 5)
+    # None at all is not "few": another backend ran.
+    renamed = _target(kernels="^scale_kernel", at_most=2, **options)
+    assert _judge(renamed, found).result == "FAIL"
+    assert "no kernel is named like" in _judge(renamed, found).note
     uncounted = document(tmp_path / "b.json", case("g", SHAPE, {"mine": [1.0]}))
     assert "not counted" in _judge(ours, uncounted).note
     assert _judge(ours, uncounted).result == "FAIL"

@@ -1,0 +1,253 @@
+"""The steps of ``unlearn`` that differ for ``method="influence"``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .batches import RETAIN, reusable
+from .config import UcanConfig
+from .errors import UcanError
+from .evaluation import _vocabulary, group_loss
+from .factor_pass import factor_memory
+from .factors import InfluenceFactors
+from .influence import InfluencePlan, make_influence_plan
+from .strength import search_strength
+
+if TYPE_CHECKING:
+    from .unlearn import _Job
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+@dataclass
+class InfluenceStats:
+    """Gradients and factors of both token sets of a request.
+
+    Attributes:
+        forget: sums over the forget sets of this request and all before it.
+        retain: sums over the retain set.
+    """
+
+    forget: InfluenceFactors
+    retain: InfluenceFactors
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the adapter they were taken on (the origin)."""
+        return self.forget.fingerprint
+
+    def tokens(self, group: str) -> int:
+        """Tokens of one group (``"forget"`` or ``"retain"``)."""
+        return int((self.forget if group == "forget" else self.retain).tokens)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write ``forget``, which is all that a later request needs (as ``previous=``).
+
+        Raises:
+            UcanError: it could not be written; what stood there before is untouched.
+        """
+        self.forget.save(path)
+
+
+def influence_statistics(
+    job: _Job,
+    forget: Batches,
+    retain: Batches | None,
+    bank: InfluenceFactors | None,
+    previous: Any,
+) -> InfluenceStats:
+    """Sums over the union of all forget sets, and over the retain set.
+
+    Raises:
+        UcanError: a bank or an earlier request of the other method, no retain set, or sets that
+            do not fit.
+    """
+    if bank is not None and not isinstance(bank, InfluenceFactors):
+        raise UcanError(
+            f"method='influence' needs a bank of factors, not {type(bank).__name__}: "
+            "bank=ucan_fast.collect_factors(model, all_batches)."
+        )
+    config = job.config
+    wanted = {
+        "variant": config.influence_variant,
+        "rank": config.influence_rank,
+        "blocks": config.influence_blocks,
+        "seed": config.seed,
+    }
+    # An eigenbasis stays that of all data: nothing is subtracted from it.
+    exact = bank is not None and bank.variant != "eigenbasis"
+    if exact:
+        # What is subtracted must be what is there; the labels are the bank's too.
+        like = {"variant": bank.variant, "blocks": bank.blocks or 1, "seed": bank.seed}
+        request = job.factors(forget, "forget", **{**wanted, **like})
+    else:
+        request = job.factors(forget, "forget", **wanted, curvature=False)
+    if previous is not None:
+        request = request + _earlier(previous)
+    if bank is not None:
+        rest = bank - request
+        if not rest.positions:
+            raise UcanError(
+                "the retain set is empty: the bank holds no more than the forget set. A bank is "
+                "all data, the forget set included."
+            )
+        return InfluenceStats(request, rest)
+    mixed = list(_with_retain_tokens(forget))
+    if retain is None and not mixed:
+        raise UcanError(
+            "there is no retain set: pass retain= batches or bank= factors, or mark retain "
+            "tokens in the forget batches with token_groups."
+        )
+    return InfluenceStats(request, job.factors(_Joined(mixed, retain or ()), "retain", **wanted))
+
+
+def influence_plan(
+    model: nn.Module, stats: InfluenceStats, config: UcanConfig, adapter: str
+) -> InfluencePlan:
+    """The plan that these sums make."""
+    return make_influence_plan(model, stats.forget, stats.retain, config, adapter=adapter)
+
+
+def search_step(
+    job: _Job, plan: InfluencePlan, forget: Batches, holdout: Batches | float | None
+) -> InfluencePlan:
+    """The largest t within the retain budget, the trust region and the holdout's NLL.
+
+    Raises:
+        UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
+    """
+    if job.retain_loss is None:
+        raise UcanError(
+            "strength='auto' has nothing to measure the retain budget on, and an influence step "
+            "of unknown cost is not taken: pass calibration= or retain=, or a strength in nats."
+        )
+    edit, trust = plan.edit(job.model, job.adapter), job.config.trust_region
+    before = group_loss(job.model, forget, "forget")
+    ceiling = _ceiling(job.model, holdout)
+    if before.mean >= ceiling:
+        plan.note = (
+            f"the forget set is no better known than never-seen data (NLL {before.mean:.4f} "
+            f"against holdout={ceiling:.4f} nats): there is nothing to unlearn."
+        )
+        return plan
+
+    def loss_at(strength: float) -> float:
+        with edit.applied(strength):
+            return job.retain_loss()
+
+    def guard(strength: float) -> str:
+        with edit.applied(strength):
+            after = group_loss(job.model, forget, "forget").mean
+        if not after <= ceiling:
+            return (
+                f"stopped where the forget set costs as much as never-seen data "
+                f"({ceiling:.4f} nats per token), before the retain budget was used up."
+            )
+        rise = after - before.mean
+        if not abs(rise - strength) <= trust * strength:
+            return (
+                f"stopped by the trust region: a predicted rise of {strength:.3g} nats was one of "
+                f"{rise:.3g}, further off than trust_region={trust:g} times the prediction."
+            )
+        return ""
+
+    # Beyond ln V a token is less likely than one drawn blindly: nothing is gained there.
+    high = min(job.config.max_strength, math.log(_vocabulary(job.model)))
+    search = search_strength(
+        loss_at, job.loss_before, job.config.max_retain_loss_increase, high, guard=guard
+    )
+    job.search = search
+    chosen = plan.with_strength(search.chosen)
+    if search.chosen == high:
+        search.note = (
+            f"even a predicted rise of {high:.3g} nats, the most that is tried, stays within the "
+            f"budget of {100 * search.budget:g} % retain loss."
+        )
+    chosen.note = search.note
+    return chosen
+
+
+def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
+    """What a report says about the step (after or before it was applied)."""
+    originals = plan.edit(job.model, job.adapter).originals
+    if plan.originals is not None:
+        originals = plan.originals
+    layers: dict[str, dict[str, float]] = {}
+    squares: dict[str, list[float]] = {}
+    for key, direction in plan.directions.items():
+        name = key.rpartition(".")[0]
+        values = layers.setdefault(name, {"parameters": 0, "relative_change": 0.0, "share": 0.0})
+        values["parameters"] += direction.numel()
+        values["share"] += plan.shares[key]
+        sums = squares.setdefault(name, [0.0, 0.0])
+        sums[0] += float((plan.strength * direction.double()).square().sum())
+        sums[1] += float(originals[key].double().square().sum())
+    for name, (moved, size) in squares.items():
+        layers[name]["relative_change"] = math.sqrt(moved / size) if size else math.nan
+    config = job.config
+    return {
+        "strength": plan.strength,
+        "variant": config.influence_variant,
+        "factor_bytes": factor_memory(
+            job.model,
+            rank=config.influence_rank,
+            blocks=config.influence_blocks,
+            adapter=job.adapter,
+        ),
+        "matrices": len(plan.directions),
+        "parameters": sum(d.numel() for d in plan.directions.values()),
+        "note": plan.note,
+        "layers": layers,
+    }
+
+
+class _Joined:
+    """Some batches after others, any number of times."""
+
+    def __init__(self, first: list, second: Batches) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return chain(self.first, self.second)
+
+
+def _with_retain_tokens(batches: Batches) -> Iterator[Mapping[str, Any]]:
+    for batch in batches:
+        groups = [batch.get(key) for key in ("token_groups", "decoder_token_groups")]
+        if any(given is not None and (given == RETAIN).any() for given in groups):
+            yield batch
+
+
+def _earlier(previous: Any) -> InfluenceFactors:
+    stats = getattr(previous, "stats", previous)
+    if isinstance(stats, InfluenceStats):
+        return stats.forget
+    if isinstance(stats, InfluenceFactors):
+        return stats
+    raise UcanError(
+        "the earlier request was not answered by method='influence': its statistics hold no "
+        "gradients. Undo its plan and ask for both forget sets in one request."
+    )
+
+
+def _ceiling(model: nn.Module, holdout: Batches | float | None) -> float:
+    if holdout is None:
+        return math.inf
+    if isinstance(holdout, (int, float)) and not isinstance(holdout, bool):
+        if not 0 < holdout < math.inf:
+            raise UcanError(f"holdout must be batches or nats per token > 0, not {holdout!r}.")
+        return float(holdout)
+    loss = group_loss(model, reusable(holdout, "holdout"), "forget")
+    if not loss.tokens:
+        raise UcanError("the holdout set is empty: no position of it is scored.")
+    return loss.mean
