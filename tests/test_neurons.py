@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from ucan_fast import UcanConfig, UcanError, collect, make_plan
-from ucan_fast.adapter import find_layers
-from ucan_fast.neurons import moments_site, neuron_groups
+from ucan_fast.adapter import find_layers, one_walk, tuner_layers
+from ucan_fast.neurons import moments_site, neuron_groups, weight_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore::ucan_fast.UcanWarning")
 
@@ -467,3 +467,39 @@ def test_nothing_of_the_autograd_graph_is_kept():
     for group in neuron_groups(model, find_layers(model, "default"), "rank"):
         assert not group.weight_norm.requires_grad
         assert all(not piece.view(group.n).requires_grad for piece in group.pieces)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_weight_norms_taken_together_are_those_of_each_matrix(site):
+    # More layers than are taken in one go, of two ranks.
+    model = tiny_llama(layers=6)
+    for module in (m for _, m in tuner_layers(model)):
+        if module.in_features == 16:
+            continue
+        for holder, shape in ((module.lora_A, (5, module.in_features)), (module.lora_B, (0, 5))):
+            rows = shape[0] or module.out_features
+            holder["default"].weight = torch.nn.Parameter(torch.randn(rows, shape[1]))
+    groups = neuron_groups(model, find_layers(model, "default"), site)
+    assert len(groups) > 32 or site == "mlp"
+    for group, together in zip(groups, weight_norms(groups), strict=True):
+        a = weight(model, group.names[0], "A").detach().double()
+        b = weight(model, group.names[0], "B").detach().double()
+        wanted = {
+            "input": a.norm(dim=0),
+            "mlp": a.norm(dim=0),
+            "rank": a.norm(dim=1) * b.norm(dim=0),
+            "output": b.norm(dim=1),
+        }[site]
+        torch.testing.assert_close(together, wanted, rtol=1e-14, atol=0)
+
+
+def test_layers_of_one_walk_are_found_once_and_read_anew():
+    model = tiny_llama(layers=1)
+    with one_walk(model):
+        first = find_layers(model, "default")[0]
+        replaced = torch.nn.Parameter(torch.zeros_like(first.a))
+        first.a_module.weight = replaced
+        again = find_layers(model, "default")[0]
+        assert again is first
+        assert again.a is replaced
+    assert find_layers(model, "default")[0] is not first

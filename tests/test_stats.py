@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
@@ -608,3 +609,98 @@ def test_refuses_statistics_taken_beside_other_adapters():
         model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["second"].weight += 1
     with pytest.raises(uf.UcanError, match="different other adapters active"):
         beside + uf.collect(model, batches, adapter="default")
+
+
+# ------------------------------------------------------------------ all layers at once
+
+
+def made_up(sizes: dict[str, int], seed: int) -> uf.ActivationStats:
+    """Retain tokens only, random sums, layers of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    stats = uf.ActivationStats({}, "some adapter")
+    for name, n in sizes.items():
+        sums = torch.zeros(2, 2, n, dtype=torch.float64)
+        sums[:, 1] = 1 + torch.rand(2, n, generator=generator, dtype=torch.float64)
+        stats.layers[name] = {"input": uf.Moments(torch.tensor([0.0, 9.0]).double(), *sums)}
+    return stats
+
+
+SIZES = {"a": 3, "b": 1, "c": 4, "d": 2}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("what", "word"), [("count", "tokens"), ("abs_sum", "of |h|"), ("sq_sum", "of h²")]
+)
+def test_the_layer_and_the_sum_that_do_not_fit_are_named(name, what, word):
+    bank, part = made_up(SIZES, 0), made_up(SIZES, 0)
+    part.layers = dict(reversed(part.layers.items()))
+    getattr(part.layers[name]["input"], what)[1].view(-1)[-1] += 1
+    refused(lambda: bank - part, f"{name} (input): ", word)
+    request = part.only("retain")
+    for moments in (sites["input"] for sites in request.layers.values()):
+        for tensor in moments.tensors():
+            tensor.copy_(tensor.flip(0))
+    refused(lambda: bank.with_forget(request), f"{name} (input): ", word)
+
+
+def test_the_first_of_several_layers_that_do_not_fit_is_named():
+    bank, part = made_up(SIZES, 0), made_up(SIZES, 0)
+    part.layers["d"]["input"].count[1] += 1
+    part.layers["b"]["input"].sq_sum[1, 0] += 1
+    part.layers["c"]["input"].abs_sum[1, 0] += 1
+    refused(lambda: bank - part, "b (input): ", "of h²")
+
+
+def test_layers_are_matched_by_name_not_by_order():
+    one, two = made_up(SIZES, 0), made_up(dict(reversed(SIZES.items())), 1)
+    total = one + two
+    assert list(total.layers) == list(SIZES)
+    for name in SIZES:
+        mine, theirs = (stats.layers[name]["input"].tensors() for stats in (one, two))
+        pairs = zip(mine, theirs, strict=True)
+        for got, (x, y) in zip(total.layers[name]["input"].tensors(), pairs, strict=True):
+            assert torch.equal(got, x + y)
+
+
+def test_a_split_bank_is_saved_like_any_other(bank, forget, tmp_path):
+    split = bank.with_forget(forget)
+    split.save(tmp_path / "split")
+    loaded = uf.ActivationStats.load(tmp_path / "split")
+    assert list(loaded.layers) == list(split.layers)
+    for name, sites in split.layers.items():
+        for site, moments in sites.items():
+            pairs = zip(moments.tensors(), loaded.layers[name][site].tensors(), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_sums_that_overflow_only_together_are_finite():
+    stats = made_up(SIZES, 0)
+    for sites in stats.layers.values():
+        sites["input"].sq_sum[1, 0] = 1e308
+    stats.check_finite()
+    stats.layers["c"]["input"].abs_sum[1, 2] = float("nan")
+    refused(stats.check_finite, "c (input)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_fingerprint_is_the_digest_that_files_hold(dtype):
+    # Spelled out: files of earlier versions hold it.
+    model = hm.lora(hm.llama(layers=1))
+    module = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    linear = module.lora_A["default"]
+    linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())  # other strides
+    model = model.to(dtype)
+    config = model.get_base_model().config
+    known = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "d_model")
+    identity = {key: getattr(config, key) for key in known if hasattr(config, key)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            digest.update(f"{name}|{float(module.scaling['default'])!r}".encode())
+            for key in ("lora_A", "lora_B"):
+                weight = getattr(module, key)["default"].weight.detach().to(wide)
+                digest.update(f"|{key}.weight{tuple(weight.shape)}".encode())
+                digest.update(weight.numpy().tobytes())
+    assert fingerprint(model, "default") == digest.hexdigest()

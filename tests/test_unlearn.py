@@ -622,3 +622,20 @@ def test_success_leaves_modes_gradients_and_random_numbers():
     origin = trained().state_dict()
     result.plan.undo(model)
     assert_same_weights(model, dict(origin))
+
+
+def test_the_report_counts_per_layer_what_the_plan_holds():
+    model = trained()
+    options = {"retain": retain_batches(count=16), "config": FIXED, "evaluate": False}
+    result = uf.unlearn(model, forget=forget_batches(), **options)
+    change = result.report.change
+    assert list(change["layers"]) == list(result.plan.factors)
+    for name, factors in result.plan.factors.items():
+        values = [float(f) for f in factors]
+        assert change["layers"][name] == {
+            "neurons": len(values),
+            "attenuated": sum(v != 1 for v in values),
+            "mean_factor": pytest.approx(sum(values) / len(values), rel=1e-12),
+            "min_factor": min(values),
+        }
+    assert change["attenuated"] == sum(v["attenuated"] for v in change["layers"].values()) > 0

@@ -52,7 +52,8 @@ class FusedLoraLinear:
                 result = result.to(torch.promote_types(result.dtype, dtype))
             z, moments = _shrink(x, a, dtype, adapter, recorder)
             result = ops.expand(result, z, b, scaling, bias=bias, **moments)
-        result = result.to(y_dtype)
+        if result.dtype != y_dtype:
+            result = result.to(y_dtype)
         if recorder is not None:
             recorder.layer_output(result)
         return result
@@ -92,13 +93,14 @@ class FusedLinear(FusedLoraLinear, lora.Linear):
     pefts = lora.Linear
 
     def _base_product(self, x: torch.Tensor, parts: list[tuple]) -> tuple | None:
-        if len(parts) > 1 or torch.is_autocast_enabled(x.device.type):
+        if len(parts) > 1:
+            return None
+        weight = self._modules["base_layer"]._parameters.get("weight")
+        if weight is None or not ops.fused_linear_wanted(x, weight):
             return None
         base = plain_linear(self.base_layer)
         narrows = torch.promote_types(x.dtype, parts[0][1].dtype) != parts[0][1].dtype
-        if base is None or narrows or not ops.fused_linear_wanted(x, base[0]):
-            return None
-        return base
+        return None if base is None or narrows or torch.is_autocast_enabled(x.device.type) else base
 
 
 class _OverBitsandbytes(FusedLoraLinear):

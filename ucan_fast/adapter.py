@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +49,6 @@ _OTHER_BASES = {
 
 
 _Named = list[tuple[str, nn.Module]]
-# The model of the innermost one_walk, all its modules, and those with LoRA weights.
-_walked: contextvars.ContextVar[tuple[nn.Module, _Named, _Named] | None] = contextvars.ContextVar(
-    "walked", default=None
-)
 
 
 @dataclass(frozen=True)
@@ -65,22 +62,35 @@ class LoraLayer:
     @property
     def a_module(self) -> nn.Module:
         """The module that computes ``z = x Aᵀ``."""
-        return self.module.lora_A[self.adapter]
+        return self.module._modules["lora_A"]._modules[self.adapter]
 
     @property
     def a(self) -> nn.Parameter:
         """A, ``[r, K]``."""
-        return self.module.lora_A[self.adapter].weight
+        return _weight(self.a_module)
 
     @property
     def b(self) -> nn.Parameter:
         """B, ``[N, r]``."""
-        return self.module.lora_B[self.adapter].weight
+        return _weight(self.module._modules["lora_B"]._modules[self.adapter])
 
     @property
     def scaling(self) -> float:
         """s as it is now (PEFT changes it at run time), never recomputed from alpha / r."""
         return self.module.scaling[self.adapter]
+
+
+@dataclass(frozen=True)
+class _Walk:
+    model: nn.Module
+    modules: _Named
+    lora: _Named
+    # What find_layers answered, per adapter. Their weights are read whenever they are asked for.
+    layers: dict[str, list[LoraLayer]]
+
+
+# The innermost one_walk.
+_walked: contextvars.ContextVar[_Walk | None] = contextvars.ContextVar("walked", default=None)
 
 
 @contextlib.contextmanager
@@ -89,15 +99,14 @@ def one_walk(model: nn.Module) -> Iterator[None]:
 
     Every question below starts from that list, and one deletion request asks some twenty of them:
     on small models the walks would cost more than the forward pass. Inside, no module may be added
-    or replaced; weights, active adapters and classes may change.
+    or replaced; weights' values, active adapters and classes may change.
     """
     model = unwrap(model)
-    known = _walked.get()
-    if known is not None and known[0] is model:
+    if _walk_of(model) is not None:
         yield
         return
     found = _walk(model)
-    token = _walked.set((model, found, _with_lora(found)))
+    token = _walked.set(_Walk(model, found, _with_lora(found), {}))
     try:
         yield
     finally:
@@ -124,15 +133,15 @@ def is_lora_layer(module: nn.Module) -> bool:
 def tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module that carries LoRA weights of any adapter, by name."""
     model = unwrap(model)
-    known = _walked.get()
-    return known[2] if known is not None and known[0] is model else _with_lora(_walk(model))
+    known = _walk_of(model)
+    return known.lora if known is not None else _with_lora(_walk(model))
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``model.named_modules()`` gives, without wrappers around the model."""
     model = unwrap(model)
-    known = _walked.get()
-    return known[1] if known is not None and known[0] is model else _walk(model)
+    known = _walk_of(model)
+    return known.modules if known is not None else _walk(model)
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
@@ -185,9 +194,19 @@ def find_layers(model: nn.Module, adapter: str) -> list[LoraLayer]:
             convolution, fused attention, expert weights), is sharded over processes, or is not
             on a real device. The layer is named.
     """
+    known = _walk_of(unwrap(model))
+    if known is None:
+        with one_walk(model):
+            return find_layers(model, adapter)
+    if adapter not in known.layers:
+        known.layers[adapter] = _find_layers(known, adapter)
+    return list(known.layers[adapter])
+
+
+def _find_layers(walk: _Walk, adapter: str) -> list[LoraLayer]:
     layers = []
-    sharded = _has_fsdp(module for _, module in named_modules(model))
-    for name, module in tuner_layers(model):
+    sharded = _has_fsdp(module for _, module in walk.modules)
+    for name, module in walk.lora:
         if adapter not in _adapters_of(module):
             continue
         if sharded:
@@ -213,7 +232,8 @@ def unmeasurable(module: nn.Module, adapter: str) -> str | None:
         return "Megatron tensor-parallel layers are not supported"
     if _is_tensor_parallel(module):
         return "its base layer is tensor parallel"
-    for weight in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
+    layer = LoraLayer("", module, adapter)
+    for weight in (layer.a, layer.b):
         reason = _unusual_weight(weight)
         if reason:
             return reason
@@ -336,29 +356,61 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
         UcanError: a weight is on the meta device, where it has no value.
     """
     model = unwrap(model)
-    digest = hashlib.sha256(json.dumps(_base_identity(model), sort_keys=True).encode())
-    for name, module in tuner_layers(model):
-        if adapter not in _adapters_of(module):
-            continue
-        digest.update(f"{name}|{float(module.scaling.get(adapter, 1.0))!r}".encode())
-        for key, weight in _weights_of(module, adapter):
-            if weight.device.type == "meta":
+    layers = [(name, m) for name, m in tuner_layers(model) if adapter in _adapters_of(m)]
+    weights = [_weights_of(module, adapter) for _, module in layers]
+    for (name, _), named in zip(layers, weights, strict=True):
+        for key, weight in named:
+            if weight.is_meta:
                 raise UcanError(
                     f"{name} ({key}): its weights are on the meta device (offloaded); load the "
                     "adapter's values onto a real device first."
                 )
-            value = weight.detach()
-            value = value.to(torch.promote_types(value.dtype, torch.float32)).contiguous().cpu()
+    values = iter(_wide_on_cpu([weight for named in weights for _, weight in named]))
+    digest = hashlib.sha256(json.dumps(_base_identity(model), sort_keys=True).encode())
+    for (name, module), named in zip(layers, weights, strict=True):
+        digest.update(f"{name}|{float(module.scaling.get(adapter, 1.0))!r}".encode())
+        for key, _ in named:
+            value = next(values)
             digest.update(f"|{key}{tuple(value.shape)}".encode())
-            digest.update(value.view(torch.uint8).numpy().data)
+            digest.update(value.numpy())
     return digest.hexdigest()
+
+
+def _wide_on_cpu(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    # fp32 (fp64 where they are), contiguous. One transfer per device and dtype: a weight of an
+    # adapter is small, and each transfer waits for the device.
+    found: list[torch.Tensor] = [weight.detach() for weight in weights]
+    away: dict[tuple, list[int]] = {}
+    for index, weight in enumerate(found):
+        if weight.is_cpu:
+            if weight.dtype != _wide(weight.dtype):
+                weight = weight.to(_wide(weight.dtype))
+            found[index] = weight.contiguous()
+        else:
+            away.setdefault((weight.device, weight.dtype), []).append(index)
+    for (_, dtype), indices in away.items():
+        flat = torch.cat([found[i].reshape(-1) for i in indices]).to(_wide(dtype)).cpu()
+        parts = flat.split([found[i].numel() for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            found[i] = part.view(found[i].shape)
+    return found
+
+
+@functools.cache
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def active_context(model: nn.Module, adapter: str) -> str:
     """Fingerprints of the other active adapters, "" where there are none."""
     layers = [m for _, m in tuner_layers(model)]
-    others = {key for m in layers for key in m.active_adapters if key in _adapters_of(m)}
-    return " ".join(sorted(fingerprint(model, key) for key in others - {adapter}))
+    others = {
+        key
+        for m in layers
+        for key in m.active_adapters
+        if key != adapter and key in _adapters_of(m)
+    }
+    return " ".join(sorted(fingerprint(model, key) for key in others))
 
 
 def untouched_parts(model: nn.Module, adapter: str) -> str:
@@ -372,10 +424,10 @@ def untouched_parts(model: nn.Module, adapter: str) -> str:
             parts.append(f"{key}={value}")
     if getattr(config, "bias", "none") != "none":
         parts.append(f"bias={config.bias!r}")
-    layers = [m for _, m in tuner_layers(model) if adapter in m.lora_A]
-    if any(m.lora_B[adapter].bias is not None for m in layers):
+    layers = [m for _, m in tuner_layers(model) if adapter in m._modules["lora_A"]._modules]
+    if any(m._modules["lora_B"]._modules[adapter].bias is not None for m in layers):
         parts.append("lora_bias")
-    if any(adapter in getattr(m, "lora_magnitude_vector", {}) for m in layers):
+    if any(adapter in m._modules.get("lora_magnitude_vector", ()) for m in layers):
         parts.append("DoRA magnitudes")
     return ", ".join(parts)
 
@@ -406,6 +458,11 @@ def _with_lora(modules: _Named) -> _Named:
     return [(name, module) for name, module in modules if type(module) in adapted]
 
 
+def _walk_of(model: nn.Module) -> _Walk | None:
+    known = _walked.get()
+    return known if known is not None and known.model is model else None
+
+
 def _walk(model: nn.Module) -> _Named:
     # By a loop: torch's nested generators take twice as long.
     found, seen, left = [], set(), [("", model)]
@@ -427,9 +484,10 @@ def _has_fsdp(modules: Iterable[nn.Module]) -> bool:
     return not kinds.isdisjoint(("FullyShardedDataParallel", "FSDPModule"))
 
 
-def _adapters_of(module: nn.Module) -> Iterable[str]:
-    keys = [*module.lora_A.keys(), *getattr(module, "lora_embedding_A", {}).keys()]
-    return dict.fromkeys(keys)
+def _adapters_of(module: nn.Module) -> Collection[str]:
+    # Read directly: attributes of an nn.Module cost ten times as much.
+    linear, embedded = module._modules["lora_A"]._modules, module._modules.get("lora_embedding_A")
+    return (*linear, *embedded) if embedded else linear
 
 
 def _adapter_weights(module: nn.Module) -> list[torch.Tensor]:
@@ -438,18 +496,23 @@ def _adapter_weights(module: nn.Module) -> list[torch.Tensor]:
 
 def _weights_of(module: nn.Module, adapter: str) -> list[tuple[str, torch.Tensor]]:
     found = []
+    holders = module._modules
     for attribute in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        holder = getattr(module, attribute, {})
-        if adapter in holder:
-            own = holder[adapter]
+        if attribute in holders and adapter in holders[attribute]._modules:
+            own = holders[attribute]._modules[adapter]
             # named_parameters, where there are modules inside, takes ten times as long.
             named = own.named_parameters() if own._modules else own._parameters.items()
             found += [(f"{attribute}.{k}", v) for k, v in named if v is not None]
     for attribute in ("lora_embedding_A", "lora_embedding_B"):
-        holder = getattr(module, attribute, {})
-        if adapter in holder:
-            found.append((attribute, holder[adapter]))
+        if attribute in holders and adapter in holders[attribute]:
+            found.append((attribute, holders[attribute][adapter]))
     return found
+
+
+def _weight(linear: nn.Module) -> torch.Tensor:
+    # A parametrised weight is no parameter of that name, but computed when asked for.
+    weight = linear._parameters.get("weight")
+    return linear.weight if weight is None else weight
 
 
 def _base_identity(model: nn.Module) -> dict:

@@ -133,29 +133,20 @@ class _Pass:
             _Recorder(self, layer, _role(layer.name) if two_sided else "encoder")
             for layer in layers
         ]
-        self.counts: dict[str, torch.Tensor] = {}
-        self.groups: dict[str, torch.Tensor] = {}
-        # The only group that the batch holds, where it holds but one: cheaper sums.
-        self.only_group: dict[str, int | None] = {}
+        self.batches = 0
+        self.tokens: dict[str, _Tokens] = {}
         self.shared: _SharedInput | None = None
         _find_companions(self.recorders)
 
     def begin(self, batch: Batch) -> None:
-        self.groups = {"encoder": batch.groups}
+        self.batches += 1
+        self.tokens = {"encoder": _Tokens(batch.groups)}
         if batch.decoder_groups is not None:
-            self.groups["decoder"] = batch.decoder_groups
-        # One count per batch, not per layer: it is the same for every layer of a role.
-        self.counts = {
-            role: torch.stack([(g == 0).sum(), (g == 1).sum()]).to("cpu", torch.float64)
-            for role, g in self.groups.items()
-        }
-        self.only_group = {
-            role: None if count.all() else int(count[1] > 0) for role, count in self.counts.items()
-        }
+            self.tokens["decoder"] = _Tokens(batch.decoder_groups)
 
     def end(self) -> None:
         self.shared = None
-        self.groups = {}
+        self.tokens = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -176,13 +167,14 @@ class _Pass:
 
     def finish(self) -> ActivationStats:
         stats = ActivationStats()
-        for recorder in self.recorders:
+        counts = torch.tensor([r.count for r in self.recorders], dtype=torch.float64)
+        for recorder, count in zip(self.recorders, counts.unbind(0), strict=True):
             stats.layers[recorder.layer.name] = {
-                site: Moments(recorder.count.clone(), *total.cpu().unbind(0))
+                site: Moments(count.clone(), *total.cpu().unbind(0))
                 for site, total in recorder.totals.items()
             }
         idle = [r.layer.name for r in self.recorders if not r.calls]
-        if not self.counts:
+        if not self.batches:
             raise UcanError("there was no batch; nothing was recorded.")
         if idle:
             raise UcanError(
@@ -190,13 +182,35 @@ class _Pass:
                 f"{f' ({len(idle)} such layers)' if idle[1:] else ''}; it cannot be measured."
             )
         stats.check_finite()
-        empty = [r.layer.name for r in self.recorders if not r.count.any()]
+        empty = [r.layer.name for r in self.recorders if not any(r.count)]
         if empty:
             raise UcanError(
                 f"no token of {empty[0]} was counted: every token is padding or ignored "
                 "(attention_mask and token_groups)."
             )
         return stats
+
+
+class _Tokens:
+    """The groups of the tokens of one role, in the current batch.
+
+    Attributes:
+        shape: the batch's.
+        count: tokens of group 0 and 1. The same for every layer of the role.
+        only_group: the only group that the batch holds, where it holds but one: cheaper sums.
+    """
+
+    def __init__(self, groups: torch.Tensor) -> None:
+        self.shape = groups.shape
+        self.count = torch.stack([(groups == 0).sum(), (groups == 1).sum()]).tolist()
+        self.only_group = None if all(self.count) else int(self.count[1] > 0)
+        self._flat = {groups.device: groups.reshape(-1)}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The groups ``[tokens]``. Layers may lie on several devices; the batch is on the first."""
+        if device not in self._flat:
+            self._flat[device] = next(iter(self._flat.values())).to(device)
+        return self._flat[device]
 
 
 class _Recorder:
@@ -209,12 +223,12 @@ class _Recorder:
         self.calls = 0
         self.inside = False
         self.companions: list[_Recorder] = []
-        self.count = torch.zeros(2, dtype=torch.float64)
-        rank, inputs = layer.a.shape
-        outputs = layer.b.shape[0]
+        self.count = [0, 0]
+        a, b = layer.a, layer.b
+        (rank, inputs), outputs = a.shape, b.shape[0]
         sizes = {"input": inputs, "rank": rank, "output": outputs, "layer": outputs}
         self.totals = {
-            site: torch.zeros(2, 2, sizes[site], dtype=torch.float64, device=layer.a.device)
+            site: torch.zeros(2, 2, sizes[site], dtype=torch.float64, device=a.device)
             for site in pass_.sites
         }
 
@@ -250,7 +264,7 @@ class _Recorder:
             return z, {}
         return z, {
             "groups": groups,
-            "only_group": self.pass_.only_group[self.role],
+            "only_group": self.pass_.tokens[self.role].only_group,
             "delta_moments": self.totals["output"],
         }
 
@@ -278,7 +292,7 @@ class _Recorder:
             stacked[0] if len(stacked) == 1 else torch.cat(stacked),
             dtype=dtype,
             groups=groups,
-            only_group=self.pass_.only_group[self.role],
+            only_group=self.pass_.tokens[self.role].only_group,
             input_moments=moments,
             rank_moments=rank_moments,
         )
@@ -354,25 +368,26 @@ class _Recorder:
             self._add(self.totals["output"], delta, groups)
 
     def _add(self, total: torch.Tensor, h: torch.Tensor, groups: torch.Tensor) -> None:
-        ops.accumulate_moments(h, groups, total, only_group=self.pass_.only_group[self.role])
+        only = self.pass_.tokens[self.role].only_group
+        ops.accumulate_moments(h, groups, total, only_group=only)
 
     def _begin_call(self, x: torch.Tensor) -> torch.Tensor:
         groups = self._flat_groups(x)
         self.calls += 1
-        self.count += self.pass_.counts[self.role]
+        forget, retain = self.pass_.tokens[self.role].count
+        self.count[0] += forget
+        self.count[1] += retain
         return groups
 
     def _flat_groups(self, h: torch.Tensor) -> torch.Tensor:
-        groups = self.pass_.groups[self.role]
-        tokens = tuple(h.shape[:-1])
-        if tokens not in (tuple(groups.shape), (groups.numel(),)):
+        tokens, shape = self.pass_.tokens[self.role], h.shape[:-1]
+        if shape != tokens.shape and shape != (tokens.shape.numel(),):
             raise UcanError(
-                f"{self.layer.name} sees tokens of shape {tokens}, but the batch's are "
-                f"{tuple(groups.shape)} ({self.role} tokens); its neurons cannot be matched with "
+                f"{self.layer.name} sees tokens of shape {tuple(shape)}, but the batch's are "
+                f"{tuple(tokens.shape)} ({self.role} tokens); its neurons cannot be matched with "
                 "token groups. Leave this module out of the adapter's target_modules."
             )
-        # Layers may lie on several devices; the batch is on the first.
-        return groups.reshape(-1).to(h.device)
+        return tokens.on(h.device)
 
     def _shared_input(self, x: torch.Tensor) -> _SharedInput | None:
         shared = self.pass_.shared
@@ -475,8 +490,10 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, nothing compiled; every mode and random state comes back."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    own = (p for _, m in named_modules(model) for p in m._parameters.values() if p is not None)
-    devices = {p.device.index for p in own if p.device.type == "cuda"}
+    devices: set[int] = set()
+    if torch.cuda.is_initialized():  # it is where there is a tensor on a GPU
+        own = (p for _, m in named_modules(model) for p in m._parameters.values() if p is not None)
+        devices = {p.device.index for p in own if p.device.type == "cuda"}
     try:
         with (
             eval_mode(model),

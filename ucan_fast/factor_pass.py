@@ -156,7 +156,7 @@ def find_targets(layers: list[LoraLayer], variant: str) -> list[Target]:
         for which in ("B",) if variant == "b-only" else ("A", "B"):
             parameter = layer.a if which == "A" else layer.b
             piece = Piece(layer.name, which, parameter, axis=0)
-            target = found.setdefault(piece.storage_key(), Target(piece.key, which, []))
+            target = found.setdefault(piece.storage_key, Target(piece.key, which, []))
             target.layers.append(layer.name)
             if all(parameter is not member for member in target.parameters):
                 target.parameters.append(parameter)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -18,6 +21,8 @@ _GATED_FORMS = (
     ("wi_0", "wi_1", "wo"),
     (None, "gate_up_proj", "down_proj"),
 )
+# Matrices whose norms are taken in one go: bounds the fp64 copy that is made of them.
+_NORMS_AT_ONCE = 32
 _SECOND_LAYERS = ("down_proj", "wo", "fc2", "c_proj", "w2", "dense_4h_to_h")
 
 
@@ -44,6 +49,7 @@ class Piece:
         """The part that n neurons own."""
         return self.parameter.detach().narrow(self.axis, self.start, n)
 
+    @cached_property
     def storage_key(self) -> tuple:
         """Equal for Parameters that are the same storage, whatever module holds them."""
         p = self.parameter
@@ -58,21 +64,52 @@ class NeuronGroup:
         names: the layers they stand for; several where modules share one Parameter.
         n: how many.
         pieces: what they own, every storage once.
-        norms: one function per distinct parameter (pair) that the norm is taken over.
+        norms: what the weight norm is taken over, every storage once: (matrix, axis) along whose
+            rows (0) or columns (1) the neurons lie; for two of them the product of both norms.
     """
 
     names: tuple[str, ...]
     n: int
     pieces: list[Piece]
-    norms: list[Callable[[], torch.Tensor]]
+    norms: list[tuple[tuple[torch.Tensor, int], ...]]
 
     @property
     def weight_norm(self) -> torch.Tensor:
-        """L2 norm of each neuron's own parameters as they are now, fp64 ``[n]``.
+        """:func:`weight_norms` of this group."""
+        return weight_norms([self])[0]
 
-        On the parameters' device, on the CPU where that has no fp64.
-        """
-        return torch.stack([norm() ** 2 for norm in self.norms]).sum(0).sqrt()
+
+def weight_norms(groups: Sequence[NeuronGroup]) -> list[torch.Tensor]:
+    """L2 norm of each neuron's own parameters as they are now, fp64 ``[n]`` per group.
+
+    On the parameters' device, on the CPU where that has no fp64.
+    """
+    norms = iter(_norms([matrix for g in groups for factors in g.norms for matrix in factors]))
+    found = []
+    for group in groups:
+        terms = [functools.reduce(operator.mul, (next(norms) for _ in f)) for f in group.norms]
+        found.append(terms[0] if len(terms) == 1 else torch.stack(terms).square().sum(0).sqrt())
+    return found
+
+
+def _norms(matrices: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+    # Side by side where they fit: one norm per matrix would take longer than a short forward.
+    alike: dict[tuple, list[int]] = {}
+    for index, (matrix, axis) in enumerate(matrices):
+        kind = (axis, matrix.shape[1 - axis], matrix.device, matrix.dtype)
+        alike.setdefault(kind, []).append(index)
+    norms: list[torch.Tensor | None] = [None] * len(matrices)
+    for (axis, _, device, _), indices in alike.items():
+        to = device if device.type == "cuda" else torch.device("cpu")
+        for start in range(0, len(indices), _NORMS_AT_ONCE):
+            some = indices[start : start + _NORMS_AT_ONCE]
+            joined = torch.cat([matrices[i][0].detach() for i in some], axis)
+            # Not norm: along columns it takes ten times as long.
+            found = joined.to(to, torch.float64).square().sum(1 - axis).sqrt()
+            sizes = [matrices[i][0].shape[axis] for i in some]
+            for i, norm in zip(some, found.split(sizes), strict=True):
+                norms[i] = norm
+    return norms
 
 
 def moments_site(config: UcanConfig) -> str:
@@ -99,38 +136,24 @@ class _Unit:
     name: str
     n: int
     pieces: list[Piece]
-    # The norm of each neuron, and which storage it is taken from (so shared ones count once).
-    # A function: only scoring needs it, applying and undoing do not.
-    norm: Callable[[], torch.Tensor]
+    # As in NeuronGroup.norms, and which storages these are (so shared ones count once).
+    norm: tuple[tuple[torch.Tensor, int], ...]
     norm_key: tuple
 
 
 def _unit(layer: LoraLayer, site: str) -> _Unit:
-    def a() -> torch.Tensor:
-        return _double(layer.a)
-
-    def b() -> torch.Tensor:
-        return _double(layer.b)
-
+    a, b = layer.a, layer.b
     if site == "input":
-        piece = Piece(layer.name, "A", layer.a, axis=1)
-        norm, key = (lambda: a().norm(dim=0)), piece.storage_key()
+        piece = Piece(layer.name, "A", a, axis=1)
+        norm, key = ((a, 1),), piece.storage_key
     elif site == "rank":
-        piece = Piece(layer.name, "B", layer.b, axis=1)
-        other = Piece(layer.name, "A", layer.a, axis=0)
-        norm, key = (
-            (lambda: a().norm(dim=1) * b().norm(dim=0)),
-            (piece.storage_key(), other.storage_key()),
-        )
+        piece = Piece(layer.name, "B", b, axis=1)
+        other = Piece(layer.name, "A", a, axis=0)
+        norm, key = ((a, 0), (b, 1)), (piece.storage_key, other.storage_key)
     else:
-        piece = Piece(layer.name, "B", layer.b, axis=0)
-        norm, key = (lambda: b().norm(dim=1)), piece.storage_key()
+        piece = Piece(layer.name, "B", b, axis=0)
+        norm, key = ((b, 0),), piece.storage_key
     return _Unit(layer.name, piece.parameter.shape[piece.axis], [piece], norm, key)
-
-
-def _double(parameter: nn.Parameter) -> torch.Tensor:
-    device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
-    return parameter.detach().to(device, torch.float64)
 
 
 def _mlp_units(model: nn.Module, layers: list[LoraLayer]) -> list[_Unit]:
@@ -202,17 +225,17 @@ def _sharing(units: list[_Unit]) -> list[list[_Unit]]:
     owner: dict[tuple, list[_Unit]] = {}
     for unit in units:
         merged: list[_Unit] = []
-        for key in {piece.storage_key() for piece in unit.pieces}:
+        for key in {piece.storage_key for piece in unit.pieces}:
             if key in owner and owner[key] is not merged:
                 other = owner[key]
                 groups.remove(other)
                 merged += other
                 for member in other:
                     for piece in member.pieces:
-                        owner[piece.storage_key()] = merged
+                        owner[piece.storage_key] = merged
         merged.append(unit)
         for piece in unit.pieces:
-            owner[piece.storage_key()] = merged
+            owner[piece.storage_key] = merged
         groups.append(merged)
     order = {unit.name: index for index, unit in enumerate(units)}
     for group in groups:
@@ -226,7 +249,7 @@ def _pool(units: list[_Unit]) -> NeuronGroup:
             "these layers share a parameter but differ in neurons: "
             + ", ".join(f"{u.name} ({u.n})" for u in units)
         )
-    pieces = {(p.storage_key(), p.axis, p.start): p for u in units for p in u.pieces}
+    pieces = {(p.storage_key, p.axis, p.start): p for u in units for p in u.pieces}
     norms = {unit.norm_key: unit.norm for unit in units}
     names = tuple(unit.name for unit in units)
     return NeuronGroup(names, units[0].n, list(pieces.values()), list(norms.values()))

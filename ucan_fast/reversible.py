@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .adapter import fingerprint, resolve_adapter, unwrap
+from .adapter import fingerprint, one_walk, resolve_adapter, unwrap
 from .errors import UcanError
 from .marks import clear_mark, is_attenuated, mark_attenuated
 from .weights import ParameterEdit
@@ -42,7 +42,10 @@ class ReversiblePlan:
                 already, or the factors do not fit. Every weight is as it was.
         """
         model = unwrap(model)
-        adapter = resolve_adapter(model, adapter)
+        with one_walk(model):
+            self._apply(model, resolve_adapter(model, adapter))
+
+    def _apply(self, model: nn.Module, adapter: str) -> None:
         now = fingerprint(model, adapter)
         if is_attenuated(model, adapter, now):
             raise UcanError(
@@ -73,7 +76,10 @@ class ReversiblePlan:
                 :meth:`apply` left. Nothing is changed.
         """
         model = unwrap(model)
-        adapter = resolve_adapter(model, adapter)
+        with one_walk(model):
+            self._undo(model, resolve_adapter(model, adapter))
+
+    def _undo(self, model: nn.Module, adapter: str) -> None:
         if self.originals is None or self.applied_fingerprint is None:
             raise UcanError(
                 "this plan holds no original values: it was never applied, or was saved without "

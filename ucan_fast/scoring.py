@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
+
 import torch
 from torch import nn
 
@@ -18,7 +22,7 @@ from .batches import FORGET, RETAIN
 from .config import UcanConfig
 from .errors import UcanError
 from .marks import is_attenuated
-from .neurons import NeuronGroup, moments_site, neuron_groups
+from .neurons import NeuronGroup, moments_site, neuron_groups, weight_norms
 from .plan import AttenuationPlan, select
 from .stats import ActivationStats, Moments
 
@@ -83,16 +87,11 @@ def score_plan(
     device = groups[0].pieces[0].parameter.device
     device = device if device.type == "cuda" else torch.device("cpu")
     norms = _weight_norms(groups, device)
-    moments = [_pooled_moments(group, stats, moments_site(config)) for group in groups]
+    moments, counts = _pooled_moments(groups, stats, moments_site(config))
     offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
     risk, utility, score = ops.contrastive_scores(
-        torch.stack(
-            [
-                torch.cat([m.abs_sum for m in moments], dim=1),
-                torch.cat([m.sq_sum for m in moments], dim=1),
-            ]
-        ).to(device),
-        torch.stack([m.count for m in moments]).to(device),
+        moments.to(device),
+        counts.to(device),
         norms,
         offsets.to(device),
         statistic=config.statistic,
@@ -144,10 +143,12 @@ def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> Non
 
 
 def _weight_norms(groups: list[NeuronGroup], device: torch.device) -> torch.Tensor:
-    norms = torch.cat([group.weight_norm.to(device) for group in groups])
+    parts = weight_norms(groups)
+    norms = torch.cat([part.to(device) for part in parts])
     # A NaN would silently give its whole layer no utility, and so no protection.
     if not torch.isfinite(norms).all():
-        bad = next(g for g in groups if not torch.isfinite(g.weight_norm).all())
+        parts = zip(groups, parts, strict=True)
+        bad = next(group for group, part in parts if not torch.isfinite(part).all())
         raise UcanError(
             f"the adapter weights of {bad.names[0]} are not finite (NaN or Inf); load the "
             "adapter again."
@@ -155,8 +156,31 @@ def _weight_norms(groups: list[NeuronGroup], device: torch.device) -> torch.Tens
     return norms
 
 
-def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Moments:
-    total = Moments.zeros(group.n)
+def _pooled_moments(
+    groups: list[NeuronGroup], stats: ActivationStats, site: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ|h| and Σh² of all neurons ``[2, 2, n]`` and the token counts of all groups ``[L, 2]``."""
+    pooled = [_pooled(group, stats, site) for group in groups]
+    counts = torch.stack([m.count for m in pooled])
+    abs_sums = torch.cat([m.abs_sum for m in pooled], dim=1)
+    moments = torch.stack([abs_sums, torch.cat([m.sq_sum for m in pooled], dim=1)])
+    if not math.isfinite(float(moments.sum() + counts.sum())):
+        for name in (name for group in groups for name in group.names):
+            if not stats.layers[name][site].finite:
+                raise UcanError(f"the statistics of {name} are not finite; collect again.")
+    for index, what in ((FORGET, "forget"), (RETAIN, "retain")):
+        empty = ~(counts[:, index] > 0)
+        if empty.any():
+            raise UcanError(
+                f"the {what} set is empty: {groups[int(empty.nonzero()[0])].names[0]} saw no "
+                f"{what} token. Check token_groups and attention_mask"
+                + (", or that the bank holds more than the forget set." if index else ".")
+            )
+    return moments, counts
+
+
+def _pooled(group: NeuronGroup, stats: ActivationStats, site: str) -> Moments:
+    members = []
     for name in group.names:
         measured = stats.layers.get(name, {})
         if site not in measured:
@@ -168,14 +192,5 @@ def _pooled_moments(group: NeuronGroup, stats: ActivationStats, site: str) -> Mo
             raise UcanError(
                 f"{name} has {group.n} neurons, its statistics {measured[site].n}; collect again."
             )
-        if not measured[site].finite:
-            raise UcanError(f"the statistics of {name} are not finite; collect again.")
-        total = total + measured[site]
-    for index, what in ((FORGET, "forget"), (RETAIN, "retain")):
-        if not total.count[index] > 0:
-            raise UcanError(
-                f"the {what} set is empty: {group.names[0]} saw no {what} token. Check "
-                "token_groups and attention_mask"
-                + (", or that the bank holds more than the forget set." if index else ".")
-            )
-    return total
+        members.append(measured[site])
+    return functools.reduce(operator.add, members)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +62,10 @@ class Moments:
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return Moments(*(mine + theirs for mine, theirs in pairs))
 
+    def row(self, index: int) -> Moments:
+        """One group's row of each, ``[1, ...]``."""
+        return Moments(*(tensor[index : index + 1] for tensor in self.tensors()))
+
     def group(self, index: int) -> Moments:
         """The same, with the other group emptied."""
         only = torch.zeros(2, dtype=torch.float64)
@@ -102,8 +106,8 @@ class ActivationStats:
     def tokens(self, group: str) -> int:
         """Tokens of one group (``"forget"`` or ``"retain"``), the largest count of any layer."""
         index = FORGET if group == "forget" else RETAIN
-        counts = [float(m.count[index]) for _, _, m in self._items()]
-        return int(max(counts, default=0))
+        counts = [m.count for _, _, m in self._items()]
+        return int(torch.stack(counts)[:, index].max()) if counts else 0
 
     def __add__(self, other: ActivationStats) -> ActivationStats:
         """Statistics of both token sets together.
@@ -112,7 +116,7 @@ class ActivationStats:
             UcanError: the two describe different adapters, layers or sites.
         """
         self._check_same(other, "add")
-        return self._combine(other, lambda mine, theirs, _: mine + theirs)
+        return self._combine(other, lambda mine, theirs: mine + theirs)
 
     def __sub__(self, other: ActivationStats) -> ActivationStats:
         """Statistics without the tokens of ``other``, group by group.
@@ -121,7 +125,7 @@ class ActivationStats:
             UcanError: different adapters, or ``other`` holds tokens that are not in here.
         """
         self._check_same(other, "subtract")
-        return self._combine(other, _subtract)
+        return self._combine(other, lambda mine, theirs: self._without(mine, theirs))
 
     def with_forget(self, forget: ActivationStats) -> ActivationStats:
         """A bank of *all* data, split: ``forget`` as measured, ``retain = bank - forget``.
@@ -148,12 +152,10 @@ class ActivationStats:
         if not forget.tokens("forget"):
             raise UcanError("the forget statistics hold no forget token; nothing to unlearn.")
 
-        def split(bank: Moments, request: Moments, where: str) -> Moments:
-            rows = [
-                (part[FORGET], _difference(total[RETAIN], part[FORGET], what, where))
-                for what, total, part in _pairs(bank, request)
-            ]
-            return Moments(*(torch.stack(pair) for pair in rows))
+        def split(bank: Moments, request: Moments) -> Moments:
+            ours, gone = bank.row(RETAIN), request.row(FORGET)
+            pairs = zip(gone.tensors(), self._without(ours, gone).tensors(), strict=True)
+            return Moments(*(torch.cat(pair) for pair in pairs))
 
         return self._combine(forget, split)
 
@@ -223,7 +225,8 @@ class ActivationStats:
         for index, (name, site, moments) in enumerate(self._items()):
             names.append([name, site])
             for key, tensor in zip(("count", "abs_sum", "sq_sum"), moments.tensors(), strict=True):
-                tensors[f"{index}.{key}"] = tensor
+                # Layers may be parts of one storage, which a file cannot hold.
+                tensors[f"{index}.{key}"] = tensor.clone(memory_format=torch.contiguous_format)
         metadata = {
             "fingerprint": self.fingerprint,
             "context": self.context,
@@ -260,6 +263,9 @@ class ActivationStats:
         Raises:
             UcanError: names every layer whose activations were not finite (at most five).
         """
+        if not self.layers or self._joined().finite:
+            return
+        # The sum over all layers may overflow where no layer's does.
         bad = [f"{name} ({site})" for name, site, moments in self._items() if not moments.finite]
         if bad:
             more = f" and {len(bad) - 5} more" if bad[5:] else ""
@@ -300,32 +306,60 @@ class ActivationStats:
                     f"cannot {verb}: {key[0]} has {n} neurons here, {theirs[key]} there."
                 )
 
-    def _combine(self, other: ActivationStats, rule) -> ActivationStats:
+    def _joined(self, like: ActivationStats | None = None) -> Moments:
+        """All layers side by side, in the order of ``like``: one count per column, and all neurons.
+
+        Arithmetic on that is one operation for all layers, where a model has hundreds.
+        """
+        moments = [self.layers[name][site] for name, site, _ in (like or self)._items()]
+        return Moments(
+            torch.stack([m.count for m in moments], 1),
+            torch.cat([m.abs_sum for m in moments], 1),
+            torch.cat([m.sq_sum for m in moments], 1),
+        )
+
+    def _combine(
+        self, other: ActivationStats, rule: Callable[[Moments, Moments], Moments]
+    ) -> ActivationStats:
         result = ActivationStats({}, self.fingerprint, self.context)
-        for name, site, moments in self._items():
-            combined = rule(moments, other.layers[name][site], f"{name} ({site})")
-            result.layers.setdefault(name, {})[site] = combined
+        if not self.layers:
+            return result
+        combined = rule(self._joined(), other._joined(self))
+        sizes = [m.n for _, _, m in self._items()]
+        parts = zip(
+            combined.count.unbind(1),
+            combined.abs_sum.split(sizes, 1),
+            combined.sq_sum.split(sizes, 1),
+            strict=True,
+        )
+        for (name, site, _), tensors in zip(self._items(), parts, strict=True):
+            result.layers.setdefault(name, {})[site] = Moments(*tensors)
         return result
 
+    def _without(self, total: Moments, part: Moments) -> Moments:
+        """``total - part``, both joined.
 
-def _subtract(mine: Moments, theirs: Moments, where: str) -> Moments:
-    return Moments(
-        *(_difference(total, part, what, where) for what, total, part in _pairs(mine, theirs))
-    )
-
-
-def _pairs(mine: Moments, theirs: Moments) -> Iterable[tuple[str, torch.Tensor, torch.Tensor]]:
-    return zip(_SUMS, mine.tensors(), theirs.tensors(), strict=True)
-
-
-def _difference(total: torch.Tensor, part: torch.Tensor, what: str, where: str) -> torch.Tensor:
-    rest = total - part
-    slack = 0.0 if what == _SUMS[0] else _ROUNDING
-    if (rest < -slack * total).any():
-        raise UcanError(
-            f"{where}: the forget set is not contained in the bank (its {what} exceeds the "
-            "bank's). The bank must cover all data, the forget tokens included, run in the "
-            "same sequences, and requests in a row must not overlap: a token deleted twice "
-            "would be taken from it twice."
-        )
-    return rest.clamp_min(0)
+        Raises:
+            UcanError: the part is no part; the first layer where it is not is named.
+        """
+        rests, bad = [], []
+        sizes = torch.tensor([m.n for _, _, m in self._items()])
+        for what, mine, theirs in zip(_SUMS, total.tensors(), part.tensors(), strict=True):
+            rest = mine - theirs
+            slack = 0.0 if what == _SUMS[0] else _ROUNDING
+            short = rest < -slack * mine
+            if short.any():
+                ends = sizes.cumsum(0) if slack else torch.arange(1, len(sizes) + 1)
+                first = short.any(0).nonzero()[0]
+                bad.append((int(torch.searchsorted(ends, first, right=True)), what))
+            rests.append(rest.clamp_min(0))
+        if bad:
+            index, what = min(bad, key=lambda entry: entry[0])
+            name, site, _ = list(self._items())[index]
+            raise UcanError(
+                f"{name} ({site}): the forget set is not contained in the bank (its {what} exceeds "
+                "the bank's). The bank must cover all data, the forget tokens included, run in the "
+                "same sequences, and requests in a row must not overlap: a token deleted twice "
+                "would be taken from it twice."
+            )
+        return Moments(*rests)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -123,9 +124,8 @@ def unlearn(
     config = config or UcanConfig()
     influence = config.method == "influence"
     model = unwrap(model)
-    adapter = resolve_adapter(model, adapter)
-    job = _Job(model, adapter, config, progress)
-    with one_walk(model), _at_origin(model, adapter, previous) as (job.origin, undone):
+    with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
+        job = _Job(model, adapter, config, progress, origin)
         check_iterable(forget, "forget")
         if holdout is not None and not (influence and config.auto_strength):
             raise UcanError("holdout= is for method='influence' with strength='auto'.")
@@ -300,13 +300,14 @@ class _Counted:
 @contextmanager
 def _at_origin(
     model: nn.Module,
-    adapter: str,
+    adapter: str | None,
     previous: UnlearnResult | ActivationStats | InfluenceFactors | None,
-) -> Iterator[tuple[str, AttenuationPlan | InfluencePlan | None]]:
+) -> Iterator[tuple[str, str, AttenuationPlan | InfluencePlan | None]]:
     """Take the previous plan off, and put it back if what follows fails.
 
-    Yields the origin's fingerprint and the plan that was taken off, if any.
+    Yields the adapter's name, the origin's fingerprint and the plan that was taken off, if any.
     """
+    adapter = resolve_adapter(model, adapter)
     origin = fingerprint(model, adapter)
     undone = None
     if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == origin:
@@ -316,7 +317,7 @@ def _at_origin(
     else:
         check_is_origin(model, adapter, origin)
     try:
-        yield origin, undone
+        yield adapter, origin, undone
     except BaseException:
         if undone is not None:
             undone.apply(model, adapter)
@@ -502,14 +503,19 @@ def _figures(
 
 
 def _change(plan: AttenuationPlan) -> dict[str, Any]:
-    layers = {}
-    for names, factors in zip(plan.groups, plan.flat_factors.split(plan.sizes), strict=True):
-        layers[" + ".join(names)] = {
-            "neurons": factors.numel(),
-            "attenuated": int((factors != 1).sum()),
-            "mean_factor": float(factors.double().mean()),
-            "min_factor": float(factors.min()),
-        }
+    factors, sizes = plan.flat_factors.double().numpy(), np.array(plan.sizes)
+    starts = sizes.cumsum() - sizes
+    figures = {
+        "neurons": sizes,
+        "attenuated": np.add.reduceat(factors != 1, starts, dtype=np.int64),
+        "mean_factor": np.add.reduceat(factors, starts) / sizes,
+        "min_factor": np.minimum.reduceat(factors, starts),
+    }
+    columns = zip(*(column.tolist() for column in figures.values()), strict=True)
+    layers = {
+        " + ".join(names): dict(zip(figures, row, strict=True))
+        for names, row in zip(plan.groups, columns, strict=True)
+    }
     return {
         "neurons": plan.neurons,
         "attenuated": plan.attenuated,

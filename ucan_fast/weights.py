@@ -38,8 +38,8 @@ class WeightEdit(ParameterEdit):
         parameters, seen = {}, set()
         for group in groups:
             for piece in group.pieces:
-                if piece.storage_key() not in seen:
-                    seen.add(piece.storage_key())
+                if piece.storage_key not in seen:
+                    seen.add(piece.storage_key)
                     parameters[piece.key] = piece.parameter
         super().__init__(parameters)
 

@@ -132,6 +132,11 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, without the microsecond that this takes where nothing is to be done."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
     """Whether an operator may run as the function that it is, past PyTorch's dispatcher.
 
@@ -183,14 +188,15 @@ def triton_obstacle(operator: str, device: torch.device, *dtypes: torch.dtype) -
 
 def native_obstacle(operator: str, device: torch.device) -> str | None:
     """Why the compiled extension cannot serve such a call, or None."""
-    if device.type not in _NATIVE:
-        return f"the extension has no code for {device.type} tensors"
-    if operator not in _NATIVE[device.type]:
-        return f"it has none for {device.type} tensors"
-    status = native.status().get("_C_cuda" if device.type == "cuda" else "_C", "not built")
+    kind = device.type
+    if kind not in _NATIVE:
+        return f"the extension has no code for {kind} tensors"
+    if operator not in _NATIVE[kind]:
+        return f"it has none for {kind} tensors"
+    status = native.status().get("_C_cuda" if kind == "cuda" else "_C", "not built")
     if status != "available":
         return status
-    if not hasattr(torch.ops.ucan_fast, _NATIVE[device.type][operator]):
+    if not hasattr(torch.ops.ucan_fast, _NATIVE[kind][operator]):
         return (
             "the installed extension is older than this code; rebuild it with: "
             "pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -199,10 +205,11 @@ def native_obstacle(operator: str, device: torch.device) -> str | None:
 
 
 def _fastest(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    if operator in _NATIVE.get(device.type, ()) and native_obstacle(operator, device) is None:
+    kind = device.type
+    if operator in _NATIVE.get(kind, ()) and native_obstacle(operator, device) is None:
         return "native"
     # Never the interpreter unless asked for: it is a thousand times slower than the reference.
-    if device.type != "cpu" and triton_obstacle(operator, device, *dtypes) is None:
+    if kind != "cpu" and triton_obstacle(operator, device, *dtypes) is None:
         return "triton"
     return "reference"
 

@@ -34,7 +34,8 @@ def check_device(operator: str, **tensors: torch.Tensor | None) -> None:
     Raises:
         UcanError: two devices; all tensors are named with theirs.
     """
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
+    given = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if given.count(given[0]) != len(given):
+        devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise UcanError(f"{operator}: {listed}; they must share one device.")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose, runs_directly, without_autocast
+from .backend import LIBRARY, cast, choose, runs_directly, without_autocast
 from .checks import check_device, check_dtypes
 from .moments import add_moments_, check_moments
 
@@ -47,10 +47,11 @@ def expand(
         UcanError: shapes, dtypes or devices that do not fit together.
     """
     if delta_moments is None:
-        if not torch.compiler.is_compiling() and runs_directly(
-            _backend(base_out, z, b), base_out, z, b, bias
-        ):
-            return _expand(base_out, z, b, scaling, bias)
+        if not torch.compiler.is_compiling():
+            backend = _backend(base_out, z, b)
+            if runs_directly(backend, base_out, z, b, bias):
+                _check(base_out, z, b, bias)
+                return _run(backend, base_out, z, b, scaling, bias)
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
@@ -70,7 +71,7 @@ def _check(
         b.dim() != 2
         or z.dim() < 1
         or z.shape[-1] != b.shape[1]
-        or tuple(base_out.shape) != (*z.shape[:-1], b.shape[0])
+        or base_out.shape != (*z.shape[:-1], b.shape[0])
         or (bias is not None and tuple(bias.shape) != (b.shape[0],))
     ):
         raise UcanError(
@@ -105,9 +106,9 @@ def expand_reference(
     """The definition of y."""
     wide = torch.promote_types(torch.promote_types(base_out.dtype, z.dtype), torch.float32)
     with without_autocast(z.device.type):
-        delta = F.linear(z, b.to(z.dtype), None if bias is None else bias.to(z.dtype))
-        y = torch.add(base_out.to(wide), delta.to(wide), alpha=scaling)
-    return y.to(base_out.dtype).contiguous()
+        delta = F.linear(z, cast(b, z.dtype), None if bias is None else cast(bias, z.dtype))
+        y = torch.add(cast(base_out, wide), cast(delta, wide), alpha=scaling)
+    return cast(y, base_out.dtype).contiguous()
 
 
 def _backend(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> str:
@@ -122,7 +123,18 @@ def run_expand(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """y, unchecked, on the backend chosen for this call."""
-    if _backend(base_out, z, b) == "triton":
+    return _run(_backend(base_out, z, b), base_out, z, b, scaling, bias)
+
+
+def _run(
+    backend: str,
+    base_out: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if backend == "triton":
         from ..kernels.expand import expand as launch
 
         return launch(base_out, z, b, scaling, bias)

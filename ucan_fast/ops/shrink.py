@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose, runs_directly, without_autocast
+from .backend import LIBRARY, cast, choose, runs_directly, without_autocast
 from .checks import check_device, check_dtypes
 from .moments import add_moments_, check_totals
 
@@ -44,8 +44,11 @@ def shrink(
     """
     dtype = dtype or a.dtype
     if input_moments is None and rank_moments is None:
-        if not torch.compiler.is_compiling() and runs_directly(_backend(x, a, dtype), x, a):
-            return _shrink(x, a, dtype)
+        if not torch.compiler.is_compiling():
+            backend = _backend(x, a, dtype)
+            if runs_directly(backend, x, a):
+                _check(x, a, dtype)
+                return _run(backend, x, a, dtype)
         return torch.ops.ucan_fast.shrink(x, a, dtype)
     if groups is None:
         raise UcanError("shrink: moments need groups, one integer per token.")
@@ -84,7 +87,7 @@ def shrink_reference(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> to
     """The definition of z."""
     # The dtype is given explicitly, so an outer autocast must not cast once more.
     with without_autocast(x.device.type):
-        return F.linear(x.to(dtype), a.to(dtype))
+        return F.linear(cast(x, dtype), cast(a, dtype))
 
 
 def _backend(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> str:
@@ -93,7 +96,11 @@ def _backend(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> str:
 
 def _shrink(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     _check(x, a, dtype)
-    if _backend(x, a, dtype) == "triton":
+    return _run(_backend(x, a, dtype), x, a, dtype)
+
+
+def _run(backend: str, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if backend == "triton":
         from ..kernels.shrink import shrink as launch
 
         return launch(x, a, dtype)
