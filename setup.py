@@ -89,8 +89,8 @@ def extensions() -> list[Extension]:
         NOTES[CUDA] = NOTES[CPU]
         return []
 
-    common = ["csrc/checks.h", "csrc/cpu.h", "csrc/matrix.h"]
-    sources = ["csrc/attenuate_cpu.cpp", "csrc/moments_cpu.cpp"]
+    common = ["csrc/checks.h", "csrc/cpu.h", "csrc/matrix.h", "csrc/rows.h"]
+    sources = ["csrc/attenuate_cpu.cpp", "csrc/expand_cpu.cpp", "csrc/moments_cpu.cpp"]
     libraries = [Extension(CPU, sources, depends=common, py_limited_api=True)]
     if switch("UCAN_FAST_SKIP_CUDA"):
         skip(CUDA, "UCAN_FAST_SKIP_CUDA is set")

@@ -7,8 +7,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define UCAN_INLINE inline __attribute__((always_inline))
+#define UCAN_APART __attribute__((noinline))
 #else
 #define UCAN_INLINE inline
+#define UCAN_APART
 #endif
 
 // The iterations of a loop never depend on each other; without this the compiler has to prove it
@@ -27,6 +29,15 @@
 #define UCAN_ROLLED _Pragma("GCC unroll 1")
 #else
 #define UCAN_ROLLED
+#endif
+
+// A loop over registers: its count is known and its index must not survive.
+#if defined(__clang__)
+#define UCAN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define UCAN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define UCAN_UNROLL
 #endif
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

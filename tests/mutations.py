@@ -692,7 +692,11 @@ MUTATIONS: list[Mutation] = [
             "dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2",
             "dtype == Dtype::float32 ? 4 : 2",
         ),
-        ("the spans of all weights in 16 bits", "(last + 1) * element_size(dtype)", "(last + 1) * 2"),
+        (
+            "the spans of all weights in 16 bits",
+            "(last + 1) * element_size(dtype)",
+            "(last + 1) * 2",
+        ),
         (
             "an expanded weight",
             "if ((rows > 1 && s0 == 0) || (cols > 1 && s1 == 0)) return true;",
@@ -706,7 +710,7 @@ MUTATIONS: list[Mutation] = [
         ),
     ),
     *_mutations(
-        "csrc/moments_cpu.cpp",
+        "csrc/rows.h",
         "tests/ops/test_native_moments.py tests/ops/test_moments.py --deselect tests/ops/test_native_moments.py::test_every_instruction_set",
         (
             "groups swapped",
@@ -735,21 +739,6 @@ MUTATIONS: list[Mutation] = [
             "as_bits(normal)",
         ),
         (
-            "no square",
-            "q += value * value;\n    }\n    abs_sum[j] += a;\n    square_sum[j] += q;\n  }\n}\n\n// delta",
-            "q += std::abs(value);\n    }\n    abs_sum[j] += a;\n    square_sum[j] += q;\n  }\n}\n\n// delta",
-        ),
-        (
-            "bias counted",
-            "const W value = scaling * product;",
-            "const W value = scaling * (product + bias[j]);",
-        ),
-        (
-            "bias not scaled",
-            "scaling * (product + bias[j]);\n    }\n    if",
-            "scaling * product + bias[j];\n    }\n    if",
-        ),
-        (
             "abs and sq swapped",
             "out + (2 * s + g) * out_stride",
             "out + (2 * (1 - s) + g) * out_stride",
@@ -765,12 +754,34 @@ MUTATIONS: list[Mutation] = [
             "out[j] = static_cast<W>(source[j * step]);",
             "out[j] = static_cast<W>(source[j]);",
         ),
-        (
-            "base and delta may overlap",
-            "base_end <= delta_start || delta_end <= base_start",
-            "base_start != delta_start",
-        ),
         ("too few groups", "groups.dim() == 1 && groups.size(0) == tokens", "groups.dim() == 1"),
+    ),
+    *_mutations(
+        "csrc/moments_cpu.cpp",
+        "tests/ops/test_native_moments.py tests/ops/test_moments.py --deselect tests/ops/test_native_moments.py::test_every_instruction_set",
+        ("no square", "q += value * value;", "q += std::abs(value);"),
+    ),
+    *_mutations(
+        "csrc/expand_cpu.cpp",
+        "tests/ops/test_native_expand.py --deselect tests/ops/test_native_expand.py::test_every_instruction_set",
+        ("no square", "q += value * value;", "q += value;"),
+        ("no magnitude", "(Vector)((Bits)value & kMagnitude)", "value"),
+        (
+            "bias counted",
+            "value = scaling * product[i][v];",
+            "value = scaling * (product[i][v] + shift);",
+        ),
+        (
+            "bias not scaled",
+            "scaling * (product[i][v] + shift);\n    }",
+            "scaling * product[i][v] + shift;\n    }",
+        ),
+        ("rows that are not there", "if (!kAll && i >= count) continue;", ""),
+        ("no rest of the columns", "if (rest) {", "if (false) {"),
+        ("B's step is 1", "from[j * row_stride + p * step]", "from[j * row_stride + p]"),
+        ("z's step is 1", "row[p * call.z_step]", "row[p]"),
+        ("B's end is not cleared", "std::fill(to + there, to + width, W(0));", ""),
+        ("memory may overlap", "end <= y_start || y_end <= start", "start != y_start"),
     ),
     *_mutations(
         "ucan_fast/ops/shrink.py",
@@ -810,7 +821,7 @@ MUTATIONS: list[Mutation] = [
         "ucan_fast/ops/expand.py",
         "tests/ops/test_shrink_expand.py tests/ops/test_checks.py tests/test_triton_path.py",
         ("a silent fallback", 'if backend == "triton":', 'if backend == "never":'),
-        ("narrow products in one pass", " and z.dtype == delta_dtype(z, b):", ":"),
+        ("narrow products in one pass", "z.dtype == wide and ", ""),
         (
             "moments not scaled",
             "return delta if scaling == 1.0 else delta * scaling",

@@ -11,7 +11,15 @@ from peft.tuners import lora
 from torch import nn
 
 from . import ops
-from .adapter import fusable_parts, plain_linear, sharded_by, tuner_layers, unfusable
+from .adapter import (
+    fusable_parts,
+    gives_new_output,
+    plain_linear,
+    sharded_by,
+    tuner_layers,
+    unfusable,
+)
+from .ops.backend import is_unobserved
 
 
 class FusedLoraLinear:
@@ -39,6 +47,11 @@ class FusedLoraLinear:
             return self._one_product(x, *whole, parts[0], recorder)
         result = self._call_base(x)
         y_dtype = result.dtype
+        ours = (
+            not torch.compiler.is_compiling()
+            and gives_new_output(self.base_layer)
+            and is_unobserved(x, result)
+        )
         if len(parts) > 1:
             # PEFT rounds once, after the last adapter, where adapters are wider than the base.
             result = result.to(torch.promote_types(y_dtype, torch.float32))
@@ -51,7 +64,7 @@ class FusedLoraLinear:
                 y_dtype = torch.promote_types(y_dtype, dtype)
                 result = result.to(torch.promote_types(result.dtype, dtype))
             z, moments = _shrink(x, a, dtype, adapter, recorder)
-            result = ops.expand(result, z, b, scaling, bias=bias, **moments)
+            result = ops.expand(result, z, b, scaling, bias=bias, overwrite=ours, **moments)
         if result.dtype != y_dtype:
             result = result.to(y_dtype)
         if recorder is not None:

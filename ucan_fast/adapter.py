@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .errors import UcanError
 
 _PLAIN = (nn.Parameter, torch.Tensor)
+_LINEAR_FORWARD = nn.Linear.forward
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # These hold lora_A and lora_B, but no y = x Aᵀ Bᵀ path whose inputs could be measured.
 _NO_LINEAR_PATH = tuple(
@@ -343,6 +344,19 @@ def plain_linear(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | 
     if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
         return None
     return weight, bias
+
+
+def gives_new_output(base: nn.Module) -> bool:
+    """Whether what this base layer returns is a tensor that nobody else holds.
+
+    Only said of ``nn.Linear`` itself: others may return views or keep their results, and so may
+    whoever replaced its forward.
+    """
+    return (
+        plain_linear(base) is not None
+        and "forward" not in base.__dict__
+        and nn.Linear.forward is _LINEAR_FORWARD
+    )
 
 
 def fingerprint(model: nn.Module, adapter: str) -> str:

@@ -1,7 +1,7 @@
 """Loads the optional native extension, or says why not.
 
 - ``_C``: the schemas of ``ucan_fast::_attenuate_native_``, ``_moments_native_`` and
-  ``_add_delta_native_``, and their CPU code;
+  ``_expand_native_``, and their CPU code;
 - ``_C_cuda``: the CUDA kernel of ``_attenuate_native_``, loaded only where torch is a CUDA build.
   It is compiled and linked, but has not been run on a GPU yet.
 
@@ -22,7 +22,7 @@ __all__ = ["load", "status"]
 
 LIBRARIES = ("_C", "_C_cuda")
 _OPERATOR = "ucan_fast::_attenuate_native_"
-_OPERATORS = (_OPERATOR, "ucan_fast::_moments_native_", "ucan_fast::_add_delta_native_")
+_OPERATORS = (_OPERATOR, "ucan_fast::_moments_native_", "ucan_fast::_expand_native_")
 _AVAILABLE = "available"
 _REBUILD = "rebuild it with: pip install --no-build-isolation --no-deps --force-reinstall ."
 
@@ -94,8 +94,8 @@ def _fake(first, *rest) -> None:
 
     A real meta tensor beside real ones comes here too, past the checks of the other devices.
     """
-    tensors = [*first] if isinstance(first, list) else [first]
-    tensors += [value for value in rest if isinstance(value, torch.Tensor)]
+    values = [*first, *rest] if isinstance(first, list) else [first, *rest]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if len({tensor.device for tensor in tensors}) > 1:
         raise RuntimeError("all tensors must be on the same device")
 

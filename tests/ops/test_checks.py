@@ -257,11 +257,15 @@ def test_the_extension_refuses_a_mix_with_meta(backend):
     if backend != "native":
         pytest.skip("the extension's operators are the same under every backend")
     assert native.load()
-    h, delta = ones(7, 12), ones(7, 12)
+    h, z, b = ones(7, 12), ones(7, 3), ones(12, 3)
     for call in (
         lambda: O._moments_native_(h.to("meta"), GROUPS, -1, totals(12)),
         lambda: O._moments_native_(h, GROUPS, -1, totals(12).to("meta")),
-        lambda: O._add_delta_native_(h, delta, 1.0, None, GROUPS.to("meta"), -1, None),
+        lambda: O._expand_native_(
+            None, z, b, 1.0, None, GROUPS.to("meta"), -1, totals(12), h.clone()
+        ),
+        lambda: O._expand_native_(None, z.to("meta"), b, 1.0, None, None, -1, None, h.clone()),
+        lambda: O._expand_native_(h.to("meta"), z, b, 1.0, None, None, -1, None, h.clone()),
         lambda: O._attenuate_native_([h.to("meta")], ones(12), [0], [0]),
     ):
         with pytest.raises(RuntimeError, match="same device"):

@@ -1,4 +1,4 @@
-"""The native operators behind the moments: _moments_native_ and _add_delta_native_ (CPU)."""
+"""The native operator behind the moments: _moments_native_ (CPU)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GROUP_DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
-# Around the 8 rows of a batch, the 32 of a partial sum and the 1024 of a task.
+# Around the 8 rows of a batch, the 32 of a partial sum and the 256 of a task.
 TOKENS = [0, 1, 3, 7, 8, 9, 31, 33, 129, 1025, 2100]
 # Around a vector and the 1024 columns of a task.
 COLUMNS = [0, 1, 5, 16, 33, 1100]
@@ -27,10 +27,6 @@ LAYOUTS = ["plain", "column slice", "transposed", "every other", "expanded"]
 
 def run_moments(h, groups, moments, only_group=-1) -> None:
     torch.ops.ucan_fast._moments_native_(h, groups, only_group, moments)
-
-
-def run_add(base, delta, scaling, bias, groups, moments, only_group=-1) -> None:
-    torch.ops.ucan_fast._add_delta_native_(base, delta, scaling, bias, groups, only_group, moments)
 
 
 def matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -139,11 +135,6 @@ def test_ignored_rows_may_hold_anything(poison):
     moments = totals(20)
     run_moments(h, groups, moments)
     assert_as_exact_as_torch(moments, h, groups)
-    base, delta = torch.randn(700, 20), h.clone()
-    moments = totals(20)
-    run_add(base, delta, 1.0, None, groups, moments)
-    assert_as_exact_as_torch(moments, h, groups)
-    assert torch.equal(delta.isfinite(), h.isfinite())
 
 
 def test_nan_in_a_counted_row_is_not_hidden():
@@ -170,72 +161,17 @@ def test_an_fp32_sum_ends_after_32_rows_of_its_group():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_with_any_number_of_threads(dtype):
     h, groups = torch.randn(5000, 1100).to(dtype), random_groups(5000)
-    base, bias = torch.randn(5000, 1100).to(dtype), torch.randn(1100)
-    wide = torch.promote_types(dtype, torch.float32)
     results = []
     was = torch.get_num_threads()
     try:
         for threads in (1, 2, 4, 2):
             torch.set_num_threads(threads)
-            moments, more, delta = totals(1100, 0.1), totals(1100), h.to(wide, copy=True)
+            moments = totals(1100, 0.1)
             run_moments(h, groups, moments)
-            run_add(base, delta, 0.3, bias.to(wide), groups, more)
-            results.append((moments, more, delta))
+            results.append(moments)
     finally:
         torch.set_num_threads(was)
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
-
-
-def assert_sum_is_exact(y, base, delta, scaling, bias) -> None:
-    """Within the rounding of a product and two sums of their size."""
-    parts = delta.double() if bias is None else delta.double() + bias.double()
-    unit = torch.finfo(y.dtype).eps
-    size = base.double().abs() + abs(scaling) * (
-        delta.double().abs() + (0 if bias is None else bias.double().abs())
-    )
-    assert ((y.double() - (base.double() + scaling * parts)).abs() <= 2 * unit * size).all()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_add_delta_equals_the_definition(dtype, layout, with_bias):
-    wide = torch.promote_types(dtype, torch.float32)
-    for n in COLUMNS:
-        for tokens in TOKENS:
-            base, groups = matrix(tokens, n, dtype, layout), random_groups(tokens)
-            product = torch.randn(tokens, n, dtype=wide)
-            bias = torch.randn(2 * n, dtype=wide)[::2] if with_bias else None
-            kept, delta, moments = base.clone(), product.clone(), totals(n)
-            run_add(base, delta, 1.75, bias, groups, moments)
-            assert torch.equal(base, kept)
-            assert_sum_is_exact(delta, base, product, 1.75, bias)
-            assert_as_exact_as_torch(moments, product * 1.75, groups)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_add_delta_in_fp64_to_any_base(dtype):
-    base, product = torch.randn(40, 9).to(dtype), torch.randn(40, 9, dtype=torch.float64)
-    groups, delta, moments = random_groups(40), product.clone(), totals(9)
-    run_add(base, delta, 0.1, None, groups, moments)
-    assert_sum_is_exact(delta, base, product, 0.1, None)
-    assert_as_exact_as_torch(moments, product * 0.1, groups)
-
-
-@pytest.mark.parametrize("only", [-1, 0, 1])
-def test_add_delta_without_moments_or_for_one_group(only):
-    base, product, bias = torch.randn(333, 70), torch.randn(333, 70), torch.randn(70)
-    groups = random_groups(333)
-    plain, counted, moments = product.clone(), product.clone(), totals(70, 2.5)
-    run_add(base, plain, -0.6, bias, groups, None, only)
-    run_add(base, counted, -0.6, bias, groups, moments, only)
-    assert torch.equal(plain, counted)
-    assert_sum_is_exact(plain, base, product, -0.6, bias)
-    wanted = exact(product * -0.6, groups)
-    if only >= 0:
-        wanted[:, 1 - only] = 0
-    torch.testing.assert_close(moments - 2.5, wanted, rtol=1e-6, atol=1e-12)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
 @pytest.mark.parametrize(
@@ -267,64 +203,12 @@ def test_moments_refuse_and_change_nothing(change, message):
     assert torch.equal(arguments["moments"], before)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"base": torch.ones(12)}, "_add_delta_native_: base must be 2-D"),
-        ({"base": torch.ones(4, 2)}, r"base is \[4, 2\] and delta \[4, 3\]"),
-        ({"base": torch.ones(5, 3)}, r"base is \[5, 3\] and delta \[4, 3\]"),
-        ({"base": torch.ones(4, 3, dtype=torch.float64)}, "float64 where base is float64"),
-        ({"delta": torch.ones(3, 4).t()}, "delta must be a contiguous 2-D float32"),
-        ({"delta": torch.ones(12)}, "delta must be a contiguous 2-D float32"),
-        ({"delta": torch.ones(4, 3).bfloat16()}, "delta must be a contiguous 2-D float32"),
-        ({"bias": torch.ones(4)}, "bias must be 1-D with 3 values of delta's dtype"),
-        ({"bias": torch.ones(1, 3)}, "bias must be 1-D"),
-        ({"bias": torch.ones(3).bfloat16()}, "values of delta's dtype"),
-        ({"groups": torch.zeros(3, dtype=torch.int8)}, "one integer for each of the 4 rows"),
-        ({"groups": torch.zeros(4, dtype=torch.bool)}, "groups must be int8"),
-        ({"only_group": 7}, "_add_delta_native_: only_group must be"),
-        ({"moments": totals(2)}, r"must be contiguous float64 \[2, 2, 3\]"),
-    ],
-)
-def test_add_delta_refuses_and_changes_nothing(change, message):
-    arguments = {
-        "base": torch.ones(4, 3),
-        "delta": torch.ones(4, 3),
-        "scaling": 2.0,
-        "bias": None,
-        "groups": torch.zeros(4, dtype=torch.int8),
-        "moments": totals(3),
-    }
-    arguments |= change
-    with pytest.raises(RuntimeError, match=message):
-        run_add(**arguments)
-    assert (arguments["delta"] == 1).all()
-    assert not arguments["moments"].any()
-
-
-def test_base_and_delta_must_not_share_memory():
-    memory = torch.ones(8, 3)
-    groups = torch.zeros(4, dtype=torch.int8)
-    for base in (memory[1:5], memory[:4], memory[3:4].expand(4, 3)):
-        with pytest.raises(RuntimeError, match="must not share memory"):
-            run_add(base, memory[:4], 2.0, None, groups, None)
-    assert (memory == 1).all()
-    run_add(memory[4:], memory[:4], 2.0, None, groups, None)
-    assert (memory[:4] == 3).all()
-    assert (memory[4:] == 1).all()
-
-
 def test_opcheck_and_meta():
     h, groups = torch.randn(9, 5), random_groups(9)
     ops = torch.ops.ucan_fast
     torch.library.opcheck(ops._moments_native_.default, (h, groups, -1, totals(5)))
-    for bias, moments in ((None, None), (torch.randn(5), totals(5))):
-        torch.library.opcheck(
-            ops._add_delta_native_.default, (h, torch.randn(9, 5), 0.5, bias, groups, 1, moments)
-        )
     meta = torch.empty(9, 5, device="meta")
     run_moments(meta, groups.to("meta"), totals(5).to("meta"))
-    run_add(meta, meta.clone(), 0.5, None, groups.to("meta"), None)
 
 
 @pytest.mark.parametrize("instructions", ["default", "avx2"])

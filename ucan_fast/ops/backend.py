@@ -17,7 +17,7 @@ Asked at every call, in this order: :func:`use_backend` (a with block), ``UCAN_F
 operator                     ``triton``   C++ (CPU)    CUDA extension
 ============================ ============ ============ ===================
 ``shrink``                   yes          its moments  no
-``expand``                   yes          its moments  no
+``expand``                   yes          yes          no
 ``fused_linear``             yes          no           no
 ``accumulate_moments``       yes          yes          no
 ``contrastive_scores``,      yes          no           no
@@ -38,6 +38,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import kernels, native
 from ..errors import UcanError
@@ -55,7 +56,7 @@ _OPERATORS = (
 _NATIVE = {
     "cpu": {
         "accumulate_moments": "_moments_native_",
-        "expand": "_add_delta_native_",
+        "expand": "_expand_native_",
         "attenuate_": "_attenuate_native_",
     },
     "cuda": {"attenuate_": "_attenuate_native_"},
@@ -148,6 +149,22 @@ def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
     return all(
         t is None or (type(t) in _PLAIN and (differentiable or not t.requires_grad))
         for t in tensors
+    )
+
+
+def is_unobserved(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing but the operator's caller sees what it does with these plain tensors.
+
+    No autograd of either direction, no ``torch.func`` transform, no mode that records calls: code
+    without derivatives may run, and a result that was only just made may be overwritten.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

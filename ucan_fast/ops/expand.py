@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, cast, choose, runs_directly, without_autocast
+from .backend import LIBRARY, cast, choose, is_unobserved, runs_directly, without_autocast
 from .checks import check_device, check_dtypes
 from .moments import add_moments_, check_moments
+
+# From this many rows on C++ is faster without moments too: it brings B into another order first.
+# With moments the rule is the same, so that y has the same bits whatever is measured.
+_NATIVE_ROWS = 32
 
 
 def expand(
@@ -21,6 +25,7 @@ def expand(
     groups: torch.Tensor | None = None,
     only_group: int | None = None,
     delta_moments: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """The second half of a LoRA layer, added to what the base layer returned.
 
@@ -37,28 +42,31 @@ def expand(
         only_group: 0 or 1 counts the tokens of that group alone.
         delta_moments: fp64 ``[2, 2, N]``, increased by the moments of δ = s z Bᵀ taken in fp32
             from the stored z and B (no bias).
+        overwrite: nobody else holds ``base_out``'s memory, so y may be written into it. Only a
+            permission: it is used where that is faster.
 
     Returns:
-        y, ``[..., N]`` in ``base_out``'s dtype, a new contiguous tensor.
+        y, ``[..., N]`` in ``base_out``'s dtype, contiguous; a new tensor unless ``overwrite``.
 
     Differentiable while no moments are asked for.
 
     Raises:
         UcanError: shapes, dtypes or devices that do not fit together.
     """
+    eager = not torch.compiler.is_compiling()
     if delta_moments is None:
-        if not torch.compiler.is_compiling():
+        if eager:
             backend = _backend(base_out, z, b)
             if runs_directly(backend, base_out, z, b, bias):
                 _check(base_out, z, b, bias)
-                return _run(backend, base_out, z, b, scaling, bias)
+                return _run(backend, base_out, z, b, scaling, bias, overwrite)
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
-    tensors = (base_out, z, b, bias, groups, delta_moments)
-    direct = not torch.compiler.is_compiling() and runs_directly("triton", *tensors)
-    run = _expand_moments if direct else torch.ops.ucan_fast.expand.moments
-    return run(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
+    sums = (groups, only_group, delta_moments)
+    if eager and runs_directly("triton", base_out, z, b, bias, groups, delta_moments):
+        return _expand_moments(base_out, z, b, scaling, bias, *sums, overwrite)
+    return torch.ops.ucan_fast.expand.moments(base_out, z, b, scaling, bias, *sums)
 
 
 def _check(
@@ -123,7 +131,7 @@ def run_expand(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """y, unchecked, on the backend chosen for this call."""
-    return _run(_backend(base_out, z, b), base_out, z, b, scaling, bias)
+    return _run(_backend(base_out, z, b), base_out, z, b, scaling, bias, False)
 
 
 def _run(
@@ -133,11 +141,14 @@ def _run(
     b: torch.Tensor,
     scaling: float,
     bias: torch.Tensor | None,
+    overwrite: bool,
 ) -> torch.Tensor:
     if backend == "triton":
         from ..kernels.expand import expand as launch
 
         return launch(base_out, z, b, scaling, bias)
+    if backend == "native" and _fits_native(base_out, z, b) and is_unobserved(base_out, z, b, bias):
+        return _expand_native(base_out, z, b, scaling, bias, None, None, None, overwrite)
     return expand_reference(base_out, z, b, scaling, bias)
 
 
@@ -150,20 +161,27 @@ def run_expand_moments(
     groups: torch.Tensor,
     only_group: int | None,
     delta_moments: torch.Tensor,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """y and its moments, unchecked, on the backend chosen for this call."""
     backend = _backend(base_out, z, b)
+    sums = (groups, only_group, delta_moments)
     if backend == "triton":
         from ..kernels.expand import expand as launch
 
-        return launch(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
-    # Narrow products are rounded before they are added, as without moments.
-    products = base_out.numel() and z.numel()
-    if backend == "native" and products and z.dtype == delta_dtype(z, b):
-        return _expand_native(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
+        return launch(base_out, z, b, scaling, bias, *sums)
+    if backend == "native" and _fits_native(base_out, z, b):
+        return _expand_native(base_out, z, b, scaling, bias, *sums, overwrite)
     y = expand_reference(base_out, z, b, scaling, bias)
-    add_moments_(delta_reference(z, b, scaling), groups, only_group, delta_moments)
+    add_moments_(delta_reference(z, b, scaling), *sums)
     return y
+
+
+def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bool:
+    # Narrow products are rounded before they are added; the C++ code never rounds them.
+    wide = torch.promote_types(base_out.dtype, delta_dtype(z, b))
+    n, r = b.shape
+    return z.dtype == wide and n > 0 and r > 0 and z.numel() >= _NATIVE_ROWS * r
 
 
 def _expand_native(
@@ -172,25 +190,29 @@ def _expand_native(
     b: torch.Tensor,
     scaling: float,
     bias: torch.Tensor | None,
-    groups: torch.Tensor,
+    groups: torch.Tensor | None,
     only_group: int | None,
-    delta_moments: torch.Tensor,
+    delta_moments: torch.Tensor | None,
+    overwrite: bool,
 ) -> torch.Tensor:
-    # One product in fp32 serves y and the moments; C++ does the rest in one pass over it.
-    n, totals = b.shape[0], delta_moments.contiguous()
-    delta = delta_reference(z.reshape(-1, z.shape[-1]), b, 1.0)
-    torch.ops.ucan_fast._add_delta_native_(
-        base_out.reshape(-1, n),
-        delta,
+    n, dtype = b.shape[0], z.dtype
+    in_place = overwrite and base_out.dtype == dtype and base_out.is_contiguous()
+    y = base_out if in_place else torch.empty(base_out.shape, dtype=dtype, device=z.device)
+    totals = None if delta_moments is None else delta_moments.contiguous()
+    torch.ops.ucan_fast._expand_native_(
+        None if in_place else base_out.reshape(-1, n),
+        z.reshape(-1, z.shape[-1]),
+        b.to(dtype),
         scaling,
-        None if bias is None else bias.to(delta.dtype),
+        None if bias is None else bias.to(dtype),
         groups,
         -1 if only_group is None else only_group,
         totals,
+        y.view(-1, n),
     )
     if totals is not delta_moments:
         delta_moments.copy_(totals)
-    return delta.view(base_out.shape).to(base_out.dtype)
+    return y.to(base_out.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -249,10 +271,12 @@ def _expand_moments(
     groups: torch.Tensor,
     only_group: int | None,
     delta_moments: torch.Tensor,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     _check(base_out, z, b, bias)
     check_moments(base_out, groups, delta_moments, only_group)
-    return run_expand_moments(base_out, z, b, scaling, bias, groups, only_group, delta_moments)
+    sums = (groups, only_group, delta_moments)
+    return run_expand_moments(base_out, z, b, scaling, bias, *sums, overwrite)
 
 
 LIBRARY.define("expand(Tensor base_out, Tensor z, Tensor b, float scaling, Tensor? bias) -> Tensor")
