@@ -808,7 +808,7 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "a kernel run past autograd",
-            "runs_directly(_backend(x, a, dtype), x, a)",
+            "runs_directly(backend, x, a)",
             "runs_directly('reference', x, a)",
         ),
         (
@@ -820,7 +820,11 @@ MUTATIONS: list[Mutation] = [
     *_mutations(
         "ucan_fast/ops/expand.py",
         "tests/ops/test_shrink_expand.py tests/ops/test_checks.py tests/test_triton_path.py",
-        ("a silent fallback", 'if backend == "triton":', 'if backend == "never":'),
+        (
+            "a silent fallback",
+            '    sums = (groups, only_group, delta_moments)\n    if backend == "triton":',
+            '    sums = (groups, only_group, delta_moments)\n    if backend == "never":',
+        ),
         ("narrow products in one pass", "z.dtype == wide and ", ""),
         (
             "moments not scaled",
@@ -834,8 +838,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "no check of the groups",
-            "    _check(base_out, z, b, bias)\n    check_moments(base_out, groups, delta_moments, only_group)\n    return run_expand_moments",
-            "    _check(base_out, z, b, bias)\n    return run_expand_moments",
+            "    _check(base_out, z, b, bias)\n    check_moments(base_out, groups, delta_moments, only_group)\n    sums",
+            "    _check(base_out, z, b, bias)\n    sums",
         ),
     ),
     *_mutations(
@@ -856,7 +860,7 @@ MUTATIONS: list[Mutation] = [
             "group = -1 if only_group is None else only_group\n        totals",
             "group = -1\n        totals",
         ),
-        ("sums under autocast", "with torch.autocast(h.device.type, enabled=False):", "if True:"),
+        ("sums under autocast", "with without_autocast(h.device.type):", "if True:"),
     ),
     *_mutations(
         "ucan_fast/ops/scores.py",
@@ -933,12 +937,12 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "the interpreter by itself",
-            'if device.type != "cpu" and triton_obstacle',
+            'if kind != "cpu" and triton_obstacle',
             "if triton_obstacle",
         ),
         (
             "Triton before C++",
-            "if operator in _NATIVE.get(device.type, ()) and native_obstacle(operator, device) is None:",
+            "if operator in _NATIVE.get(kind, ()) and native_obstacle(operator, device) is None:",
             "if False:",
         ),
         ("any name", "    if name not in BACKENDS:", "    if False:"),
