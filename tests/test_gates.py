@@ -233,6 +233,7 @@ def test_dead_inputs_stay_open_without_damping():
     owner.c_x[3] = 0.0
     plan = uf.make_gates_plan(model, forget, retain, CONFIG.replace(damping=0.0))
     assert torch.isfinite(plan.flat_score).all()
+    assert not plan.is_noop
     assert plan.factors[f"{name}.lora_A"][3] == 1
 
 
