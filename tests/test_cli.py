@@ -1146,6 +1146,36 @@ def test_unlearn_by_influence_equals_the_library(project, out):
     assert findings[1].count("pass  ") == 3
 
 
+def test_unlearn_by_gates_from_a_bank_equals_the_library(project, out):
+    bank = out.parent / "bank.safetensors"
+    code, *_ = run(project, "collect", "--factors", "diagonal", data="all.jsonl", out=bank)
+    assert code == 0
+    flags = ["--method", "gates", "--strength", "0.3", "--no-evaluate", "--keep-original"]
+    paths = {"retain": None, "bank": bank}
+    code, text, _ = unlearn(project, out, *flags, **paths)
+    assert code == 0
+    assert "site 'input and output'" in text
+    model = load(project, project / "adapter")
+    forget = read_jsonl(project / "forget.jsonl", None, batch_size=8, max_length=64)
+    uf.accelerate(model)
+    config = uf.UcanConfig(method="gates", strength=0.3)
+    factors = uf.InfluenceFactors.load(bank)
+    uf.unlearn(model, forget=forget, bank=factors, config=config, evaluate=False)
+    expected = peft.get_peft_model_state_dict(model)
+    written = adapter_of(out)
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+    findings = run(project, "audit", unlearned=out, forget="forget.jsonl", retain="retain.jsonl")
+    assert findings[0] == 0
+    assert findings[1].count("pass  ") == 3
+    both, union = out.parent / "both", out.parent / "union"
+    code, *_ = unlearn(project, both, *flags, forget="second.jsonl", previous=out, **paths)
+    assert code == 0
+    assert unlearn(project, union, *flags, forget="union.jsonl", **paths)[0] == 0
+    one, two = adapter_of(both), adapter_of(union)
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=1e-3, atol=1e-5), name
+
+
 def test_a_bank_of_factors_a_holdout_and_a_second_request(project, out):
     bank = out.parent / "bank.safetensors"
     code, text, _ = run(project, "collect", "--factors", "diagonal", data="all.jsonl", out=bank)

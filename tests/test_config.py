@@ -11,7 +11,7 @@ import pytest
 from ucan_fast import UcanConfig, UcanError
 
 CHOICES = {
-    "method": {"attenuate", "influence"},
+    "method": {"attenuate", "influence", "gates"},
     "site": {"input", "rank", "output", "mlp"},
     "statistic": {"mean_abs", "rms"},
     "contrast": {"symmetric", "difference", "ratio", "zscore", "none"},
@@ -137,6 +137,17 @@ def test_effective_min_score():
         assert UcanConfig(contrast=contrast, min_score=0.3).effective_min_score == 0.3
     assert UcanConfig(min_score=0).effective_min_score == 0.0
     assert UcanConfig(min_score=-1).effective_min_score == -1.0
+
+
+def test_gates_have_sites_a_variant_and_a_decay_of_their_own():
+    config = UcanConfig(method="gates", site="mlp", influence_variant="all")
+    assert (config.effective_site, config.effective_variant) == ("input and output", "diagonal")
+    for method in ("attenuate", "influence"):
+        config = UcanConfig(method=method, site="mlp", influence_variant="b-only")
+        assert (config.effective_site, config.effective_variant) == ("mlp", "b-only")
+    for decay in ("inverse", "linear", "hard"):
+        with pytest.raises(UcanError, match=f"method='gates' has gates .* no decay='{decay}'"):
+            UcanConfig(method="gates", decay=decay)
 
 
 def test_auto_strength():

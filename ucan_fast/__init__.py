@@ -7,6 +7,7 @@ from .config import UcanConfig
 from .errors import UcanError, UcanWarning
 from .factor_pass import collect_factors, factor_memory
 from .factors import InfluenceFactors
+from .gates import make_gates_plan
 from .influence import InfluencePlan, make_influence_plan
 from .plan import AttenuationPlan
 from .report import DeletionReport
@@ -31,6 +32,7 @@ __all__ = [
     "collect",
     "collect_factors",
     "factor_memory",
+    "make_gates_plan",
     "make_influence_plan",
     "make_plan",
     "restore",

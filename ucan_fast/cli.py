@@ -76,7 +76,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     check_output_folder(arguments.out, arguments.overwrite, only_with=ours)
     _check_apart(arguments)
     config = _config(arguments)
-    measured = InfluenceFactors if config.method == "influence" else ActivationStats
+    measured = ActivationStats if config.method == "attenuate" else InfluenceFactors
     bank = None if arguments.bank is None else measured.load(arguments.bank)
     previous = None
     if arguments.previous is not None:
@@ -302,8 +302,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--holdout",
         metavar="JSONL",
-        help="data the adapter never saw: with --method influence the forget set is made no less "
-        "likely than these",
+        help="data the adapter never saw: with --method influence or gates the forget set is made "
+        "no less likely than these",
     )
     unlearn.add_argument(
         "--previous",
@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         const="all",
         metavar="VARIANT",
         help="measure gradients and Kronecker factors instead, for unlearn --method influence: "
-        "all (default), b-only, last-blocks, eigenbasis or diagonal",
+        "all (default), b-only, last-blocks, eigenbasis or diagonal; for --method gates: diagonal",
     )
     collect.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     collect.add_argument("--overwrite", action="store_true", help="replace --out if it exists")

@@ -12,10 +12,12 @@ from typing import Any
 from .errors import UcanError
 
 SITES = ("input", "rank", "output", "mlp")
+#: Where gates are.
+BOTH_SITES = "input and output"
 #: What is kept of the Kronecker factors of the influence step.
 VARIANTS = ("all", "b-only", "last-blocks", "eigenbasis", "diagonal")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("attenuate", "influence"),
+    "method": ("attenuate", "influence", "gates"),
     "site": SITES,
     "statistic": ("mean_abs", "rms"),
     "contrast": ("symmetric", "difference", "ratio", "zscore", "none"),
@@ -47,6 +49,9 @@ class UcanConfig:
         method: ``"attenuate"``, the paper's soft attenuation, or ``"influence"``, one
             preconditioned step up the forget loss (not in the paper). It reads the last six
             fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and ``seed``.
+            ``"gates"``, the strongest attenuation (not in the paper): all inputs and outputs,
+            each by its slope and curvature. It reads the same fields but the three of
+            ``influence_...``, and ``floor``.
         site: which neurons are measured and scaled. ``"input"``: the K inputs of a layer
             (column j of A). ``"rank"``: the r rank dimensions (column j of B). ``"output"``: the
             N outputs (row j of B). ``"mlp"``: the intermediate neurons of a gated MLP (column j
@@ -64,7 +69,7 @@ class UcanConfig:
         min_score: t is never below this. ``None``: 0.05 for the symmetric contrast, else 0.
         decay: γ(u) = exp(-βu), 1/(1+βu), max(1-βu, 0), or 0 (``"hard"``, the ablation w/o H).
         strength: β, or ``"auto"``: the largest β whose retain loss stays within the budget. Of an
-            influence step: t, the predicted rise of the forget NLL in nats per token.
+            influence step and of gates: t, the predicted rise of the forget NLL in nats per token.
         floor: γ is never below this.
         max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
             rise, relative to its value before (0.05 = 5 %). An influence step moves rankings more
@@ -80,7 +85,8 @@ class UcanConfig:
             ``influence_rank`` eigenpairs and a flat rest. ``"diagonal"``: only their diagonals.
             :func:`ucan_fast.factor_memory` says what each takes.
         influence_rank, influence_blocks: see there.
-        damping: added to every factor, relative to its mean eigenvalue.
+        damping: added to every factor, relative to its mean eigenvalue; for gates, to every
+            curvature, relative to the mean over its matrix.
         retain_gradient_weight: κ, how much of the retain gradient is taken off the forget
             gradient.
         trust_region: ``"auto"`` goes no further than where the measured rise of the forget NLL is
@@ -139,6 +145,11 @@ class UcanConfig:
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "
                 "nothing to search over; give strength a number or drop risk_threshold."
             )
+        if self.method == "gates" and self.decay != "exponential":
+            raise UcanError(
+                f"UcanConfig: method='gates' has gates exp(t g / F), no decay={self.decay!r}; "
+                "leave decay out."
+            )
 
     @property
     def auto_strength(self) -> bool:
@@ -151,6 +162,16 @@ class UcanConfig:
         if self.min_score is not None:
             return float(self.min_score)
         return 0.05 if self.contrast == "symmetric" else 0.0
+
+    @property
+    def effective_site(self) -> str:
+        """``site``, or for gates both sites that they are at."""
+        return BOTH_SITES if self.method == "gates" else self.site
+
+    @property
+    def effective_variant(self) -> str:
+        """``influence_variant``, or for gates the variant that is enough for them."""
+        return "diagonal" if self.method == "gates" else self.influence_variant
 
     def replace(self, **changes: Any) -> UcanConfig:
         """A copy with some fields changed, validated again."""

@@ -342,7 +342,7 @@ class _Direction:
 
 
 def _targets(model: nn.Module, adapter: str, config: UcanConfig) -> list[Target]:
-    variant = config.influence_variant
+    variant = config.effective_variant
     layers = influence_layers(model, adapter, variant, config.influence_blocks)
     return find_targets(layers, variant)
 
@@ -367,7 +367,7 @@ def _check_origin(
 
 def _of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors:
     """The factors as the configuration wants them; full ones serve every variant but diagonals."""
-    wanted = config.influence_variant
+    wanted = config.effective_variant
     if not retain.layers:
         raise UcanError("the retain factors hold gradients only; collect with curvature=True.")
     if wanted == "eigenbasis" and retain.variant == "all":

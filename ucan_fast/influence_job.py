@@ -1,10 +1,11 @@
-"""The steps of ``unlearn`` that differ for ``method="influence"``."""
+"""The steps of ``unlearn`` that differ for ``method="influence"`` and ``method="gates"``."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from .errors import UcanError
 from .evaluation import _vocabulary, group_loss
 from .factor_pass import factor_memory
 from .factors import InfluenceFactors
+from .gates import score_gates
 from .influence import InfluencePlan, make_influence_plan
+from .plan import AttenuationPlan
 from .strength import search_strength
 
 if TYPE_CHECKING:
@@ -71,12 +74,12 @@ def influence_statistics(
     """
     if bank is not None and not isinstance(bank, InfluenceFactors):
         raise UcanError(
-            f"method='influence' needs a bank of factors, not {type(bank).__name__}: "
+            f"method={job.config.method!r} needs a bank of factors, not {type(bank).__name__}: "
             "bank=ucan_fast.collect_factors(model, all_batches)."
         )
     config = job.config
     wanted = {
-        "variant": config.influence_variant,
+        "variant": config.effective_variant,
         "rank": config.influence_rank,
         "blocks": config.influence_blocks,
         "seed": config.seed,
@@ -115,9 +118,19 @@ def influence_plan(
     return make_influence_plan(model, stats.forget, stats.retain, config, adapter=adapter)
 
 
+def gates_plan(
+    model: nn.Module, stats: InfluenceStats, config: UcanConfig, adapter: str
+) -> AttenuationPlan:
+    """The gates that these sums make."""
+    return score_gates(model, stats.forget, stats.retain, config, adapter)
+
+
 def search_step(
-    job: _Job, plan: InfluencePlan, forget: Batches, holdout: Batches | float | None
-) -> InfluencePlan:
+    job: _Job,
+    plan: InfluencePlan | AttenuationPlan,
+    forget: Batches,
+    holdout: Batches | float | None,
+) -> InfluencePlan | AttenuationPlan:
     """The largest t within the retain budget, the trust region and the holdout's NLL.
 
     Raises:
@@ -125,10 +138,10 @@ def search_step(
     """
     if job.retain_loss is None:
         raise UcanError(
-            "strength='auto' has nothing to measure the retain budget on, and an influence step "
-            "of unknown cost is not taken: pass calibration= or retain=, or a strength in nats."
+            "strength='auto' has nothing to measure the retain budget on, and a step of unknown "
+            "cost is not taken: pass calibration= or retain=, or a strength in nats."
         )
-    edit, trust = plan.edit(job.model, job.adapter), job.config.trust_region
+    edit, trust = plan._edit(job.model, job.adapter), job.config.trust_region
     before = group_loss(job.model, forget, "forget")
     ceiling = _ceiling(job.model, holdout)
     if before.mean >= ceiling:
@@ -138,12 +151,20 @@ def search_step(
         )
         return plan
 
+    @contextmanager
+    def in_force(strength: float) -> Iterator[None]:
+        try:
+            plan.with_strength(strength)._write(edit)
+            yield
+        finally:
+            edit.restore()
+
     def loss_at(strength: float) -> float:
-        with edit.applied(strength):
+        with in_force(strength):
             return job.retain_loss()
 
     def guard(strength: float) -> str:
-        with edit.applied(strength):
+        with in_force(strength):
             after = group_loss(job.model, forget, "forget").mean
         if not after <= ceiling:
             return (
@@ -235,7 +256,7 @@ def _earlier(previous: Any) -> InfluenceFactors:
     if isinstance(stats, InfluenceFactors):
         return stats
     raise UcanError(
-        "the earlier request was not answered by method='influence': its statistics hold no "
+        "the earlier request was answered by method='attenuate': its statistics hold no "
         "gradients. Undo its plan and ask for both forget sets in one request."
     )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from .adapter import LoraLayer, unwrap
-from .config import UcanConfig
+from .config import BOTH_SITES, UcanConfig
 from .errors import UcanError
 
 # (gate, up, down) as Llama-like and T5-like models name them; None: gate and up are one layer.
@@ -124,9 +124,18 @@ def moments_site(config: UcanConfig) -> str:
 def neuron_groups(model: nn.Module, layers: list[LoraLayer], site: str) -> list[NeuronGroup]:
     """The neurons of a site, in module order. Modules that share a Parameter form one group.
 
+    ``"input and output"``: all inputs, named ``{layer}.lora_A``, then all outputs, named
+    ``{layer}.lora_B``.
+
     Raises:
         UcanError: ``site="mlp"`` and the adapter has no gated MLP of a known form.
     """
+    if site == BOTH_SITES:
+        return [
+            replace(group, names=tuple(f"{name}.lora_{which}" for name in group.names))
+            for one, which in (("input", "A"), ("output", "B"))
+            for group in neuron_groups(model, layers, one)
+        ]
     units = _mlp_units(model, layers) if site == "mlp" else [_unit(layer, site) for layer in layers]
     return [_pool(members) for members in _sharing(units)]
 

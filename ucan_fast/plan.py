@@ -33,10 +33,12 @@ class AttenuationPlan(ReversiblePlan):
         config: the choices it was made with.
         fingerprint: of the adapter it is for.
         factors: name -> γ, fp32 ``[n]``; every layer of the plan is present, 1.0 where untouched.
-            Layers that share a Parameter hold the same factors.
-        risk, utility, score: name -> R, U, S, fp32 ``[n]``.
+            Layers that share a Parameter hold the same factors. The names of gates are
+            ``{layer}.lora_A`` for inputs and ``{layer}.lora_B`` for outputs.
+        risk, utility, score: name -> R, U, S, fp32 ``[n]`` (of gates:
+            :func:`ucan_fast.make_gates_plan`).
         threshold: t; selected is S > t.
-        strength: the β in use.
+        strength: the β in use; of gates, the predicted rise of the forget NLL in nats.
         note: what a user must know about it (nothing selected, strength not searched for), or "".
     """
 
@@ -57,7 +59,8 @@ class AttenuationPlan(ReversiblePlan):
     def __repr__(self) -> str:
         return (
             f"AttenuationPlan({self.attenuated} of {self.neurons} neurons attenuated in "
-            f"{len(self.sizes)} layers, site {self.config.site!r}, strength {self.strength:.4g}, "
+            f"{len(self.sizes)} layers, site {self.config.effective_site!r}, "
+            f"strength {self.strength:.4g}, "
             f"fingerprint {self.fingerprint[:12]})"
         )
 
@@ -101,17 +104,21 @@ class AttenuationPlan(ReversiblePlan):
         """The same selection at another β (a new plan, not applied)."""
         if not strength >= 0:
             raise UcanError(f"strength must be a number >= 0, not {strength!r}.")
+        # A decay is relative to the largest score; scores of gates are absolute: γ = exp(-t S).
+        per_largest = self._largest() if self._gates else 1.0
         factors = ops.attenuation_factors(
             self.flat_score,
             self.threshold,
             decay=self.config.decay,
-            strength=float(strength),
+            strength=float(strength) * per_largest,
             floor=float(self.config.floor),
         )
         return self._derive(flat_factors=factors, strength=float(strength))
 
     def with_fraction(self, fraction: float) -> AttenuationPlan:
         """Another share of neurons selected, at the same β (a new plan, not applied)."""
+        if self._gates:
+            raise UcanError("gates are not selected by a fraction; use with_strength.")
         config = self.config.replace(fraction=fraction)
         threshold, note = select(self.flat_score, config)
         plan = self._derive(config=config, threshold=threshold, note=note)
@@ -122,7 +129,7 @@ class AttenuationPlan(ReversiblePlan):
         share = 100 * self.attenuated / max(self.neurons, 1)
         lines = [
             f"{self.attenuated} of {self.neurons} neurons attenuated ({share:.1f} %) in "
-            f"{len(self.sizes)} layers, site {self.config.site!r}",
+            f"{len(self.sizes)} layers, site {self.config.effective_site!r}",
             f"score: largest {self._largest():.4g}, threshold {self.threshold:.4g}; "
             f"strength {self.strength:.4g}, smallest factor {self._smallest():.4g}",
         ]
@@ -142,7 +149,7 @@ class AttenuationPlan(ReversiblePlan):
         Raises:
             UcanError: layers, sizes or shared parameters differ.
         """
-        groups = neuron_groups(model, find_layers(model, adapter), self.config.site)
+        groups = neuron_groups(model, find_layers(model, adapter), self.config.effective_site)
         if [g.names for g in groups] != self.groups or [g.n for g in groups] != self.sizes:
             raise UcanError(
                 "the model's LoRA layers are not those of the plan (names, sizes or shared "
@@ -225,7 +232,7 @@ class AttenuationPlan(ReversiblePlan):
         """Say aloud that the plan does nothing, or far too much."""
         if not self.attenuated:
             warnings.warn(f"this plan changes nothing: {self.note}", UcanWarning, stacklevel=3)
-        elif self.attenuated > self.neurons / 2:
+        elif self.attenuated > self.neurons / 2 and not self._gates:
             warnings.warn(
                 f"this plan attenuates {self.attenuated} of {self.neurons} neurons, more than "
                 f"half: fraction={self.config.fraction:g}, threshold {self.threshold:.4g}, largest "
@@ -243,6 +250,10 @@ class AttenuationPlan(ReversiblePlan):
         return {
             name: part for names, part in zip(self.groups, parts, strict=True) for name in names
         }
+
+    @property
+    def _gates(self) -> bool:
+        return self.config.method == "gates"
 
     def _largest(self) -> float:
         return float(self.flat_score.max()) if self.neurons else 0.0

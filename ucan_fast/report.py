@@ -33,11 +33,12 @@ DISCLAIMER = (
 #: The JSON form of a report, in the folder of the adapter that it is about.
 REPORT = "deletion_report.json"
 
-STATES = ("before", "U-CAN", "influence", "uniform", "random")
+STATES = ("before", "U-CAN", "influence", "gates", "uniform", "random")
 _STATE_NAMES = {
     "before": "before",
     "U-CAN": "U-CAN",
     "influence": "influence step",
+    "gates": "one-shot gates",
     "uniform": "control: whole adapter scaled down",
     "random": "control: random neurons",
 }
@@ -62,8 +63,9 @@ class DeletionReport:
             influence step: its strength (the predicted rise of the forget NLL in nats), the
             bytes of every variant's factors, and per layer how far it was moved (relative to
             its norm) and its share of the predicted rise.
-        metrics: state (``before``, ``U-CAN`` or ``influence``, ``uniform``, ``random``) -> metric
-            -> value; None where it could not be measured (``notes`` says why).
+        metrics: state (``before``, then ``U-CAN``, ``influence`` or ``gates``, ``uniform``,
+            ``random``) -> metric -> value; None where it could not be measured (``notes`` says
+            why).
         notes: why something is missing or not comparable.
         search: the strength search, or None.
         seconds: wall time per step.
@@ -178,13 +180,14 @@ class DeletionReport:
             return lines + self._note_lines()
         names = list(dict.fromkeys(name for state in self.metrics.values() for name in state))
         states = [state for state in STATES if state in self.metrics]
+        edited = "the gates" if self.config.method == "gates" else "U-CAN"
         lines = [
             "## Metrics",
             "",
             "Controls are set to the retain loss that the step reached: what they forget, any "
             "change of that cost would have forgotten."
             if self._influence
-            else "Controls are set to the retain loss that U-CAN reached: what they forget, "
+            else f"Controls are set to the retain loss that {edited} reached: what they forget, "
             "shrinking anything would have forgotten.",
             "",
             "| metric | " + " | ".join(self._state_name(s) for s in states) + " |",
@@ -211,7 +214,7 @@ class DeletionReport:
         return (
             f"{change['attenuated']} of {change['neurons']} neurons attenuated "
             f"({_percent(change['attenuated'], change['neurons'])}) at site "
-            f"`{self.config.site}`, decay `{self.config.decay}`, "
+            f"`{self.config.effective_site}`, decay `{self.config.decay}`, "
             f"strength {change['strength']:.4g}. Largest score {change['largest_score']:.4g}, "
             f"threshold {change['threshold']:.4g}."
         )
@@ -317,7 +320,7 @@ class DeletionReport:
                 0.5, 0.5, f"no comparison:\n{_wrap(reason)}", ha="center", va="center", fontsize=9
             )
             return
-        markers = {"before": "o", "U-CAN": "D", "influence": "D", "uniform": "s", "random": "^"}
+        markers = {**dict.fromkeys(STATES, "D"), "before": "o", "uniform": "s", "random": "^"}
         for state, (x, y) in points.items():
             axes.scatter(
                 [x], [y], marker=markers[state], s=60, label=self._state_name(state), zorder=3

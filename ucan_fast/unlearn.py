@@ -28,6 +28,7 @@ from .factors import InfluenceFactors
 from .influence import InfluencePlan
 from .influence_job import (
     InfluenceStats,
+    gates_plan,
     influence_change,
     influence_plan,
     influence_statistics,
@@ -81,7 +82,7 @@ def unlearn(
     adapter: str | None = None,
 ) -> UnlearnResult:
     """Unlearn the forget set in place: by attenuation (forward passes only), or by the influence
-    step (``method="influence"``; forward and backward passes).
+    step or gates (``method="influence"``, ``"gates"``; forward and backward passes).
 
     Args:
         model: a model with PEFT LoRA layers, plain or accelerated.
@@ -91,7 +92,8 @@ def unlearn(
             Every token counts in its own group, wherever it is passed: pass none of them twice.
         bank: ``collect(model, all_batches)`` over *all* data, D_f included; then only D_f is run,
             and ``retain = bank - forget``. For the influence step
-            ``collect_factors(model, all_batches)``.
+            ``collect_factors(model, all_batches)``, for gates the same (with
+            ``variant="diagonal"`` it is far smaller).
         calibration: batches of D_r for the strength search, or a function ``model -> loss``.
             Default: a sample of about 8192 tokens of the retain batches (which stay in the
             statistics too).
@@ -104,9 +106,9 @@ def unlearn(
             taken off, its forget set is added to this one, and one new plan is applied to the
             origin: the same as one request with the union. Requests must not overlap: a token in
             two of them would be counted, and taken from the bank, twice.
-        holdout: for the influence step: what never-seen data cost, as batches (forget tokens
-            count) or in nats per token. The search stops before the forget set costs more, so
-            that it does not stand out as forgotten.
+        holdout: for the influence step and gates: what never-seen data cost, as batches (forget
+            tokens count) or in nats per token. The search stops before the forget set costs more,
+            so that it does not stand out as forgotten.
         adapter: needed when several adapters are active.
 
     Returns:
@@ -122,21 +124,22 @@ def unlearn(
             trained more than LoRA matrices (modules_to_save, biases), which stays as it is.
     """
     config = config or UcanConfig()
-    influence = config.method == "influence"
+    influence, gradients = config.method == "influence", config.method != "attenuate"
     model = unwrap(model)
     with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
         job = _Job(model, adapter, config, progress, origin)
         check_iterable(forget, "forget")
-        if holdout is not None and not (influence and config.auto_strength):
-            raise UcanError("holdout= is for method='influence' with strength='auto'.")
-        if evaluate or config.auto_strength or influence:
+        if holdout is not None and not (gradients and config.auto_strength):
+            raise UcanError("holdout= is for method='influence' or 'gates' with strength='auto'.")
+        if evaluate or config.auto_strength or gradients:
             forget = reusable(forget, "forget")
             retain = None if retain is None else reusable(retain, "retain")
         with job.timed("collect"):
-            gather = influence_statistics if influence else _statistics
+            gather = influence_statistics if gradients else _statistics
             stats = gather(job, forget, retain, bank, previous)
         with job.timed("score"):
-            plan = (influence_plan if influence else score_plan)(model, stats, config, adapter)
+            make = {"attenuate": score_plan, "influence": influence_plan, "gates": gates_plan}
+            plan = make[config.method](model, stats, config, adapter)
         if config.auto_strength or evaluate:
             job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
@@ -344,7 +347,7 @@ def _statistics(
         earlier = previous.stats if isinstance(previous, UnlearnResult) else previous
         if not isinstance(earlier, ActivationStats):
             raise UcanError(
-                "the earlier request was answered by method='influence', which takes no activation "
+                "the earlier request was answered by a gradient method, which takes no activation "
                 "statistics. Undo its plan and ask for both forget sets in one request."
             )
         request = request + earlier.select(sites).only("forget")
@@ -381,7 +384,7 @@ def _choose_strength(
             job.retain_loss, job.no_retain_loss = None, why
     if not job.config.auto_strength or plan.note:
         return plan
-    if isinstance(plan, InfluencePlan):
+    if plan.config.method != "attenuate":
         return search_step(job, plan, forget, holdout)
     if job.retain_loss is None:
         plan.note = f"{unsearched_note(plan.config)} (pass calibration= or retain=)."
@@ -415,7 +418,8 @@ def _evaluate(
     if isinstance(plan, InfluencePlan):
         name, edit, factors = "influence", plan.edit(model, job.adapter), plan.strength
     else:
-        name, factors = "U-CAN", plan.flat_factors
+        name = "gates" if plan.config.method == "gates" else "U-CAN"
+        factors = plan.flat_factors
         edit = WeightEdit(plan.match(model, job.adapter))
     edits = {name: (edit, factors)}
     retain_losses = {"before": job.loss_before}

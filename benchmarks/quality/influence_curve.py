@@ -2,8 +2,9 @@
 
 For the three deletion requests of the demo, one seed: the drop of Recall@10 on deleted training
 interactions at a drop of 1 % and 5 % on retained ones (linearly interpolated between the points of
-the curve), of the influence step in its variants, one plain gradient step, U-CAN, and the whole
-adapter scaled down. Both sides are measured on training interactions (the strict protocol). Run as
+the curve), of the influence step in its variants, one plain gradient step, one-shot gates, U-CAN,
+and the whole adapter scaled down. Both sides are measured on training interactions (the strict
+protocol). Run as
 
     python benchmarks/quality/influence_curve.py --out build/influence-curve
 """
@@ -124,6 +125,12 @@ def influence_rows(model, ranker: Ranker, forget, retain) -> dict[str, list[Poin
     return rows
 
 
+def gates_rows(model, ranker: Ranker, forget, retain) -> dict[str, list[Point]]:
+    plan = uf.make_gates_plan(model, forget, retain)
+    states = (applied(plan.with_strength(t), model) for t in NATS)
+    return {"one-shot gates": ranker.curve(states)}
+
+
 def attenuation_rows(model, ranker: Ranker, forget, bank) -> dict[str, list[Point]]:
     stats = bank.with_forget(uf.collect(model, forget, group="forget"))
     rows = {}
@@ -172,6 +179,7 @@ def main() -> None:
         ranker = Ranker(movielens, model, recipe, data, request)
         before = {g: group_loss(model, ranker.batches, g).mean for g in ("forget", "retain")}
         rows = influence_rows(model, ranker, factors, bank - factors)
+        rows |= gates_rows(model, ranker, factors, bank - factors)
         rows |= attenuation_rows(model, ranker, forget, moments)
         scaled = (rescale_adapter_scale(model, scale) for scale in SCALES)
         rows["uniform shrink (control)"] = ranker.curve(scaled)
