@@ -780,7 +780,6 @@ MUTATIONS: list[Mutation] = [
         ("no rest of the columns", "if (rest) {", "if (false) {"),
         ("B's step is 1", "from[j * row_stride + p * step]", "from[j * row_stride + p]"),
         ("z's step is 1", "row[p * call.z_step]", "row[p]"),
-        ("B's end is not cleared", "std::fill(to + there, to + width, W(0));", ""),
         ("memory may overlap", "end <= y_start || y_end <= start", "start != y_start"),
     ),
     *_mutations(
