@@ -692,7 +692,11 @@ MUTATIONS: list[Mutation] = [
             "dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2",
             "dtype == Dtype::float32 ? 4 : 2",
         ),
-        ("the spans of all weights in 16 bits", "(last + 1) * element_size(dtype)", "(last + 1) * 2"),
+        (
+            "the spans of all weights in 16 bits",
+            "(last + 1) * element_size(dtype)",
+            "(last + 1) * 2",
+        ),
         (
             "an expanded weight",
             "if ((rows > 1 && s0 == 0) || (cols > 1 && s1 == 0)) return true;",
