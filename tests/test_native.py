@@ -53,7 +53,9 @@ def some_factors(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition_bit_for_bit(dtype, layout, axis):
     weights, kept, offsets, parts = [], [], [], [torch.full((3,), torch.nan)]
-    for rows, cols in [(0, 5), (5, 0), (1, 1), (7, 129), (129, 7), (1, 64), (64, 1), (16, 300)]:
+    shapes = [(0, 5), (5, 0), (1, 1), (7, 129), (129, 7), (1, 64), (64, 1), (16, 300)]
+    shapes += [(300, 16), (40, 8)]  # of these lengths the loops are compiled for their own
+    for rows, cols in shapes:
         if layout == "plain":
             weight = torch.randn(rows, cols).to(dtype)
         elif layout == "transposed":

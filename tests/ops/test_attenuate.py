@@ -273,6 +273,8 @@ def test_refuses_weights_that_overlap(backend, dtype):
     refused("weights 1 and 2 overlap", [torch.ones(2, 2), weight[2:], weight.t()])
     refused("weights 0 and 1 overlap", [weight, weight[1:2, 1:2]])
     refused("weights 0 and 1 overlap", [weight[3:], weight])  # the later address first
+    line = torch.ones(1, 7, dtype=dtype)
+    refused("weights 0 and 1 overlap", [line[:, :4], line[:, 3:]])  # by one element
 
 
 def test_refuses_weights_that_overlap_themselves(backend):
