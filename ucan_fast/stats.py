@@ -225,8 +225,7 @@ class ActivationStats:
         for index, (name, site, moments) in enumerate(self._items()):
             names.append([name, site])
             for key, tensor in zip(("count", "abs_sum", "sq_sum"), moments.tensors(), strict=True):
-                # Layers may be parts of one storage, which a file cannot hold.
-                tensors[f"{index}.{key}"] = tensor.clone(memory_format=torch.contiguous_format)
+                tensors[f"{index}.{key}"] = tensor
         metadata = {
             "fingerprint": self.fingerprint,
             "context": self.context,
