@@ -87,9 +87,9 @@ def collect_factors(
     _check_variant(variant, rank, blocks)
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
+    layers = influence_layers(model, adapter, variant, blocks)
     origin = fingerprint(model, adapter)
     check_is_origin(model, adapter, origin)
-    layers = influence_layers(model, adapter, variant, blocks)
     stored = "all" if variant == "eigenbasis" else variant
     pass_ = _Pass(model, layers, group_index(group), stored, curvature, seed)
     with _quiet(model), _trainable(model, pass_.targets), _differentiable(model), pass_.attached():

@@ -59,6 +59,7 @@ def make_plan(
     model = unwrap(model)
     with one_walk(model):
         adapter = resolve_adapter(model, adapter)
+        find_layers(model, adapter)  # what has no neurons is said before weights are read
         _check_origin(model, adapter, stats)
         plan = score_plan(model, stats, config or UcanConfig(), adapter)
     if plan.config.auto_strength and not plan.note:
