@@ -90,6 +90,7 @@ def collect(
     model = unwrap(model)
     with one_walk(model):
         adapter = resolve_adapter(model, adapter)
+        find_layers(model, adapter)  # says that weights are sharded, whose values cannot be read
         origin = fingerprint(model, adapter)
         check_is_origin(model, adapter, origin)
         return collect_at_origin(

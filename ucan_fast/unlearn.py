@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .adapter import fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
+from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
 from .batches import RETAIN, check_iterable, eval_mode, read_batches, reusable
 from .collect import collect_at_origin
 from .config import UcanConfig
@@ -311,6 +311,7 @@ def _at_origin(
     Yields the adapter's name, the origin's fingerprint and the plan that was taken off, if any.
     """
     adapter = resolve_adapter(model, adapter)
+    find_layers(model, adapter)  # says that weights are sharded, whose values cannot be read
     origin = fingerprint(model, adapter)
     undone = None
     if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == origin:
