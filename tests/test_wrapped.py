@@ -244,6 +244,8 @@ def test_fsdp_keeps_pefts_forward(one_process, how, first, fused_calls):
     assert not fused_calls
     with pytest.raises(uf.UcanError, match=r"q_proj: weights are sharded by FSDP"):
         uf.collect(sharded, MIXED)
+    with pytest.raises(uf.UcanError, match=r"q_proj: weights are sharded by FSDP"):
+        uf.unlearn(sharded, forget=MIXED, evaluate=False)
 
 
 def test_zero3_keeps_pefts_forward_and_is_refused():
