@@ -88,7 +88,7 @@ def load_demo() -> Demo:
         Unavailable: the data cannot be had, or the example not be imported.
     """
     try:
-        example = _example()
+        example = example()
         recipe = example.Recipe()
         return Demo(recipe, example.load_data(recipe, None, cache_folder()))
     except (UcanError, ImportError) as error:
@@ -96,7 +96,7 @@ def load_demo() -> Demo:
 
 
 @functools.cache
-def _example() -> ModuleType:
+def example() -> ModuleType:
     name = "ucan_fast_movielens_example"
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "movielens.py")
     module = importlib.util.module_from_spec(spec)
