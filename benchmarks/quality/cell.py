@@ -25,7 +25,7 @@ from ucan_fast.report import json_values
 
 from ..measure import describe_environment
 from ..model.models import cache_folder
-from .edits import prepare
+from .edits import prepare, scores
 from .methods import METHODS
 from .recommender import DATA_SETS, SCENARIOS, load_recommender, make_case, make_request
 from .runner import run_case
@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     case = make_case(recommender, request, recommender.model(), coarse=options.coarse)
     chosen = [method for method in METHODS if re.search(options.methods, method.name)]
     prepare(case, dict.fromkeys(name for method in chosen for name in method.needs))
-    found = run_case(case, chosen, say=lambda text: print(text, flush=True))
+    prepare(case, {"moments"} - case.prepared.keys())
+    found = {"scores": scores(case)}
+    found |= run_case(case, chosen, say=lambda text: print(text, flush=True))
     return {
         "environment": describe_environment(),
         "command": shlex.join(["python", "-m", "benchmarks.quality.cell", *_arguments(options)]),

@@ -20,6 +20,7 @@ FRACTIONS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2,
 SCALES = (0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 0.75, 0.7)
 #: Predicted rises of the forget NLL.
 NATS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
+QUANTILES = (0.5, 0.85, 0.95, 0.99, 1.0)
 #: Sums over the retained data that a bank holds.
 PREPARED = ("moments", "factors")
 
@@ -87,6 +88,18 @@ def attenuation(case: Case, **fields: Any) -> Iterator[State]:
             yield State(value, clock.seconds)
         finally:
             changed.undo(case.model)
+
+
+def scores(case: Case) -> dict[str, dict[str, float]]:
+    """The distribution of U-CAN's scores by site: what a report's guidance goes by."""
+    forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
+    stats = case.prepared["moments"] + forget
+    found = {}
+    for site in ("input", "mlp"):
+        score = _plan(case, stats, uf.UcanConfig(site=site, strength=1.0)).flat_score.double()
+        found[site] = {f"{q:g}": float(score.quantile(q)) for q in QUANTILES}
+        found[site]["share above 0.05"] = float((score > 0.05).double().mean())
+    return found
 
 
 def _plan(case: Case, stats: uf.ActivationStats, config: uf.UcanConfig) -> uf.AttenuationPlan:

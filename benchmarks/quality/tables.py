@@ -104,12 +104,17 @@ DETAILS = tuple(
 )
 
 
+def mean(values: Sequence[float]) -> float | None:
+    """None of none."""
+    return sum(values) / len(values) if values else None
+
+
 def _mebibytes(value: float | None) -> float | None:
     return None if value is None else value / 2**20
 
 
 def table(documents: Sequence[Document], columns: Sequence[Column]) -> list[str]:
-    """Markdown: one row per method, the mean over seeds [and the range, where there are several]."""
+    """Markdown, one row per method: the mean over seeds and, of several, [the range]."""
     lines = ["| | " + " | ".join(column.heading for column in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
     lines.append(
@@ -133,8 +138,7 @@ def _cell(values: Sequence[float | None], column: Column) -> str:
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"
-    mean = sum(known) / len(known)
-    text = f"{mean:.{column.digits}f}"
+    text = f"{mean(known):.{column.digits}f}"
     if len(known) > 1:
         text += f" [{min(known):.{column.digits}f}, {max(known):.{column.digits}f}]"
     return text
