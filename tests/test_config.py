@@ -244,7 +244,7 @@ def test_presets():
     assert best.max_retain_loss_increase < UcanConfig().max_retain_loss_increase
     # A change wins over what the preset says.
     assert UcanConfig.preset("best", max_retain_loss_increase=0.5).max_retain_loss_increase == 0.5
-    with pytest.raises(UcanError, match="no preset 'bets'.*'paper', 'best'"):
+    with pytest.raises(UcanError, match=r"no preset 'bets'.*'paper', 'best'"):
         UcanConfig.preset("bets")
     with pytest.raises(UcanError, match="unknown field 'stength'"):
         UcanConfig.preset("best", stength=1.0)
