@@ -21,14 +21,16 @@ from typing import Any
 
 import ucan_fast as uf
 from ucan_fast.files import atomic_write
+from ucan_fast.membership import membership_auc
 from ucan_fast.report import json_values
 
 from ..measure import describe_environment
 from ..model.models import cache_folder
-from .edits import prepare, scores
+from .case import Case
+from .edits import FORGET, only, prepare, scores
 from .methods import METHODS
 from .recommender import DATA_SETS, SCENARIOS, load_recommender, make_case, make_request
-from .runner import run_case
+from .runner import MOST_BATCHES, run_case
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     prepare(case, dict.fromkeys(name for method in chosen for name in method.needs))
     prepare(case, {"moments"} - case.prepared.keys())
     found = {"scores": scores(case)}
-    found |= run_case(case, chosen, say=lambda text: print(text, flush=True))
+    found |= run_case(case, chosen, say=lambda text: print(text, flush=True), extra=attacks)
     return {
         "environment": describe_environment(),
         "command": shlex.join(["python", "-m", "benchmarks.quality.cell", *_arguments(options)]),
@@ -74,6 +76,19 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "total_seconds": time.perf_counter() - start,
         **found,
     }
+
+
+def attacks(case: Case) -> dict[str, float]:
+    """AUC of membership inference on the model as it is; nothing where there are too few sequences.
+
+    Item tokens have no text, so the zlib attack compresses their ids.
+    """
+    forget = only(case.forget, FORGET)[:: -(-len(case.forget) // MOST_BATCHES)]
+    try:
+        found = membership_auc(case.model, forget, case.holdout)
+    except uf.UcanError:
+        return {}
+    return {f"mia/{name}": auc.value for name, auc in found.items()}
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

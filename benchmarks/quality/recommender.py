@@ -125,12 +125,17 @@ class Recommender:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be deleted: rows of the training data, and their counterparts held out."""
+    """What is to be deleted: rows of the training data, and their counterparts held out.
+
+    ``like_it`` are the rows, of any user, that would be deleted if they were in the request: what
+    never-seen users have of them is what an attacker compares with.
+    """
 
     scenario: str
     title: str
     forget_train: np.ndarray
     forget_test: np.ndarray
+    like_it: np.ndarray
 
 
 def load_recommender(name: str, data: Path | None, cache: Path, seed: int) -> Recommender:
@@ -179,31 +184,33 @@ def make_request(recommender: Recommender, scenario: str) -> Request:
         users = generator.choice(data.tuned_users, max(1, count), replace=False)
         return [np.isin(log.user, users) for log in logs]
 
-    count = len(data.tuned_users)
+    count, all_rows = len(data.tuned_users), np.ones(len(data.train), bool)
     if scenario == "interactions":
         train = tuned[0] & (generator.random(len(data.train)) < QUARTER)
-        return Request(scenario, "25 % of the interactions", train, np.zeros(len(data.test), bool))
+        return Request(
+            scenario, "25 % of the interactions", train, np.zeros(len(data.test), bool), all_rows
+        )
     if scenario == "users":
-        return Request(scenario, "25 % of the users", *drawn(round(QUARTER * count)))
+        return Request(scenario, "25 % of the users", *drawn(round(QUARTER * count)), all_rows)
     if scenario == "one-percent":
-        return Request(scenario, "1 % of the users", *drawn(round(0.01 * count)))
+        return Request(scenario, "1 % of the users", *drawn(round(0.01 * count)), all_rows)
     if scenario == "one-user":
         # Of those with a history to speak of.
         lengths = np.bincount(data.train.user, minlength=data.train.n_users)[data.tuned_users]
         long = data.tuned_users[lengths >= np.median(lengths)]
         user = generator.choice(long, 1)
-        return Request(scenario, "one user", *[np.isin(log.user, user) for log in logs])
+        return Request(scenario, "one user", *[np.isin(log.user, user) for log in logs], all_rows)
     by_genre = [recommender.data_set.of_genre(log) for log in logs]
     if scenario == "genre":
         rows = [g & t for g, t in zip(by_genre, tuned, strict=True)]
-        return Request(scenario, f"all {genre}", *rows)
+        return Request(scenario, f"all {genre}", *rows, by_genre[0])
     if scenario == "taste":
         seen = np.bincount(data.train.user, minlength=data.train.n_users)
         liked = np.bincount(data.train.user[by_genre[0]], minlength=data.train.n_users)
         share = (liked / np.maximum(seen, 1))[data.tuned_users]
         users = data.tuned_users[np.argsort(-share, kind="stable")[: max(1, round(0.1 * count))]]
         title = f"the 10 % of the users with most {genre}"
-        return Request(scenario, title, *[np.isin(log.user, users) for log in logs])
+        return Request(scenario, title, *[np.isin(log.user, users) for log in logs], all_rows)
     raise uf.UcanError(f"unknown scenario {scenario!r}; known: {', '.join(SCENARIOS)}.")
 
 
