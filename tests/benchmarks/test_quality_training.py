@@ -88,7 +88,7 @@ def test_every_round_has_each_item_once_in_an_order_that_the_seed_decides():
     rounds = [list(islice(cycled(items, 1), 21))[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(order) == items for order in rounds)
     assert len({tuple(order) for order in rounds}) == 3
-    assert list(islice(cycled(items, 1), 21)) == sum(rounds, [])
+    assert list(islice(cycled(items, 1), 21)) == [*rounds[0], *rounds[1], *rounds[2]]
     assert list(islice(cycled(items, 2), 7)) != rounds[0]
 
 
@@ -111,18 +111,24 @@ def test_only_these_weights_are_differentiated_and_flags_come_back():
         found = gradients(model(input_ids=ids).logits.square().mean(), weights)
     assert list(found) == names
     assert all(bool(gradient.any()) for gradient in found.values())
-    assert flags == [weight.requires_grad for weight in weights.values()] and not flags[0]
+    assert flags == [weight.requires_grad for weight in weights.values()]
+    assert not flags[0]
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_flags_come_back_after_an_error():
     weights = two_weights()
     weights["a"].requires_grad_(False)
-    with torch.no_grad():
-        with pytest.raises(RuntimeError, match="broken"), differentiable(weights):
+
+    def broken() -> None:
+        with differentiable(weights):
             assert torch.is_grad_enabled()
             assert weights["a"].requires_grad
             raise RuntimeError("broken")
+
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="broken"):
+            broken()
         assert not torch.is_grad_enabled()
     assert not weights["a"].requires_grad
     assert weights["b"].requires_grad
