@@ -30,7 +30,8 @@ def ready() -> Case:
     first, second = list(lora_weights(case.model).values())[:2]
     first.requires_grad_(False)
     second.requires_grad_(True)
-    list(case.model.modules())[5].train()
+    for name, module in case.model.named_modules():
+        module.training = "lora_dropout" in name
     return case
 
 

@@ -44,8 +44,8 @@ def test_importance_is_the_mean_over_batches_of_squared_gradients(side, groups):
         found = importance_of_all(model, batches)
     else:
         found = importance(model, batches, *groups)
-    # Only the first two have a label to be forgotten.
-    counted = batches[:2] if groups == (FORGET,) else batches
+    # Without token groups everything is retained: those have no forget label and do not count.
+    counted = batches[:3] if groups == (FORGET,) else batches
     each = [
         loop_gradients(model, lambda b=batch: loop_mean(model, b, *groups)) for batch in counted
     ]
@@ -55,8 +55,9 @@ def test_importance_is_the_mean_over_batches_of_squared_gradients(side, groups):
         assert value.dtype == torch.float64
 
 
-def test_importance_leaves_the_model_as_it_is():
+def test_importance_is_taken_in_eval_mode_and_leaves_the_model_as_it_is():
     model = tiny_model()
+    expected = importance(model, forget_batches(), FORGET)
     name = next(iter(lora_weights(model)))
     lora_weights(model)[name].requires_grad_(False)
     model.train()
@@ -64,7 +65,7 @@ def test_importance_leaves_the_model_as_it_is():
     before = snapshot(model)
     flags = [m.training for m in model.modules()]
     wanted = [p.requires_grad for p in model.parameters()]
-    importance(model, forget_batches(), FORGET)
+    assert same(importance(model, forget_batches(), FORGET), expected)
     assert same(before, snapshot(model))
     assert flags == [m.training for m in model.modules()]
     assert wanted == [p.requires_grad for p in model.parameters()]

@@ -67,7 +67,7 @@ def test_a_masked_weight_stays_bit_by_bit_and_does_not_count_in_the_norm():
     assert weights["a"][0] == alone["a"][0] != 1.0
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("kind", ["nan", "inf", "loss alone", "gradient"])
 def test_no_step_is_made_where_loss_or_gradient_is_not_finite(kind):
     weights = two_weights()
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -75,6 +75,7 @@ def test_no_step_is_made_where_loss_or_gradient_is_not_finite(kind):
     bad = {
         "nan": lambda: loss_of(weights, math.nan),
         "inf": lambda: loss_of(weights, math.inf),
+        "loss alone": lambda: loss_of(weights, 1.0) + math.inf,
         # The root's slope at 0 is infinite, its value is not.
         "gradient": lambda: loss_of(weights, 1.0) + weights["a"][2].sqrt(),
     }[kind]
