@@ -33,7 +33,10 @@ class Case:
             of different users (or prompts): a method is tuned on the first and judged on the
             second.
         measure: the ranking metrics of both protocols, by name.
+        retrain: trains an adapter anew without the forget set; returns its matrices by the names
+            of :func:`lora_weights`, and the seconds.
         seed: of everything that is drawn.
+        coarse: whether every other point of a curve is enough.
         prepared: sums that are there before the request comes in (a bank), by name.
         seconds: what it took to make those, by the same names.
     """
@@ -46,7 +49,9 @@ class Case:
     holdout: Sequence[Batch]
     ranks: Callable[[], dict[str, torch.Tensor]]
     measure: Callable[[], dict[str, float]]
+    retrain: Callable[[], tuple[dict[str, torch.Tensor], float]]
     seed: int
+    coarse: bool = False
     prepared: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
