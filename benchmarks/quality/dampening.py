@@ -16,7 +16,7 @@ from ucan_fast.errors import UcanError
 
 from .case import Batch, Case, Clock, State, as_before, lora_weights
 from .losses import mean_nll, read
-from .training import differentiable, gradients
+from .training import differentiable, gradients, thinned
 
 #: Name of the importances of all data in ``case.prepared``.
 PREPARED = "ssd"
@@ -89,7 +89,7 @@ def ssd(
         with request:
             of_forget = importance(case.model, case.forget, FORGET)
         edited = 0
-        for alpha in alphas:
+        for alpha in thinned(case, alphas):
             edit, last = Clock(), edited
             with edit, torch.no_grad():
                 edited = 0

@@ -20,7 +20,7 @@ from ucan_fast.batches import FORGET, RETAIN
 
 from .case import Case, Clock, State, as_before
 from .losses import Scored, mean_nll, read
-from .training import Weights, adamw, cycled, descend, differentiable, gradients
+from .training import Weights, adamw, cycled, descend, differentiable, gradients, thinned
 
 #: Shares of every matrix's groups. The authors' are 0.1 and 0.5.
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -96,7 +96,7 @@ def llm_eraser(
                 for name, value in positive.items()
             }
         pruned = 0
-        for ratio in ratios:
+        for ratio in thinned(case, ratios):
             masks = kept_groups(importance, ratio)
             last, pruned = pruned, sum(int((mask == 0).sum()) for mask in masks.values())
             if pruned == last:

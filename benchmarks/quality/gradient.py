@@ -18,7 +18,7 @@ from ucan_fast.batches import FORGET, RETAIN
 
 from .case import Case, Clock, State, as_before
 from .losses import Run, Scored, kl, mean_nll, read, sequence_nll
-from .training import Reference, adamw, cycled, descend, differentiable
+from .training import Reference, adamw, cycled, descend, differentiable, thinned
 
 #: Loss of (model, reference, batch).
 Loss = Callable[[Run, Run, Scored], torch.Tensor]
@@ -94,7 +94,7 @@ def _train(
     if steps < 1 or not lr > 0:
         raise ValueError(f"steps must be at least 1 and lr above 0, not {steps} and {lr}.")
     model, clock = case.model, Clock()
-    rungs = set(ladder(steps))
+    rungs = set(thinned(case, ladder(steps)))
     with as_before(model) as weights:
         model.eval()
         with clock:

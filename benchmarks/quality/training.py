@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .case import Case
+
 T = TypeVar("T")
 Weights = Mapping[str, nn.Parameter]
 #: Default of transformers' Trainer, which open-unlearning and NPO's authors train with.
@@ -41,6 +43,11 @@ def cycled(items: Sequence[T], seed: int) -> Iterator[T]:
     while True:
         for index in torch.randperm(len(items), generator=generator).tolist():
             yield items[index]
+
+
+def thinned(case: Case, values: Sequence[T]) -> Sequence[T]:
+    """The values to try; every other one, the last included, where the case is to be quick."""
+    return values[::-2][::-1] if case.coarse else values
 
 
 def adamw(weights: Weights, lr: float) -> torch.optim.AdamW:

@@ -59,6 +59,7 @@ def tiny_case(
         holdout=(),
         ranks=_unused,
         measure=_unused,
+        retrain=_unused,
         seed=3,
     )
 

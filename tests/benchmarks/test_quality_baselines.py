@@ -147,6 +147,17 @@ def test_the_same_case_gives_the_same_states_whatever_the_global_seed(method, se
     assert all(same(one, other) for one, other in zip(*runs, strict=True))
 
 
+@each
+def test_a_coarse_case_gets_every_other_state_and_the_last(method, setting):
+    whole, coarse = ready(), ready()
+    coarse.coarse = True
+    states = [snapshot(whole.model) for _ in states_of(whole, method, setting)]
+    some = [snapshot(coarse.model) for _ in states_of(coarse, method, setting)]
+    assert 1 < len(some) <= len(states) / 2 + 1
+    assert same(some[-1], states[-1])
+    assert all(any(same(found, state) for state in states) for found in some)
+
+
 # Forward passes that a user waits for until a state, of 2 forget batches and 3 of retain.
 PASSES = {
     "gradient ascent": lambda value, steps: value,
