@@ -25,8 +25,8 @@ class Case:
         model: in eval mode, with the adapter before the request.
         forget: sequences with something to delete: ``token_groups`` 0 is to be forgotten, 1 is
             retained (context of the same sequence), -1 is neither.
-        retain: all sequences that the adapter was trained on and that are not deleted whole; only
-            positions of ``token_groups`` 1 may be learned from.
+        retain: all sequences that the adapter was trained on; only positions of ``token_groups`` 1
+            are retained data, those of 0 are the forget set again.
         calibration: a part of the retained data: strengths and settings are chosen on it.
         holdout: data of the same kind that was never trained on, ``token_groups`` 0.
         ranks: ranks (1 is best) of the true items, by side. ``calibration`` and ``retain`` are

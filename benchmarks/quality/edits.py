@@ -13,6 +13,7 @@ import torch
 import ucan_fast as uf
 
 from .case import Batch, Case, Clock, Method, State, as_before
+from .dampening import importance_of_all
 
 FORGET, RETAIN = 0, 1
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
@@ -22,7 +23,7 @@ SCALES = (0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 0.75, 0.7)
 NATS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 QUANTILES = (0.5, 0.85, 0.95, 0.99, 1.0)
 #: Sums over the retained data that a bank holds.
-PREPARED = ("moments", "factors")
+PREPARED = ("moments", "factors", "ssd")
 
 
 def ladder(case: Case, values: Sequence[float]) -> Sequence[float]:
@@ -41,7 +42,7 @@ def only(batches: Sequence[Batch], group: int) -> list[Batch]:
 
 def prepare(case: Case, names: Iterable[str]) -> None:
     """Sums over the retained data, as a bank holds them before a request comes in."""
-    retained = only(case.retain, RETAIN)
+    retained = [b for b in only(case.retain, RETAIN) if bool((b["token_groups"] == RETAIN).any())]
     for name in names:
         clock = Clock()
         with clock:
@@ -49,6 +50,8 @@ def prepare(case: Case, names: Iterable[str]) -> None:
                 case.prepared[name] = uf.collect(case.model, retained)
             elif name == "factors":
                 case.prepared[name] = uf.collect_factors(case.model, retained, seed=case.seed)
+            elif name == "ssd":
+                case.prepared[name] = importance_of_all(case.model, case.retain)
             else:
                 raise uf.UcanError(f"nothing is known of {name!r}; known: {', '.join(PREPARED)}.")
         case.seconds[name] = clock.seconds

@@ -229,11 +229,7 @@ def make_case(
         forget = data.batches(
             recipe, data.tuned_users, forget=request.forget_train, only_forget_users=True
         )
-        retain = [
-            batch
-            for batch in data.batches(recipe, data.tuned_users, forget=request.forget_train)
-            if bool((batch["token_groups"] == 1).any())
-        ]
+        retain = data.batches(recipe, data.tuned_users, forget=request.forget_train)
         holdout = data.batches(
             recipe, recommender.never_seen, forget=np.ones(len(data.train), bool)
         )
