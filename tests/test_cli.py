@@ -806,7 +806,7 @@ def test_exactly_one_of_retain_and_bank(project, out, paths):
         ("collect", ["--data", "--sites", "--group", "token_groups"]),
         (
             "audit",
-            ["--unlearned", "ORIGINAL", "Exit code", "--holdout", "never saw", "--seed", "no proof"],
+            ["--unlearned", "ORIGINAL", "Exit code", "--holdout", "never saw", "no proof"],
         ),
         ("doctor", ["--json"]),
     ],
