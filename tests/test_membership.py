@@ -244,6 +244,22 @@ def test_only_tokens_of_the_group_count():
     assert set(found.tokens.tolist()) == {2}
 
 
+def test_of_the_holdout_set_group_0_counts():
+    model, members = trained(), forget_batches()
+    plain = retain_batches()
+    marked = [{**b, "token_groups": torch.zeros_like(b["input_ids"])} for b in plain]
+    assert membership_auc(model, members, marked) == membership_auc(model, members, plain)
+    for batch in marked:
+        batch["token_groups"][1::2] = 1
+        batch["token_groups"][:, 8:] = -1
+    found = membership_auc(model, members, marked)
+    cut = [{k: v[::2, :8] for k, v in batch.items()} for batch in plain]
+    expected = membership_auc(model, members, cut)
+    for name in ATTACKS:
+        assert found[name].nonmembers == 16
+        assert found[name].value == pytest.approx(expected[name].value, abs=1e-12), name
+
+
 @pytest.mark.parametrize("limit", [1, 3 * 12 * 4 * 40])
 def test_padding_side_batch_order_and_slices_do_not_matter(monkeypatch, limit):
     model = trained()

@@ -253,6 +253,27 @@ def test_dora_magnitudes_are_trained_too(monkeypatch):
     assert kinds == {"lora_A", "lora_B", "lora_magnitude_vector"}
 
 
+def test_small_steps_add_up_in_half_precision(monkeypatch):
+    """A step of 1e-4 is below half a unit in the last place of most bf16 weights; ten are not."""
+    model = trained().to(torch.bfloat16)
+    before, shares = weights(model), []
+    real = recovery.sequence_scores
+
+    def watched(*args, **options):
+        now = model.state_dict()
+        moved = [(now[n] != before[n]).float().mean() for n in before if "lora_" in n]
+        shares.append(float(torch.stack(moved).mean()))
+        return real(*args, **options)
+
+    monkeypatch.setattr(recovery, "sequence_scores", watched)
+    for steps in (1, 10):
+        relearn(model, forget_batches(), steps=steps, learning_rate=1e-4)
+    assert shares[0] == shares[2] == 0
+    assert shares[1] < 0.4
+    assert shares[3] > 0.6
+    assert_same_weights(model, before)
+
+
 def test_a_one_shot_iterator_is_kept():
     with pytest.warns(uf.UcanWarning, match="forget is a one-shot iterator"):
         found = relearn(trained(), iter(forget_batches()), steps=1)
