@@ -6,6 +6,7 @@ After the authors' code (if-loops/selective-synaptic-dampening@cdfdc0e, ``src/ss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -20,12 +21,15 @@ from .training import differentiable, gradients, thinned
 
 #: Name of the importances of all data in ``case.prepared``.
 PREPARED = "ssd"
-#: Thresholds α. The authors use 10 and more, by model; below λ a smaller one changes nothing.
-ALPHAS = (
-    *(3000.0, 1000.0, 300.0, 100.0, 50.0, 30.0, 20.0, 14.0, 10.0, 7.0, 5.0, 4.0, 3.0, 2.5, 2.0),
-    *(1.7, 1.4, 1.2, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1),
+#: Shares of the adapter's weights that thresholds α are chosen to select. (The authors set α by
+#: hand, 10 and more. Where D_f has few labels, its batches' gradients are large and so are the
+#: ratios I_Df / I_D: no fixed set of thresholds would fit all requests.)
+SHARES = (
+    *(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 7e-3, 0.01, 0.015, 0.02, 0.03, 0.045, 0.07, 0.1),
+    *(0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
 )
-DAMPENINGS = ({"dampening": 1.0}, {"dampening": 0.1})
+#: The authors' λ is 1; larger ones dampen softly where the ratios are large throughout.
+DAMPENINGS = ({"dampening": 1.0}, {"dampening": 10.0}, {"dampening": 100.0})
 
 
 def importance(model: nn.Module, batches: Iterable[Batch], *groups: int) -> dict[str, torch.Tensor]:
@@ -67,20 +71,33 @@ def dampening_factors(
     return torch.where(selected, ratio.pow(exponent).clamp(max=1.0), 1.0)
 
 
+def thresholds(
+    of_all: Mapping[str, torch.Tensor],
+    of_forget: Mapping[str, torch.Tensor],
+    shares: Sequence[float] = SHARES,
+) -> list[float]:
+    """α that select these shares of all weights together, falling; without those that are inf."""
+    ratios = torch.cat([(of_forget[name] / of_all[name]).flatten() for name in of_all])
+    # 0 / 0: a weight that matters for neither is never selected.
+    ordered = ratios.nan_to_num(nan=0.0, posinf=math.inf).sort(descending=True).values
+    found = [ordered[min(round(share * len(ordered)), len(ordered) - 1)] for share in shares]
+    return sorted({value.item() for value in found if value.isfinite()}, reverse=True)
+
+
 def ssd(
     case: Case,
     *,
     dampening: float = 1.0,
     exponent: float = 1.0,
-    alphas: Sequence[float] = ALPHAS,
+    alphas: Sequence[float] | None = None,
 ) -> Iterator[State]:
-    """States: thresholds α from large to small, every one applied to the original.
+    """States: thresholds α from large to small (:func:`thresholds`), each on the original.
 
     A threshold that edits no more weights than the one before it is left out, so there may be no
     state at all. ``case.prepared["ssd"]`` is what :func:`importance_of_all` gives; the seconds of
     a state are those of I_Df and of one edit.
     """
-    if not alphas or sorted(set(alphas), reverse=True) != list(alphas):
+    if alphas is not None and sorted(set(alphas), reverse=True) != list(alphas):
         raise ValueError(f"alphas must fall from the weakest edit to the strongest, not {alphas}.")
     with as_before(case.model) as weights:
         of_all = _prepared(case, weights)
@@ -88,6 +105,8 @@ def ssd(
         request = Clock()
         with request:
             of_forget = importance(case.model, case.forget, FORGET)
+            if alphas is None:
+                alphas = thresholds(of_all, of_forget)
         edited = 0
         for alpha in thinned(case, alphas):
             edit, last = Clock(), edited

@@ -66,16 +66,28 @@ def kept_groups(importance: Mapping[str, torch.Tensor], ratio: float) -> dict[st
     return masks
 
 
+def sample_of(batches: Sequence[Scored], labels: int, seed: int) -> list[Scored]:
+    """Batches in seeded order until they hold this many labels, or all are taken."""
+    taken, count = [], 0
+    for batch in islice(cycled(batches, seed), len(batches)):
+        if count >= labels:
+            break
+        taken.append(batch)
+        count += batch.labels.numel()
+    return taken
+
+
 def llm_eraser(
     case: Case, *, steps: int = 0, lr: float = 1e-4, ratios: Sequence[float] = RATIOS
 ) -> Iterator[State]:
     """States: pruned shares from small to large, every one made from the original.
 
-    Importance is I = I_retain - 0.2 I_forget, and the lowest are pruned. It is taken on as many
-    batches of D_r as there are of D_f (the authors: 10 examples each), since |mean gradient| falls
-    with their number. Then ``steps`` steps of AdamW on L = NLL(D_r) - 0.01 NLL(D_f). A ratio that
-    prunes no more groups than the one before it is left out. The seconds of a state are those of
-    the importance, of one pruning and of its post-training.
+    Importance is I = I_retain - 0.2 I_forget, and the lowest are pruned. It is taken on batches of
+    D_r with about as many labels as D_f has (the authors: 10 examples each), since |mean gradient|
+    falls with their number. Then ``steps`` steps of AdamW on L = NLL(D_r) - 0.01 NLL(D_f).
+
+    A ratio that prunes no more groups than the one before it is left out. The seconds of a state
+    are those of the importance, of one pruning and of its post-training.
     """
     if not ratios or sorted(set(ratios)) != list(ratios) or not 0 < ratios[0] <= ratios[-1] <= 1:
         raise ValueError(f"ratios must rise from above 0 to at most 1, not {ratios}.")
@@ -88,7 +100,8 @@ def llm_eraser(
         with request:
             forget = read(model, case.forget, FORGET)
             retain = read(model, case.retain, RETAIN)
-            sample = list(islice(cycled(retain, case.seed), min(len(forget), len(retain))))
+            labels = sum(batch.labels.numel() for batch in forget)
+            sample = sample_of(retain, labels, case.seed)
             positive = taylor_importance(model, weights, sample)
             negative = taylor_importance(model, weights, forget)
             importance = {

@@ -22,8 +22,8 @@ from .training import Reference, adamw, cycled, descend, differentiable, thinned
 
 #: Loss of (model, reference, batch).
 Loss = Callable[[Run, Run, Scored], torch.Tensor]
-#: Around the rate that the adapters were trained at (2e-3); LoRA takes more than a full model.
-RATES = ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3})
+#: Around the LoRA rate of open-unlearning. At that of training (2e-3) the second step is too far.
+RATES = ({"lr": 3e-5}, {"lr": 1e-4}, {"lr": 3e-4})
 STEPS = 128
 NPO_BETA = 0.1
 
