@@ -97,11 +97,17 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self) -> Clock:
-        self._start = time.perf_counter()
+        self._start = self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += self._now() - self._start
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def lora_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
