@@ -174,7 +174,13 @@ def load_recommender(name: str, data: Path | None, cache: Path, seed: int) -> Re
 
 
 def make_request(recommender: Recommender, scenario: str) -> Request:
-    """The rows that a scenario is about, among those that the adapter was trained on."""
+    """The rows that a scenario is about, among those that the adapter was trained on.
+
+    Raises:
+        UcanError: there is no such scenario.
+    """
+    if scenario not in SCENARIOS:
+        raise uf.UcanError(f"unknown scenario {scenario!r}; known: {', '.join(SCENARIOS)}.")
     data, genre = recommender.data, recommender.data_set.genre
     generator = np.random.default_rng([recommender.recipe.seed, SCENARIOS.index(scenario)])
     logs = (data.train, data.test)
@@ -204,14 +210,13 @@ def make_request(recommender: Recommender, scenario: str) -> Request:
     if scenario == "genre":
         rows = [g & t for g, t in zip(by_genre, tuned, strict=True)]
         return Request(scenario, f"all {genre}", *rows, by_genre[0])
-    if scenario == "taste":
-        seen = np.bincount(data.train.user, minlength=data.train.n_users)
-        liked = np.bincount(data.train.user[by_genre[0]], minlength=data.train.n_users)
-        share = (liked / np.maximum(seen, 1))[data.tuned_users]
-        users = data.tuned_users[np.argsort(-share, kind="stable")[: max(1, round(0.1 * count))]]
-        title = f"the 10 % of the users with most {genre}"
-        return Request(scenario, title, *[np.isin(log.user, users) for log in logs], all_rows)
-    raise uf.UcanError(f"unknown scenario {scenario!r}; known: {', '.join(SCENARIOS)}.")
+    # A taste: users with the largest share of the genre.
+    seen = np.bincount(data.train.user, minlength=data.train.n_users)
+    liked = np.bincount(data.train.user[by_genre[0]], minlength=data.train.n_users)
+    share = (liked / np.maximum(seen, 1))[data.tuned_users]
+    users = data.tuned_users[np.argsort(-share, kind="stable")[: max(1, round(0.1 * count))]]
+    title = f"the 10 % of the users with most {genre}"
+    return Request(scenario, title, *[np.isin(log.user, users) for log in logs], all_rows)
 
 
 def make_case(
