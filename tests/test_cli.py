@@ -34,6 +34,8 @@ from ucan_fast.report import REPORT
 
 WEIGHTS = "adapter_model.safetensors"
 STRENGTH = ("--strength", "2")
+# All that an audit needs, so that nothing but the option under test is wrong.
+AUDIT = ("audit", "--base", "b", "--adapter", "a", "--unlearned", "u", "--forget", "f")
 
 
 @pytest.fixture(scope="module")
@@ -771,9 +773,9 @@ def test_bad_options_are_refused_by_name(project, spoilt, out, what):
         ["unlearn", "--nothing"],
         ["collect", "--base", "b", "--adapter", "a", "--data", "d"],
         ["audit", "--base", "b", "--adapter", "a"],
-        ["audit", "--relearn-steps", "-1"],
-        ["audit", "--relearn-steps", "ten"],
-        ["audit", "--seed", "x"],
+        [*AUDIT, "--relearn-steps", "-1"],
+        [*AUDIT, "--relearn-steps", "ten"],
+        [*AUDIT, "--seed", "x"],
         ["unlearn", "--strength", "strong"],
         ["unlearn", "--batch-size", "0"],
         ["doctor", "--loud"],
