@@ -299,6 +299,15 @@ def test_options_reach_the_configuration(project, out):
     assert written == json.loads(expected.to_json())
 
 
+def test_a_preset_is_where_options_start_from(project, out):
+    code, *_ = unlearn(project, out, "--preset", "best", "--seed", "3")
+    assert code == 0
+    written = json.loads((out / REPORT).read_text())["config"]
+    assert written == json.loads(uf.UcanConfig.preset("best", seed=3).to_json())
+    # A file says everything: it and a preset exclude each other.
+    assert unlearn(project, out, "--preset", "best", config="base/config.json")[0] == 2
+
+
 def test_no_evaluate(project, out):
     code, text, _ = unlearn(project, out, *STRENGTH, "--no-evaluate")
     assert code == 0

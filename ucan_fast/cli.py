@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .config import PRESETS
 from .errors import UcanError, UcanWarning
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -324,7 +325,14 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--overwrite", action="store_true", help="replace --out if it is an earlier output"
     )
-    unlearn.add_argument("--config", metavar="FILE", help="a UcanConfig as JSON")
+    start = unlearn.add_mutually_exclusive_group()
+    start.add_argument("--config", metavar="FILE", help="a UcanConfig as JSON")
+    start.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="paper: U-CAN, forward passes only (default). best: the influence step within 1 %% of "
+        "retain loss, one backward pass over the forget set",
+    )
     for name, kind in (
         ("method", str),
         ("influence-variant", str),
@@ -553,7 +561,7 @@ def _read(
 def _config(arguments: argparse.Namespace):
     from .config import UcanConfig
 
-    config = UcanConfig()
+    config = UcanConfig.preset(arguments.preset or "paper")
     if arguments.config is not None:
         try:
             config = UcanConfig.from_json(Path(arguments.config).read_text())
