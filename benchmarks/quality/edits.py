@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import ucan_fast as uf
+from ucan_fast.guidance import separability
 
 from .case import Batch, Case, Clock, Method, State, as_before
 from .dampening import importance_of_all
@@ -102,6 +103,8 @@ def scores(case: Case) -> dict[str, dict[str, float]]:
         score = _plan(case, stats, uf.UcanConfig(site=site, strength=1.0)).flat_score.double()
         found[site] = {f"{q:g}": float(score.quantile(q)) for q in QUANTILES}
         found[site]["share above 0.05"] = float((score > 0.05).double().mean())
+    apart = separability(stats)
+    found["contrast"] = {"all": apart.contrast, "noise": apart.noise, "excess": apart.excess}
     return found
 
 

@@ -1,0 +1,78 @@
+"""Separability against sampled activations whose contrast is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ucan_fast import ActivationStats, Moments, UcanError
+from ucan_fast.guidance import separability
+
+
+def moments(forget: torch.Tensor, retain: torch.Tensor) -> Moments:
+    """Of samples ``[tokens, n]``."""
+    both = (forget.double(), retain.double())
+    return Moments(
+        torch.tensor([len(h) for h in both], dtype=torch.float64),
+        torch.stack([h.abs().sum(0) for h in both]),
+        torch.stack([h.square().sum(0) for h in both]),
+    )
+
+
+def stats(forget: torch.Tensor, retain: torch.Tensor, layers: int = 2) -> ActivationStats:
+    parts = zip(forget.chunk(layers, 1), retain.chunk(layers, 1), strict=True)
+    return ActivationStats({f"l{i}": {"input": moments(*part)} for i, part in enumerate(parts)})
+
+
+def draws(tokens: int, n: int, seed: int) -> torch.Tensor:
+    return torch.randn(tokens, n, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens", [50, 400])
+def test_noise_is_what_sampling_makes(tokens):
+    """Two samples of one distribution: all contrast is noise, and it is predicted."""
+    found = separability(stats(draws(tokens, 4000, 0), draws(3000, 4000, 1)))
+    assert found.contrast == pytest.approx(found.noise, rel=0.05)
+    assert found.excess < 0.3 * found.noise
+    # Of |N(0, 1)|: mean sqrt(2/π), variance 1 - 2/π; R has half the relative error.
+    relative = math.sqrt((math.pi / 2 - 1) * (1 / tokens + 1 / 3000)) / 2
+    assert found.noise == pytest.approx(relative, rel=0.05)
+
+
+def test_excess_is_the_contrast_that_is_there():
+    forget, retain = draws(400, 3000, 2), draws(3000, 3000, 3)
+    # Half of the neurons fire 1.5 times as much: R = 0.2 for them.
+    forget[:, ::2] *= 1.5
+    found = separability(stats(forget, retain))
+    assert found.excess == pytest.approx(0.2 / math.sqrt(2), rel=0.05)
+    assert found.noise < 0.2 * found.contrast
+
+
+def test_by_hand():
+    """n_f = 1, n_r = 2 tokens, one neuron that varies in the retain set."""
+    found = separability(stats(torch.tensor([[3.0]]), torch.tensor([[1.0], [-2.0]]), layers=1))
+    a_f, a_r, variance_r = 3.0, 1.5, 0.25 / 2
+    assert found.contrast == pytest.approx((a_f - a_r) / (a_f + a_r))
+    assert found.noise == pytest.approx(2 * a_f / (a_f + a_r) ** 2 * math.sqrt(variance_r))
+
+
+def test_silent_neurons_count_as_alike():
+    one = separability(stats(torch.tensor([[3.0]]), torch.tensor([[1.0]]), layers=1))
+    two = separability(stats(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0]]), layers=2))
+    assert two.contrast == pytest.approx(one.contrast / math.sqrt(2))
+    assert two.noise == 0
+
+
+def test_refusals():
+    both = stats(draws(3, 4, 0), draws(3, 4, 1))
+    with pytest.raises(UcanError, match="no 'rank' moments of l0"):
+        separability(both, "rank")
+    for index, group in enumerate(("forget", "retain")):
+        half = stats(draws(3, 4, 0), draws(3, 4, 1))
+        half.layers["l1"]["input"].count[index] = 0
+        with pytest.raises(UcanError, match=f"the {group} set is empty: l1"):
+            separability(half)
+    with pytest.raises(UcanError, match="no layer"):
+        separability(ActivationStats({}))
