@@ -108,7 +108,7 @@ FULL = Profile(
 #: For two CPU cores.
 REDUCED = Profile(
     name="reduced",
-    users=36,
+    users=24,
     never_trained=12,
     train_targets=8,
     test_targets=2,
@@ -116,11 +116,11 @@ REDUCED = Profile(
     candidates=10,
     title_tokens=5,
     max_tokens=256,
-    blocks=4,
-    batch_size=12,
-    epochs=12,
-    lr=1e-3,
-    warmup=12,
+    blocks=2,
+    batch_size=8,
+    epochs=16,
+    lr=2e-3,
+    warmup=24,
     lora_b_lr_ratio=4.0,
 )
 PROFILES = {profile.name: profile for profile in (FULL, REDUCED)}
@@ -334,11 +334,13 @@ class TextRecommender:
 def _answer_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``[B, 2, V]`` that predict letter and EOS, and their labels ``[B, 2]``."""
     device = next(model.parameters()).device
+    options = {} if trunk_of(model) is None else {"last_rows": _ANSWER + 1}
     logits = model(
         input_ids=batch["input_ids"].to(device),
         attention_mask=batch["attention_mask"].to(device),
         logits_to_keep=_ANSWER + 1,
         use_cache=False,
+        **options,
     ).logits
     return logits[:, :-1], batch["labels"][:, -_ANSWER:].to(device)
 

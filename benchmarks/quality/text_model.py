@@ -19,7 +19,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaModel,
+    apply_rotary_pos_emb,
+)
 
 from ucan_fast.files import atomic_write
 
@@ -85,14 +90,65 @@ class OnTrunk(LlamaModel):
     trunk: FrozenTrunk
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, use_cache=None, **options
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        use_cache=None,
+        last_rows: int | None = None,
+        **options,
     ):
-        """As LlamaModel's; there is no cache of keys and values."""
+        """As LlamaModel's; there is no cache of keys and values.
+
+        With ``last_rows`` only that many last positions come out: in the last block, where the
+        others are but keys and values, the rest of their work is left out.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.trunk(input_ids, attention_mask)
+        if last_rows is not None:
+            return self._last_rows(inputs_embeds, attention_mask, last_rows)
         return super().forward(
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **options
         )
+
+    def _last_rows(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor, count: int
+    ) -> BaseModelOutputWithPast:
+        width = hidden.shape[1]
+        seen = torch.ones(width, width, dtype=torch.bool, device=hidden.device)
+        # Padding sees itself, so that no softmax is over nothing.
+        mask = (seen.tril() & attention_mask.bool()[:, None, None]) | seen.tril().triu()
+        turns = self.rotary_emb(hidden, torch.arange(width, device=hidden.device)[None])
+        for block in self.layers[:-1]:
+            hidden = block(hidden, attention_mask=mask, position_embeddings=turns, use_cache=False)
+        hidden = _last_rows(self.layers[-1], hidden, mask, turns, count)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def _last_rows(
+    block: LlamaDecoderLayer,
+    hidden: torch.Tensor,
+    mask: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    count: int,
+) -> torch.Tensor:
+    """The block's output at the last positions, ``[B, count, hidden]``."""
+    attention, normed = block.self_attn, block.input_layernorm(hidden)
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query = heads(attention.q_proj(normed[:, -count:]))
+    key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+    cos, sin = turns
+    # The function turns queries and keys at the same positions.
+    query, _ = apply_rotary_pos_emb(query, query, cos[:, -count:], sin[:, -count:])
+    key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, mask[:, :, -count:], scale=attention.scaling, enable_gqa=True
+    )
+    hidden = hidden[:, -count:] + attention.o_proj(found.transpose(1, 2).flatten(2))
+    return hidden + block.mlp(block.post_attention_layernorm(hidden))
 
 
 def on_frozen_trunk(

@@ -148,6 +148,28 @@ def test_the_cut_model_answers_as_the_whole_one():
     assert len(trunk_of(cut).known) == 3 + 2
 
 
+def test_the_last_positions_alone_are_those_of_the_full_pass():
+    torch.manual_seed(1)
+    model = new_adapter(on_frozen_trunk(llama(100), 2, [7, 3, 50]), "all", 0).eval()
+    with torch.no_grad():
+        for weight in lora_weights(model).values():
+            weight.normal_(std=0.1)
+    tokens, mask = torch.randint(0, 100, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    found = []
+    for options in ({}, {"last_rows": 3}):
+        model.zero_grad()
+        logits = model(
+            input_ids=tokens, attention_mask=mask, logits_to_keep=3, use_cache=False, **options
+        ).logits
+        assert logits.shape == (3, 3, 3)
+        logits.square().sum().backward()
+        found.append([logits, *(w.grad.clone() for w in lora_weights(model).values())])
+    for all_positions, last in zip(*found, strict=True):
+        torch.testing.assert_close(last, all_positions, rtol=1e-4, atol=1e-4)
+        assert all_positions.abs().max() > 1e-2
+
+
 def test_adapters_are_in_the_last_blocks_alone_and_train_there():
     cut = on_frozen_trunk(llama(100), 2, [1, 2, 3])
     model = new_adapter(cut, "all", 0)
