@@ -168,6 +168,30 @@ class Data:
     test_rows: np.ndarray
 
 
+def load_log(name: str, folder: Path | None, cache: Path) -> recsys.InteractionLog:
+    """A data set's interactions, the first of every pair, 5-core.
+
+    Args:
+        name: ``"ml-100k"``, ``"ml-latest-small"`` (what LlamaRec calls ML-100k) or ``"pantry"``.
+        folder: its files; ml-100k is fetched into the cache where it is None.
+
+    Raises:
+        UcanError: the data cannot be had, or the name is unknown.
+    """
+    if name == "ml-100k":
+        log = recsys.load_movielens_100k(folder, cache_dir=cache)
+    elif name not in ("ml-latest-small", "pantry"):
+        raise uf.UcanError(f"data set {name!r} is unknown: ml-100k, ml-latest-small or pantry.")
+    elif folder is None:
+        raise uf.UcanError(f"{name} is not shipped and not fetched: give the folder of its files.")
+    elif name == "pantry":
+        log = recsys.load_pantry(folder)
+    else:
+        # One rating of some copies is damaged.
+        log = recsys.load_movielens_latest_small(folder, skip_bad_ratings=True)
+    return recsys.k_core(recsys.deduplicate(log), 5)
+
+
 def make_data(log: recsys.InteractionLog, profile: Profile, seed: int) -> Data:
     """Prompts with random candidates, drawn alike for all items as LlamaRec does.
 
@@ -510,14 +534,19 @@ class Request:
 
 
 def make_request(
-    recommender: TextRecommender, scenario: str, *, genre: str = "Thriller", seed: int = 0
+    recommender: TextRecommender,
+    scenario: str,
+    *,
+    genre: str | Callable[[recsys.InteractionLog], np.ndarray] = "Thriller",
+    seed: int = 0,
 ) -> Request:
     """A scenario's request.
 
     Args:
         scenario: one of :data:`SCENARIOS`: 25 % of the training prompts, 25 % or 1 % of the users
             (at least one), one user, or the prompts that ask for an item of a genre.
-        genre: as the data spells it; other data sets than MovieLens have none.
+        genre: as the data spells it; or, for data without genres, a function of the log that
+            says which of its rows are meant.
 
     Raises:
         UcanError: an unknown scenario or genre, or a request for nothing or for everything.
@@ -539,8 +568,10 @@ def make_request(
         train, test = (np.isin(data.log.user[rows], chosen) for rows in (asked, tested))
         request = Request(scenario, title, train, test)
     elif scenario == "genre":
-        mask = recsys.forget_genre(data.log, genre)
-        request = Request(scenario, f"items of genre {genre}", mask[asked], mask[tested])
+        named = isinstance(genre, str)
+        mask = recsys.forget_genre(data.log, genre) if named else genre(data.log)
+        title = f"items of genre {genre}" if named else "items of one kind"
+        request = Request(scenario, title, mask[asked], mask[tested])
     else:
         raise uf.UcanError(f"scenario {scenario!r} is unknown; known: {', '.join(SCENARIOS)}.")
     count = int(request.forget_train.sum())

@@ -29,7 +29,16 @@ from ucan_fast.files import atomic_write
 from ucan_fast.metrics import drop, ranking_metrics
 
 from ..model.models import cache_folder
-from .text_case import PROFILES, SCENARIOS, TextCase, make_case, make_request, text_recommender
+from .text_case import (
+    PROFILES,
+    SCENARIOS,
+    TextCase,
+    TextRecommender,
+    load_log,
+    make_case,
+    make_request,
+    text_recommender,
+)
 from .text_model import RECIPES
 
 METRICS = ("recall@1", "mrr")
@@ -165,7 +174,7 @@ class Kept:
     seconds: dict[str, float]
 
     @classmethod
-    def of(cls, recommender) -> Kept:
+    def of(cls, recommender: TextRecommender) -> Kept:
         """Taken on the adapter as it was trained."""
         everything = recommender.prompts(recommender.data.train, 1)
         seconds = {}
@@ -184,6 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data-set", default="ml-100k", help="ml-latest-small needs --data")
+    parser.add_argument("--data", type=Path, help="folder of the data set's files")
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--out", type=Path, default=Path("build") / "text-curves")
     parser.add_argument("--profile", choices=PROFILES, default="reduced")
@@ -194,11 +205,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore", uf.UcanWarning)
     transformers.utils.logging.disable_progress_bar()
-    log = recsys.load_movielens_100k(None, cache_dir=options.cache)
-    log = recsys.k_core(recsys.deduplicate(log), 5)
     recommender = text_recommender(
-        "ml-100k",
-        log,
+        options.data_set,
+        load_log(options.data_set, options.data, options.cache),
         cache=options.cache,
         profile=PROFILES[options.profile],
         recipe=options.recipe,

@@ -18,6 +18,7 @@ from benchmarks.quality.case import lora_weights
 from benchmarks.quality.text_case import (
     SCENARIOS,
     Profile,
+    load_log,
     make_case,
     make_data,
     make_request,
@@ -225,6 +226,21 @@ def test_too_few_users_are_refused(log):
         make_data(log, dataclasses.replace(TINY, users=12), seed=0)
 
 
+def test_data_sets_are_loaded_by_name(tmp_path):
+    rows = [f"{user}\t{item}\t{user}" for user in range(6) for item in range(6)]
+    (tmp_path / "pantry_interactions.tsv").write_text(
+        "\n".join(["user\titem\tposition", *rows, *rows[:3]]) + "\n"
+    )
+    items = [f"{item}\tGreen tea {item}" for item in range(6)]
+    (tmp_path / "pantry_items.tsv").write_text("\n".join(["item\ttitle", *items]) + "\n")
+    log = load_log("pantry", tmp_path, tmp_path)
+    assert (len(log), log.n_users, log.n_items) == (36, 6, 6)  # the repeated pairs are gone
+    with pytest.raises(uf.UcanError, match="ml-latest-small is not shipped"):
+        load_log("ml-latest-small", None, tmp_path)
+    with pytest.raises(uf.UcanError, match="'beauty' is unknown"):
+        load_log("beauty", tmp_path, tmp_path)
+
+
 # ----------------------------------------------------------------------------------- batches
 
 
@@ -317,6 +333,12 @@ def test_a_case_has_every_prompt_on_its_side(recommender, cache, scenario):
         assert not users["forget"] & (users["calibration"] | users["retain"])
         assert len(users["forget"]) == {"users": 2, "one-percent": 1, "one-user": 1}[scenario]
         assert {data.test[i].user for i in np.flatnonzero(request.forget_test)} == users["forget"]
+
+
+def test_a_kind_of_item_by_a_function_of_the_log(recommender):
+    request = make_request(recommender, "genre", genre=lambda log: log.item < 10)
+    asked = recommender.data.log.item[recommender.data.train_rows]
+    assert (request.forget_train == (asked < 10)).all()
 
 
 def test_ranks_and_metrics_of_a_case(recommender, cache):
