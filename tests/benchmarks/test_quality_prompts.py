@@ -57,7 +57,9 @@ def log() -> recsys.InteractionLog:
         users += [str(user)] * 9
         items += [str(i) for i in random.choice(ITEMS, 9, replace=False)]
         times += list(range(9))
-    titles = {str(i): f"Film {chr(65 + i % 26)} number {i} ({1950 + i})" for i in range(ITEMS)}
+    # Some are shorter than the cut, so that prompts differ in length.
+    titles = {str(i): f"Film {chr(65 + i % 26)} number {i}" for i in range(ITEMS)}
+    titles |= {str(i): f"M{i}" for i in range(0, ITEMS, 3)}
     genres = {str(i): ("Horror",) if i % 4 == 0 else ("Drama",) for i in range(ITEMS)}
     return recsys.InteractionLog.from_rows(users, items, times, titles, genres)
 
@@ -289,7 +291,9 @@ def test_ranks_are_those_of_the_whole_model(recommender, build, cache, tmp_path)
         letters=recsys.LETTERS[: TINY.candidates],
     )
     assert len(set(wanted.tolist())) == TINY.candidates
-    assert torch.equal(whole.ranks(whole.prompts(cases, 1)), wanted)
+    prompts = whole.prompts(cases, 1)
+    assert prompts.order != sorted(prompts.order)
+    assert torch.equal(whole.ranks(prompts), wanted)
     assert recommender.data.train == cases
     assert torch.equal(recommender.ranks(recommender.prompts(cases, 1)), wanted)
     # The shared one as it was trained.
