@@ -25,7 +25,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo bench bench-quick report lint format wheel wheel-test clean distclean
+.PHONY: help install test demo bench bench-quick quality quality-quick report lint format wheel wheel-test clean distclean
 
 help:
 	@echo "make test        set up .venv, check style, run the tests"
@@ -33,7 +33,9 @@ help:
 	@echo "make bench-quick every operator and whole passes against their peers, in under 5 minutes;"
 	@echo "                 SAVE=1 keeps the results in benchmarks/results"
 	@echo "make bench       the same over all models, shapes and ranks"
-	@echo "make report      README, docs/benchmarks.md and figures from benchmarks/results"
+	@echo "make quality-quick  what every method forgets and costs: ml-100k, one seed, in 15 minutes"
+	@echo "make quality DATA=F three data sets, three seeds; hours (benchmarks/quality/README.md)"
+	@echo "make report      README, docs and figures from benchmarks/results"
 	@echo "make lint        ruff check and format check"
 	@echo "make format      let ruff mend what it can"
 	@echo "make wheel       build dist/*.whl"
@@ -78,8 +80,15 @@ bench-quick: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --profile full $(if $(SAVE),--save)
 
+quality-quick: $(STAMP)
+	$(BIN)/python -m benchmarks.quality --profile quick --again $(if $(SAVE),--save)
+
+quality: $(STAMP)
+	$(BIN)/python -m benchmarks.quality --profile full $(if $(DATA),--data $(DATA)) $(if $(SAVE),--save)
+
 report: $(STAMP)
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.quality.report
 
 wheel: $(STAMP)
 	rm -rf build/lib build/bdist.* dist

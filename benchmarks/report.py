@@ -600,20 +600,21 @@ def _caption(cases: Sequence[Case]) -> str:
 # Writing and checking
 
 
-def replaced(readme: str, text: str) -> str:
+def replaced(readme: str, text: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """The README with another section.
 
     Raises:
         ValueError: the two markers are not there, once each and in order.
     """
+    begin, end = markers
     if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
+        readme.count(begin) != 1
+        or readme.count(end) != 1
+        or readme.index(begin) > readme.index(end)
     ):
-        raise ValueError(f"README.md must hold {BEGIN} and, after it, {END}, once each.")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
+        raise ValueError(f"README.md must hold {begin} and, after it, {end}, once each.")
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
 
 
 def write(root: Path, results: Results) -> list[Path]:

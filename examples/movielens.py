@@ -193,6 +193,13 @@ def train(recipe: Recipe, data: Data, folder: Path, final: Path) -> None:
     base.save_pretrained(folder / "base")
 
     base.name_or_path = str(final / "base")  # goes into the adapter's configuration
+    model = fine_tune(base, recipe, data.batches(recipe, data.tuned_users))
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    atomic_write(folder / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2).encode())
+
+
+def fine_tune(base: LlamaForCausalLM, recipe: Recipe, batches: list[dict]) -> PeftModel:
+    """The base with an adapter that has learned these sequences by heart."""
     model = get_peft_model(
         base,
         LoraConfig(
@@ -205,10 +212,8 @@ def train(recipe: Recipe, data: Data, folder: Path, final: Path) -> None:
         {"params": [p for name, p in named if "lora_A" in name], "lr": lr},
         {"params": [p for name, p in named if "lora_B" in name], "lr": lr * recipe.lora_b_lr_ratio},
     ]
-    batches = data.batches(recipe, data.tuned_users)
     fit(model, groups, batches, recipe.finetune_epochs, recipe.seed, "fine-tune LoRA")
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    atomic_write(folder / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2).encode())
+    return model
 
 
 def fit(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from helpers_models import llama, lora
 from safetensors.torch import load_file, save_file
 from trained_model import (
+    MEMBERS,
     assert_same_weights,
     forget_batches,
     mean_nll,
+    memorised,
+    random_batches,
     retain_batches,
     scored_logits,
     trained,
@@ -20,7 +25,11 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast.audit import audit
+from ucan_fast import recovery
+from ucan_fast.audit import Audit, audit
+from ucan_fast.evaluation import group_loss
+from ucan_fast.membership import ATTACKS, membership_auc, privleak
+from ucan_fast.recovery import PRECISIONS, relearn, rounded_losses
 from ucan_fast.report import REPORT
 
 WEIGHTS = "adapter_model.safetensors"
@@ -311,3 +320,271 @@ def test_the_model_is_the_same_afterwards(outputs, fails, training):
     assert_same_weights(model, before)
     assert state_of(model) == state
     uf.collect(model, forget_batches())  # no mark of the plan is left
+
+
+# Attacks
+
+
+def scaled(model, factor: float):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(factor)
+    return model
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """An adapter that memorised its members, one that hides it badly, one that never saw them."""
+    folder = tmp_path_factory.mktemp("attacked")
+    scaled(memorised(), 0.6).save_pretrained(folder / "unlearned")
+    memorised(steps=0).save_pretrained(folder / "retrained")
+    memorised().save_pretrained(folder / "original")
+    sets = {"forget": random_batches(MEMBERS), "holdout": random_batches(42)}
+    findings = audit(
+        memorised(), folder / "unlearned", retrained=folder / "retrained", relearn_steps=2, seed=5,
+        **sets,
+    )  # fmt: skip
+    return folder, sets, findings
+
+
+STATES = {
+    "original": memorised,
+    "unlearned": lambda: scaled(memorised(), 0.6),
+    "retrained": lambda: memorised(steps=0),
+}
+
+
+def test_figures_of_every_adapter_are_those_of_the_library(attacked):
+    _, sets, findings = attacked
+    forget = sets["forget"]
+    assert list(findings.metrics) == list(findings.fingerprints) == list(STATES)
+    for state, make in STATES.items():
+        found = membership_auc(make(), **sets)
+        assert findings.membership[state] == found
+        steps = 0 if state == "original" else 2
+        expected = relearn(make(), forget, holdout=sets["holdout"], steps=steps, seed=5)
+        assert findings.relearning[state] == expected
+        perplexity = group_loss(make(), forget, "forget").perplexity
+        assert findings.metrics[state]["forget/perplexity"] == pytest.approx(perplexity)
+        assert (findings.metrics[state]["forget/kl"] > 0) == (state != "original")
+    for name in ATTACKS:
+        ours, theirs = (findings.membership[s][name].value for s in ("unlearned", "retrained"))
+        assert findings.privleak[name] == privleak(ours, theirs)
+    assert findings.privleak["loss"] < -50
+    rounded = rounded_losses(STATES["unlearned"](), forget)
+    assert findings.rounding == {
+        **{s: group_loss(STATES[s](), forget, "forget").mean for s in ("original", "unlearned")},
+        **{precision: loss.mean for precision, loss in rounded.items()},
+    }
+    # What an attack finds does not decide whether the adapter is what its plan says.
+    assert findings.passed
+    assert list(findings.checks) == ["adapters differ"]
+    assert findings.notes == {"zlib": "no text at hand: token ids are compressed instead"}
+
+
+def test_every_figure_comes_with_a_sentence(attacked):
+    _, _, findings = attacked
+    names = [f"membership/{state}/{name}" for state in STATES for name in ATTACKS]
+    names += [f"privleak/{name}" for name in ATTACKS]
+    names += ["relearning", *(f"rounding/{precision}" for precision in PRECISIONS)]
+    assert list(findings.meanings) == names
+    meanings = findings.meanings
+    area = findings.membership["unlearned"]["loss"]
+    assert meanings["membership/unlearned/loss"] == f"{area}: {area.meaning}"
+    assert "recognises" in area.meaning
+    assert "cannot tell" in meanings["membership/retrained/loss"]
+    assert "more exposed than after retraining" in meanings["privleak/loss"]
+    assert meanings["relearning"].startswith("2 steps on 3 forget sequences: NLL of the other 29 ")
+    text, written = str(findings), json.loads(findings.to_json())
+    assert written["meanings"] == meanings
+    for name, sentence in meanings.items():
+        assert f"{name}: {sentence}" in text.splitlines()
+    assert "zlib: no text at hand" in text
+    header = next(line for line in text.splitlines() if line.split()[:1] == ["original"])
+    assert header.split() == list(STATES)
+    assert written["membership"]["original"]["loss"]["value"] > 0.97
+    assert set(written["membership"]["original"]["loss"]) == {
+        *("value", "low", "high", "members", "nonmembers"),
+    }
+    assert written["relearning"]["unlearned"]["steps"] == 2
+    assert written["rounding"]["int4"] == findings.rounding["int4"]
+    assert written["privleak"]["min-k"] == findings.privleak["min-k"]
+
+
+def findings_of(rounding=None, relearning=None) -> Audit:
+    def one(before, after, steps=10):
+        return recovery.Relearning(steps, 1e-3, 0, 1, 9, before, after)
+
+    known, ours, theirs = relearning or (1.0, (3.0, 3.0), None)
+    states = {"original": one(known, known, 0), "unlearned": one(*ours)}
+    if theirs:
+        states["retrained"] = one(*theirs)
+    return Audit(rounding=rounding or {}, relearning=states)
+
+
+@pytest.mark.parametrize(
+    ("known", "ours", "theirs", "words"),
+    [
+        (1.0, (3.0, 2.5), None, ["3 -> 2.5", "original 1", "25 % of the rise", "Without a retr"]),
+        (1.0, (3.0, 2.5), (3.0, 2.8), ["by 0.2 nats, this one's by 0.5", "hidden, not removed"]),
+        (1.0, (3.0, 2.8), (3.0, 2.5), ["by 0.5 nats, this one's by 0.2", "never known"]),
+        (1.0, (3.0, 0.9), None, ["all of the rise is back"]),
+        (1.0, (3.0, 3.1), None, ["nothing of the rise is back"]),
+        (1.0, (1.0, 0.5), None, ["hardly better"]),
+        (math.nan, (3.0, 2.0), None, ["not comparable"]),
+    ],
+)
+def test_what_relearning_means(known, ours, theirs, words):
+    text = findings_of(relearning=(known, ours, theirs)).meanings["relearning"]
+    for word in words:
+        assert word in text
+
+
+def test_what_rounding_means():
+    rounding = {"original": 1.0, "unlearned": 3.0, "fp16": 3.0, "bf16": 3.2, "int8": 2.0, "int4": 1}
+    found = findings_of(rounding=rounding).meanings
+    assert found["rounding/fp16"].endswith("nothing of the rise is back")
+    assert found["rounding/bf16"].endswith("nothing of the rise is back")
+    assert found["rounding/int8"] == "forget NLL 3 -> 2 nats (original 1); 50 % of the rise is back"
+    assert found["rounding/int4"].endswith("all of the rise is back")
+
+
+def test_figures_that_are_missing_say_why(outputs):
+    findings = run(outputs / "one", relearn_steps=0)
+    assert findings.membership == {}
+    assert findings.privleak == {}
+    assert findings.relearning == {}
+    assert findings.notes == {
+        "membership": "not computed: no holdout set (data never seen)",
+        "relearning": "not tried (0 steps)",
+    }
+    assert "membership: not computed: no holdout set" in str(findings)
+    assert json.loads(findings.to_json())["notes"] == findings.notes
+    findings = run(outputs / "one", holdout=forget_batches(seed=77), decode=lambda ids: str(ids))
+    assert findings.notes == {"privleak": "not computed: no retrained adapter"}
+    assert list(findings.membership) == list(findings.relearning) == ["original", "unlearned"]
+
+
+def test_the_deletion_of_one_user_has_no_auc(outputs):
+    one = [{key: value[:1] for key, value in forget_batches()[0].items()}]
+    findings = audit(trained(), outputs / "one", forget=one, holdout=forget_batches(seed=77))
+    assert findings.membership == {}
+    for state in ("original", "unlearned"):
+        assert "there are 1 of the forget set and 16 of" in findings.notes[f"membership/{state}"]
+        assert "One user's deletion is one sequence" in findings.notes[f"membership/{state}"]
+    assert "at least 2 forget sequences" in findings.notes["relearning"]
+    assert "rounding/int8" in findings.meanings
+
+
+def test_a_set_without_a_scored_position_says_so(outputs):
+    ignored = [{**b, "labels": torch.full_like(b["input_ids"], -100)} for b in forget_batches()]
+    findings = audit(trained(), outputs / "one", forget=ignored, holdout=forget_batches())
+    assert "there are 0 of the forget set" in findings.notes["membership/original"]
+    assert "there are none" in findings.notes["relearning"]
+    assert findings.notes["rounding"] == "not computed: no position of the forget set is scored"
+    assert findings.meanings == {}
+    json.loads(findings.to_json())
+
+
+def test_a_model_that_cannot_be_trained_is_audited_all_the_same(outputs):
+    model = trained()
+    model.base_model.model.forward = torch.no_grad()(model.base_model.model.forward)
+    findings = audit(model, outputs / "one", forget=forget_batches())
+    assert findings.notes["relearning"].startswith("not computed for unlearned: the loss does not")
+    assert "relearning" not in findings.meanings
+    assert findings.passed
+
+
+def test_the_text_is_what_zlib_compresses(outputs):
+    asked = []
+
+    def decode(ids) -> str:
+        asked.append(ids)
+        return "x"
+
+    findings = run(outputs / "one", holdout=forget_batches(seed=77), decode=decode)
+    assert "zlib" not in findings.notes
+    assert len(asked) == 2 * (16 + 16)
+    # The same length of text everywhere leaves the loss alone.
+    for state in ("original", "unlearned"):
+        areas = findings.membership[state]
+        assert areas["zlib"].value == areas["loss"].value
+
+
+def test_a_retrained_adapter_that_is_the_original_is_refused(attacked):
+    folder, sets, _ = attacked
+    model = memorised()
+    before, state = weights(model), state_of(model)
+    with pytest.raises(uf.UcanError, match="original is the original one"):
+        audit(model, folder / "unlearned", retrained=folder / "original", **sets)
+    assert_same_weights(model, before)
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("how", ["truncated", "a layer is missing", "no folder"])
+def test_a_retrained_adapter_that_cannot_be_loaded_is_named(outputs, tmp_path, how):
+    folder = broken(outputs, tmp_path, how)
+    model = trained().train()
+    before, state = weights(model), state_of(model)
+    with pytest.raises(uf.UcanError, match="broken"):
+        audit(model, outputs / "one", retrained=folder, forget=forget_batches())
+    assert_same_weights(model, before)
+    assert state_of(model) == state
+
+
+def test_a_reference_of_more_layers_leaves_the_model_as_it_was(tmp_path):
+    model = lora(llama(hidden=32), r=8, targets=["q_proj"])
+    scaled(lora(llama(hidden=32), r=8, targets=["q_proj"]), 0.5).save_pretrained(tmp_path / "half")
+    lora(llama(hidden=32), r=4).save_pretrained(tmp_path / "all")
+    before, state = weights(model), state_of(model)
+    findings = audit(
+        model, tmp_path / "half", retrained=tmp_path / "all", forget=forget_batches(),
+        relearn_steps=1,
+    )  # fmt: skip
+    assert set(findings.relearning) == {"original", "unlearned", "retrained"}
+    assert_same_weights(model, before)
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True, "10"])
+def test_a_bad_number_of_steps_is_refused(outputs, steps):
+    with pytest.raises(uf.UcanError, match="relearn_steps must be a whole number"):
+        run(outputs / "one", relearn_steps=steps)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("where", ["fine", "holdout", "relearning", "rounding", "attacks"])
+def test_attacks_leave_the_model_as_it_was(attacked, where, training):
+    folder, sets, _ = attacked
+    model = memorised().train(training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    before, state = weights(model), state_of(model)
+    seen = []
+
+    def progress(done, _total, text):
+        seen.append(text)
+        if where == "relearning" and text == "relearning" and done == 1:
+            raise RuntimeError("on purpose")
+        if where == "attacks" and text.startswith("attacks") and done == 1:
+            raise RuntimeError("on purpose")
+        # The last pass is that over the rounded adapter.
+        if where == "rounding" and text == "forget loss" and done == 1:
+            raise RuntimeError("on purpose")
+
+    class Holdout:
+        def __iter__(self):
+            yield sets["holdout"][0]
+            if where == "holdout":
+                raise RuntimeError("on purpose")
+
+    expected = pytest.raises(RuntimeError, match="on purpose")
+    with contextlib.nullcontext() if where == "fine" else expected:
+        audit(
+            model, folder / "unlearned", retrained=folder / "retrained", relearn_steps=2,
+            forget=sets["forget"], holdout=Holdout(), progress=progress,
+        )  # fmt: skip
+    assert ("forget loss" in seen) == (where in ("fine", "rounding"))
+    assert_same_weights(model, before)
+    assert state_of(model) == state

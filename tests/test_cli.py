@@ -17,15 +17,25 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trained_model import as_text, save_project, tokenizer, write_lines
+from trained_model import (
+    as_lines,
+    as_text,
+    forget_batches,
+    save_project,
+    tokenizer,
+    write_lines,
+)
 
 import ucan_fast as uf
 from ucan_fast import cli, files
+from ucan_fast.audit import audit as library_audit
 from ucan_fast.jsonl import read_jsonl
 from ucan_fast.report import REPORT
 
 WEIGHTS = "adapter_model.safetensors"
 STRENGTH = ("--strength", "2")
+# All that an audit needs, so that nothing but the option under test is wrong.
+AUDIT = ("audit", "--base", "b", "--adapter", "a", "--unlearned", "u", "--forget", "f")
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +297,15 @@ def test_options_reach_the_configuration(project, out):
         floor=0.125,
     )
     assert written == json.loads(expected.to_json())
+
+
+def test_a_preset_is_where_options_start_from(project, out):
+    code, *_ = unlearn(project, out, "--preset", "best", "--seed", "3")
+    assert code == 0
+    written = json.loads((out / REPORT).read_text())["config"]
+    assert written == json.loads(uf.UcanConfig.preset("best", seed=3).to_json())
+    # A file says everything: it and a preset exclude each other.
+    assert unlearn(project, out, "--preset", "best", config="base/config.json")[0] == 2
 
 
 def test_no_evaluate(project, out):
@@ -763,6 +782,9 @@ def test_bad_options_are_refused_by_name(project, spoilt, out, what):
         ["unlearn", "--nothing"],
         ["collect", "--base", "b", "--adapter", "a", "--data", "d"],
         ["audit", "--base", "b", "--adapter", "a"],
+        [*AUDIT, "--relearn-steps", "-1"],
+        [*AUDIT, "--relearn-steps", "ten"],
+        [*AUDIT, "--seed", "x"],
         ["unlearn", "--strength", "strong"],
         ["unlearn", "--batch-size", "0"],
         ["doctor", "--loud"],
@@ -793,7 +815,10 @@ def test_exactly_one_of_retain_and_bank(project, out, paths):
             ["--forget", "--retain", "--bank", "--overwrite", "input_ids", "not overlap", "labels"],
         ),
         ("collect", ["--data", "--sites", "--group", "token_groups"]),
-        ("audit", ["--unlearned", "ORIGINAL", "Exit code"]),
+        (
+            "audit",
+            ["--unlearned", "ORIGINAL", "Exit code", "--holdout", "never saw", "no proof"],
+        ),
         ("doctor", ["--json"]),
     ],
 )
@@ -1059,6 +1084,88 @@ def test_audit_replaces_only_its_own_output_and_only_when_asked(project, out):
     assert "--overwrite" in err
     assert audit(project, "--overwrite", out=out)[0] == 0
     json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def retrained(project):
+    """Another adapter, as the reference, and sequences that none of them saw."""
+    shutil.copytree(project / "adapter", project / "retrained")
+    tensors = adapter_of(project / "retrained")
+    halves = {n: t * 0.5 if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(halves, project / "retrained" / WEIGHTS, {"format": "pt"})
+    write_lines(project / "holdout.jsonl", as_lines(forget_batches(seed=33, count=9, size=3)))
+    return project / "retrained"
+
+
+ATTACKS = {"holdout": "holdout.jsonl", "retrained": "retrained"}
+
+
+def test_audit_attacks_as_the_library_does(project, retrained, out):
+    flags = ["--relearn-steps", "3", "--seed", "4"]
+    code, text, err = audit(project, *flags, **ATTACKS, out=out)
+    assert (code, err) == (0, "")
+    model = load(project, project / "adapter")
+    uf.accelerate(model)
+    sets = {n: read_jsonl(project / f"{n}.jsonl", None) for n in ("forget", "retain", "holdout")}
+    words = tokenizer()
+    expected = library_audit(
+        model, project / "done", **sets, plan=project / "done" / "ucan_plan.safetensors",
+        retrained=retrained, relearn_steps=3, seed=4,
+        decode=lambda ids: words.decode(ids, skip_special_tokens=True),
+    )  # fmt: skip
+    assert json.loads(out.read_text()) == json.loads(expected.to_json())
+    assert str(expected) in text
+    assert expected.notes == {}
+    assert len(expected.meanings) == 3 * 4 + 4 + 1 + 4
+    assert "relearning: 3 steps on 1 forget sequences" in text
+    # The text that zlib compresses is the tokenizer's, not the ids.
+    ids = library_audit(model, project / "done", **sets, relearn_steps=0).membership
+    assert ids["original"]["zlib"] != expected.membership["original"]["zlib"]
+    assert ids["original"]["loss"] == expected.membership["original"]["loss"]
+
+
+def test_audit_says_what_is_missing(project, retrained, out):
+    code, text, _ = audit(project, "--relearn-steps", "0", out=out)
+    assert code == 0
+    for line in ("membership: not computed: no holdout set", "relearning: not tried (0 steps)"):
+        assert line in text
+    code, text, _ = audit(project, holdout="holdout.jsonl", forget="holdout.jsonl")
+    assert code == 0
+    assert "privleak: not computed: no retrained adapter" in text
+    assert "membership/original/loss: 0.50 [" in text
+    # One line is one sequence.
+    line = json.loads((project / "forget.jsonl").read_text().splitlines()[0])
+    alone = write_lines(out.parent / "one.jsonl", [line])
+    code, text, _ = audit(project, forget=alone, holdout="holdout.jsonl")
+    assert code == 0
+    assert "there are 1 of the forget set and 9 of the holdout set" in text
+    assert "relearning: not computed" in text
+
+
+def test_audit_refuses_bad_references_and_holdouts_by_name(spoilt, retrained, out):
+    shutil.copytree(retrained, spoilt / "other")
+    refused = {
+        "nowhere is no folder with a retrained adapter": {"retrained": "nowhere"},
+        "adapter is the original one": {"retrained": "adapter"},
+        "none.jsonl does not exist": {"holdout": "none.jsonl"},
+    }
+    for message, paths in refused.items():
+        code, _, err = audit(spoilt, out=out, **{**ATTACKS, **paths})
+        assert code == 1
+        assert err.startswith("ucan-fast audit: refused: ")
+        assert message in err
+    truncate(spoilt / "other" / WEIGHTS)
+    code, _, err = audit(spoilt, out=out, **{**ATTACKS, "retrained": "other"})
+    assert code == 1
+    assert "cannot load the adapter" in err
+    assert nothing_left(out)
+    # What the command reads is never its output.
+    before = snapshot(spoilt)
+    for near in ("holdout.jsonl", f"retrained/{WEIGHTS}"):
+        code, _, err = audit(spoilt, "--overwrite", **ATTACKS, out=near)
+        assert code == 1
+        assert "where nothing is replaced" in err
+    assert snapshot(spoilt) == before
 
 
 # doctor

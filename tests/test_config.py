@@ -235,3 +235,16 @@ def test_frozen_and_hashable():
 def test_unknown_keyword_arguments_are_refused_by_python():
     with pytest.raises(TypeError, match="fractoin"):
         UcanConfig(fractoin=0.1)
+
+
+def test_presets():
+    assert UcanConfig.preset("paper") == UcanConfig()
+    best = UcanConfig.preset("best", seed=7)
+    assert (best.method, best.seed) == ("influence", 7)
+    assert best.max_retain_loss_increase < UcanConfig().max_retain_loss_increase
+    # A change wins over what the preset says.
+    assert UcanConfig.preset("best", max_retain_loss_increase=0.5).max_retain_loss_increase == 0.5
+    with pytest.raises(UcanError, match=r"no preset 'bets'.*'paper', 'best'"):
+        UcanConfig.preset("bets")
+    with pytest.raises(UcanError, match="unknown field 'stength'"):
+        UcanConfig.preset("best", stength=1.0)

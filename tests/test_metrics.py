@@ -17,6 +17,7 @@ from ucan_fast.metrics import (
     ranking_metrics,
     target_ranks,
     token_nll,
+    token_z_scores,
     trade_off,
 )
 
@@ -52,6 +53,49 @@ def test_kl_equals_the_formula_written_as_loops():
         za, zb = sum(pa), sum(pb)
         total += sum(x / za * math.log((x / za) / (y / zb)) for x, y in zip(pa, pb, strict=True))
     assert kl_divergence(a, b) == pytest.approx(total / 7, rel=1e-10)
+
+
+def test_z_scores_equal_the_formula_written_as_loops(monkeypatch):
+    torch.manual_seed(4)
+    logits, labels = torch.randn(7, 11) * 3, torch.randint(0, 11, (7,))
+    expected = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        total = sum(math.exp(x) for x in row)
+        log_p = [x - math.log(total) for x in row]
+        mean = sum(math.exp(v) * v for v in log_p)
+        variance = sum(math.exp(v) * (v - mean) ** 2 for v in log_p)
+        expected.append((log_p[label] - mean) / math.sqrt(variance))
+    found = token_z_scores(logits, labels)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 22)
+    assert torch.equal(token_z_scores(logits, labels), found)
+    assert len(token_z_scores(logits[:0], labels[:0])) == 0
+
+
+def test_z_scores_by_hand_and_at_the_edges():
+    # p = 3/4, 1/4: μ = -.75 a - .25 b, σ = sqrt(3) / 4 |a - b| for log p = a, b.
+    a, b = math.log(0.75), math.log(0.25)
+    logits = logits_of([0.75, 0.25], [0.75, 0.25], [0.5, 0.5])
+    found = token_z_scores(logits, torch.tensor([0, 1, 0]))
+    sigma = math.sqrt(3) / 4 * (a - b)
+    assert found[0].item() == pytest.approx((a - (0.75 * a + 0.25 * b)) / sigma, rel=1e-12)
+    assert found[1].item() == pytest.approx((b - (0.75 * a + 0.25 * b)) / sigma, rel=1e-12)
+    assert found[2].item() == pytest.approx(0, abs=1e-9)  # σ = 0, held at 1e-3
+    # A token that cannot come has no weight, and as a label the lowest score there is.
+    logits = torch.tensor([[0.0, 1.0, -INF]] * 2, dtype=torch.float64)
+    found = token_z_scores(logits, torch.tensor([1, 2]))
+    assert found[0] == token_z_scores(logits[:1, :2], torch.tensor([1]))[0]
+    assert found[1] == -INF
+    assert math.isnan(token_z_scores(torch.tensor([[math.nan, 1.0]]), torch.tensor([1])))
+
+
+@pytest.mark.parametrize("function", [token_nll, token_z_scores])
+def test_labels_that_do_not_fit_are_refused(function):
+    with pytest.raises(UcanError, match=rf"{function.__name__}: labels reach from -100 to 1"):
+        function(torch.zeros(2, 3), torch.tensor([-100, 1]))
+    with pytest.raises(UcanError, match=rf"{function.__name__}: logits \(2, 3\) and labels"):
+        function(torch.zeros(2, 3), torch.tensor([1]))
 
 
 def test_kl_ignores_a_constant_added_to_all_logits_and_is_zero_for_equal_models():

@@ -19,6 +19,8 @@ FORGET_ITEMS = range(4, 16)
 RETAIN_ITEMS = range(16, VOCAB)
 BOS = 1
 GROUP = {"forget": 0, "retain": 1}
+#: Seed of the sequences that :func:`memorised` was fitted on.
+MEMBERS = 41
 
 
 def sequences(items: range, count: int, length: int, seed: int) -> torch.Tensor:
@@ -106,6 +108,40 @@ def _fitted() -> nn.Module:
 def trained() -> nn.Module:
     """A fresh copy of the fitted PEFT model, in eval mode."""
     return copy.deepcopy(_fitted())
+
+
+def random_batches(seed: int, *, count: int = 32) -> list[dict[str, torch.Tensor]]:
+    """Sequences of random items, of which nothing can be known but what was memorised."""
+    made = batches(range(4, VOCAB), count=count, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in made:
+        items = batch["input_ids"][:, 1:]
+        items.copy_(torch.randint(4, VOCAB, items.shape, generator=generator))
+    return made
+
+
+@functools.cache
+def _memorised(steps: int) -> nn.Module:
+    model = lora(llama(hidden=32), r=8)
+    parameters = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(steps):
+        for batch in random_batches(MEMBERS):
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            optimizer.zero_grad()
+            model(**batch, labels=labels).loss.backward()
+            optimizer.step()
+    for p in model.parameters():
+        p.grad = None
+    return model.eval()
+
+
+def memorised(steps: int = 40) -> nn.Module:
+    """A fresh copy of a model whose adapter has memorised ``random_batches(MEMBERS)``.
+
+    With 0 steps the same model before that: it never saw them.
+    """
+    return copy.deepcopy(_memorised(steps))
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

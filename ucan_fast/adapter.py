@@ -390,6 +390,34 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
     return digest.hexdigest()
 
 
+def remove_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Put the base layers back where these LoRA layers stand.
+
+    Args:
+        names: as :func:`tuner_layers` gives them; every adapter in these layers is lost.
+    """
+    model = unwrap(model)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, model.get_submodule(name).get_base_layer())
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """Every weight that PEFT holds for one adapter's layers, by name; a shared one once.
+
+    A and B, biases of B, DoRA magnitudes, and the matrices of adapted embeddings.
+    """
+    found, seen = {}, set()
+    for name, module in tuner_layers(model):
+        if adapter not in _adapters_of(module):
+            continue
+        for key, weight in _weights_of(module, adapter):
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                found[f"{name}.{key}"] = weight
+    return found
+
+
 def _wide_on_cpu(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     # fp32 (fp64 where they are), contiguous. One transfer per device and dtype: a weight of an
     # adapter is small, and each transfer waits for the device.

@@ -9,10 +9,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .config import PRESETS
 from .errors import UcanError, UcanWarning
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -24,7 +26,7 @@ MAX_LENGTH = 1024
 _INPUTS = (
     *("base", "adapter", "tokenizer", "forget", "retain", "data", "bank", "calibration"),
     "holdout",
-    *("previous", "unlearned", "config"),
+    *("previous", "unlearned", "retrained", "config"),
 )
 
 _SETS = """\
@@ -142,6 +144,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     unlearned = Path(arguments.unlearned)
     if not unlearned.is_dir():
         raise UcanError(f"{unlearned} is no folder with an unlearned adapter.")
+    if arguments.retrained is not None and not Path(arguments.retrained).is_dir():
+        raise UcanError(f"{arguments.retrained} is no folder with a retrained adapter.")
     model, tokenizer = _load(arguments)
     plan = unlearned / ADAPTER_PLAN
     findings = audit(
@@ -150,6 +154,11 @@ def _audit(arguments: argparse.Namespace) -> int:
         forget=_read(arguments, arguments.forget, model, tokenizer),
         retain=_read(arguments, arguments.retain, model, tokenizer),
         plan=plan if plan.exists() else None,
+        holdout=_read(arguments, arguments.holdout, model, tokenizer),
+        retrained=arguments.retrained,
+        relearn_steps=arguments.relearn_steps,
+        seed=arguments.seed,
+        decode=None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True),
         progress=_progress(arguments),
     )
     print(findings)
@@ -316,7 +325,14 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--overwrite", action="store_true", help="replace --out if it is an earlier output"
     )
-    unlearn.add_argument("--config", metavar="FILE", help="a UcanConfig as JSON")
+    start = unlearn.add_mutually_exclusive_group()
+    start.add_argument("--config", metavar="FILE", help="a UcanConfig as JSON")
+    start.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="paper: U-CAN, forward passes only (default). best: the influence step within 1 %% of "
+        "retain loss, one backward pass over the forget set",
+    )
     for name, kind in (
         ("method", str),
         ("influence-variant", str),
@@ -365,10 +381,11 @@ def _parser() -> argparse.ArgumentParser:
 
     audit = commands.add_parser(
         "audit",
-        help="check an unlearned adapter against the original and its report",
+        help="check an unlearned adapter against the original and its report, and attack it",
         description="Compare an unlearned adapter with the original: is it exactly what its plan "
-        "and report say, and how far did predictions move? (Membership-inference attacks are not "
-        "part of it.)",
+        "and report say, and how far did predictions move? Then try to get the forgotten back: by "
+        "membership inference (with --holdout), by relearning, by rounding the adapter's weights. "
+        "What these find does not change the exit code, and that they find nothing is no proof.",
         epilog=_SETS,
         formatter_class=formatter,
     )
@@ -376,6 +393,26 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--unlearned", required=True, metavar="DIR", help="output of 'unlearn'")
     audit.add_argument("--forget", required=True, metavar="JSONL", help="the forget set D_f")
     audit.add_argument("--retain", metavar="JSONL", help="the retain set D_r")
+    audit.add_argument(
+        "--holdout",
+        metavar="JSONL",
+        help="data of the same kind as --forget that the adapters never saw: can an attacker tell "
+        "the two apart? (Of lines with token_groups the tokens of group 0.)",
+    )
+    audit.add_argument(
+        "--retrained",
+        metavar="DIR",
+        help="an adapter trained without the forget set, as the reference",
+    )
+    audit.add_argument(
+        "--relearn-steps",
+        type=_not_negative,
+        default=10,
+        metavar="N",
+        help="steps of training on a tenth of the forget sequences, to see whether the others come "
+        "back (default: 10; 0: do not try)",
+    )
+    audit.add_argument("--seed", type=int, default=0, help="which tenth (default: 0)")
     audit.add_argument("--out", metavar="FILE", help="write the findings as JSON")
     audit.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     audit.set_defaults(run=_audit)
@@ -524,7 +561,7 @@ def _read(
 def _config(arguments: argparse.Namespace):
     from .config import UcanConfig
 
-    config = UcanConfig()
+    config = UcanConfig.preset(arguments.preset or "paper")
     if arguments.config is not None:
         try:
             config = UcanConfig.from_json(Path(arguments.config).read_text())
@@ -560,6 +597,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return value
 
 

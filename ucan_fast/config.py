@@ -38,6 +38,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "trust_region": (0.0, math.inf),
 }
 _COUNTS = ("influence_rank", "influence_blocks")
+#: Named choices: what differs from the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # 1 % of retain loss costs rankings about as much as 5 % of Recall@10 (docs/quality.md).
+    "best": {"method": "influence", "max_retain_loss_increase": 0.01},
+}
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,28 @@ class UcanConfig:
     def effective_variant(self) -> str:
         """``influence_variant``, or for gates the variant that is enough for them."""
         return "diagonal" if self.method == "gates" else self.influence_variant
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> UcanConfig:
+        """A named choice, with some fields changed.
+
+        Args:
+            name: ``"paper"``, U-CAN as we read the paper (the defaults): soft attenuation, forward
+                passes only. ``"best"``, what forgets most per retained recommendation in our
+                comparison (``docs/quality.md``): the influence step, within 1 % of retain loss;
+                one backward pass over the forget set, and a bank of factors.
+            changes: fields on top of it.
+
+        Raises:
+            UcanError: an unknown preset or field, or a value out of range.
+        """
+        if name not in PRESETS:
+            raise UcanError(
+                f"UcanConfig: there is no preset {name!r}; known are "
+                + ", ".join(map(repr, PRESETS))
+                + "."
+            )
+        return cls().replace(**{**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> UcanConfig:
         """A copy with some fields changed, validated again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ def group_loss(
     the batch has ``labels``, its label is not -100. Encoder-decoder models score decoder tokens.
     """
     loss = Loss()
-    with _evaluating(model):
-        for piece in track(_slices(model, batches, group), None, progress, f"{group} loss"):
+    with evaluating(model):
+        for piece in track(scored_slices(model, batches, group), None, progress, f"{group} loss"):
             logits, labels = piece.run(model)
             loss.nll += float(token_nll(logits, labels).double().sum())
             loss.tokens += labels.numel()
@@ -98,8 +98,10 @@ def forget_shift(
     after = {name: Loss() for name in edits}
     kl_sum = dict.fromkeys(edits, 0.0)
     changed = dict.fromkeys(edits, 0.0)
-    with _evaluating(model):
-        for piece in track(_slices(model, batches, "forget"), None, progress, "forget metrics"):
+    with evaluating(model):
+        for piece in track(
+            scored_slices(model, batches, "forget"), None, progress, "forget metrics"
+        ):
             original, labels = piece.run(model)
             count = labels.numel()
             before.nll += float(token_nll(original, labels).double().sum())
@@ -119,8 +121,14 @@ def forget_shift(
 
 
 @dataclass
-class _Slice:
-    """Some sequences of a batch, and where they are scored."""
+class ScoredSlice:
+    """Some sequences of a batch, and where they are scored.
+
+    Attributes:
+        inputs: what the model is called with.
+        mask: bool ``[B, T]``, the positions whose logits are scored; every row has one.
+        labels: token ids ``[P]`` of those positions, row by row.
+    """
 
     inputs: dict[str, Any]
     mask: torch.Tensor
@@ -135,17 +143,35 @@ class _Slice:
         return logits[self.mask].float(), self.labels
 
 
-def _slices(model: nn.Module, batches: Iterable[Mapping[str, Any]], group: str) -> Iterator[_Slice]:
+def scored_slices(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    group: str,
+    only: Container[int] | None = None,
+) -> Iterator[ScoredSlice]:
+    """The sequences with a scored token of the group, in slices whose logits fit LOGITS_BYTES.
+
+    Args:
+        only: numbers of the sequences wanted, counted over all that have a scored token, in the
+            order of the batches; None: all.
+
+    Raises:
+        UcanError: a batch is malformed (it is named by its index).
+    """
     wanted = group_index(group)
+    number = 0
     for batch in read_batches(model, batches, group):
         mask, labels = _scored(batch, wanted)
         rows = mask.any(1).nonzero().squeeze(1)
+        first, number = number, number + len(rows)
+        if only is not None:
+            rows = rows[[index for index in range(len(rows)) if first + index in only]]
         per_row = mask.shape[1] * 4 * _vocabulary(model)
         step = max(1, LOGITS_BYTES // max(per_row, 1))
         # (split makes one empty part of no rows.)
         for part in rows.split(step) if len(rows) else ():
             inputs = _rows(batch.forward_inputs(), part, mask.shape[0])
-            yield _Slice(inputs, mask[part], labels[part][mask[part]])
+            yield ScoredSlice(inputs, mask[part], labels[part][mask[part]])
 
 
 def _scored(batch: Batch, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,6 +213,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and the modules' own modes back afterwards."""
     with eval_mode(model), torch.no_grad():
         yield

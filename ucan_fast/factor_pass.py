@@ -92,7 +92,8 @@ def collect_factors(
     check_is_origin(model, adapter, origin)
     stored = "all" if variant == "eigenbasis" else variant
     pass_ = _Pass(model, layers, group_index(group), stored, curvature, seed)
-    with _quiet(model), _trainable(model, pass_.targets), _differentiable(model), pass_.attached():
+    weights = [p for target in pass_.targets for p in target.parameters]
+    with _quiet(model), trainable(model, weights), differentiable(model), pass_.attached():
         for batch in track(read_batches(model, batches, group), batches, progress, "factors"):
             pass_.run(model, batch)
     factors = pass_.finish(group)
@@ -313,14 +314,14 @@ class _Pass:
             if true.any():
                 self.positions += int(true.sum())
                 loss = _summed_nll(logits[true], labels[true])
-                self._add_gradients(_gradients(loss, uses, keep=self.curvature))
+                self._add_gradients(gradients(loss, uses, keep=self.curvature))
             if self.curvature:
                 scored = logits[anywhere]
                 drawn = draw_labels(scored.detach(), row_uniforms(inputs, anywhere, self.seed))
                 self._agree_on_inputs()
                 self.summing = True
                 try:
-                    _gradients(_summed_nll(scored, drawn), uses)
+                    gradients(_summed_nll(scored, drawn), uses)
                 finally:
                     self.summing = False
 
@@ -576,7 +577,7 @@ def _ungrouped(batch: Batch, group: int) -> Batch:
 
 
 @contextlib.contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     """Refuse base layers that would swallow gradients without a word.
 
     bitsandbytes packs 4-bit weights anew for CPUs with AVX512-BF16 in the first forward without
@@ -613,9 +614,15 @@ def _summed_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(wide, labels, reduction="sum")
 
 
-def _gradients(
+def gradients(
     loss: torch.Tensor, uses: list[torch.Tensor], keep: bool = False
 ) -> list[torch.Tensor | None]:
+    """Of the loss by ``uses``, None where it does not depend on one; no ``.grad`` is written.
+
+    Raises:
+        UcanError: nothing can be differentiated: reentrant checkpoints, or a model that runs
+            without gradients.
+    """
     try:
         return list(torch.autograd.grad(loss, uses, retain_graph=keep, allow_unused=True))
     except RuntimeError as error:
@@ -633,9 +640,9 @@ def _gradients(
 
 
 @contextlib.contextmanager
-def _trainable(model: nn.Module, targets: list[Target]) -> Iterator[None]:
+def trainable(model: nn.Module, weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """Only these require gradients; every flag comes back, and no ``.grad`` is written."""
-    wanted = {id(tensor) for target in targets for tensor in target.parameters}
+    wanted = {id(tensor) for tensor in weights}
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, flag in before:

@@ -87,21 +87,35 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     `logits` is `[P, V]` in any float dtype (computed in fp32), `labels` `[P]` holds token ids.
     Differentiable. UcanError: shapes do not fit or a label is outside of 0..V-1 (drop -100 first).
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise UcanError(
-            f"token_nll: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
-            "[P, V] and [P]."
-        )
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
-        raise UcanError(
-            f"token_nll: labels reach from {int(labels.min())} to {int(labels.max())}, but the "
-            f"vocabulary is 0..{logits.shape[1] - 1}; leave ignored positions (-100) out."
-        )
+    _check_labels(logits, labels, "token_nll")
     parts = [
         torch.nn.functional.cross_entropy(logits[rows].float(), labels[rows], reduction="none")
         for rows in _row_chunks(logits)
     ]
     return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
+
+
+def token_z_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(log p(label) - μ) / σ per position: fp64 `[P]`, without a unit.
+
+    μ and σ are the mean and the standard deviation of log p(token) over tokens drawn from p, the
+    model's own distribution at that position (Min-K++, arXiv 2404.02936). `logits` is
+    `[P, V]` in any float dtype (computed in fp64), `labels` `[P]` holds token ids. σ² is at least
+    1e-6, as in open-unlearning: where all tokens are equally likely the score is 0. UcanError as
+    for `token_nll`.
+    """
+    _check_labels(logits, labels, "token_z_scores")
+    parts = []
+    for rows in _row_chunks(logits):
+        log_p = torch.log_softmax(logits[rows].detach().double(), dim=-1)
+        p = log_p.exp()
+        # A token of probability 0 has no weight, but 0 * -inf is NaN; a NaN of p must stay.
+        finite = torch.where(p == 0, torch.zeros_like(p), log_p)
+        mean = (p * finite).sum(-1)
+        variance = (p * (finite - mean[:, None]).square()).sum(-1).clamp_min(1e-6)
+        label = log_p.gather(1, labels[rows][:, None]).squeeze(1)
+        parts.append((label - mean) / variance.sqrt())
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float64)
 
 
 def target_ranks(
@@ -214,6 +228,19 @@ def _same_logits(original: torch.Tensor, unlearned: torch.Tensor, name: str) -> 
         raise UcanError(
             f"{name}: logits {tuple(original.shape)} and {tuple(unlearned.shape)}; expected two "
             "of the same shape [P, V] with at least one position."
+        )
+
+
+def _check_labels(logits: torch.Tensor, labels: torch.Tensor, name: str) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise UcanError(
+            f"{name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
+            "[P, V] and [P]."
+        )
+    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
+        raise UcanError(
+            f"{name}: labels reach from {int(labels.min())} to {int(labels.max())}, but the "
+            f"vocabulary is 0..{logits.shape[1] - 1}; leave ignored positions (-100) out."
         )
 
 

@@ -88,15 +88,16 @@ def load_demo() -> Demo:
         Unavailable: the data cannot be had, or the example not be imported.
     """
     try:
-        example = _example()
-        recipe = example.Recipe()
-        return Demo(recipe, example.load_data(recipe, None, cache_folder()))
+        movielens = example()
+        recipe = movielens.Recipe()
+        return Demo(recipe, movielens.load_data(recipe, None, cache_folder()))
     except (UcanError, ImportError) as error:
         raise Unavailable(f"ml-100k as in examples/movielens.py: {error}") from error
 
 
 @functools.cache
-def _example() -> ModuleType:
+def example() -> ModuleType:
+    """``examples/movielens.py``, which is no package, as a module."""
     name = "ucan_fast_movielens_example"
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "movielens.py")
     module = importlib.util.module_from_spec(spec)

@@ -25,15 +25,18 @@ class Case:
         model: in eval mode, with the adapter before the request.
         forget: sequences with something to delete: ``token_groups`` 0 is to be forgotten, 1 is
             retained (context of the same sequence), -1 is neither.
-        retain: all sequences that the adapter was trained on and that are not deleted whole; only
-            positions of ``token_groups`` 1 may be learned from.
+        retain: all sequences that the adapter was trained on; only positions of ``token_groups`` 1
+            are retained data, those of 0 are the forget set again.
         calibration: a part of the retained data: strengths and settings are chosen on it.
         holdout: data of the same kind that was never trained on, ``token_groups`` 0.
         ranks: ranks (1 is best) of the true items, by side. ``calibration`` and ``retain`` are
             of different users (or prompts): a method is tuned on the first and judged on the
             second.
         measure: the ranking metrics of both protocols, by name.
+        retrain: trains an adapter anew without the forget set; returns its matrices by the names
+            of :func:`lora_weights`, and the seconds.
         seed: of everything that is drawn.
+        coarse: whether every other point of a curve is enough.
         prepared: sums that are there before the request comes in (a bank), by name.
         seconds: what it took to make those, by the same names.
     """
@@ -46,7 +49,9 @@ class Case:
     holdout: Sequence[Batch]
     ranks: Callable[[], dict[str, torch.Tensor]]
     measure: Callable[[], dict[str, float]]
+    retrain: Callable[[], tuple[dict[str, torch.Tensor], float]]
     seed: int
+    coarse: bool = False
     prepared: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -92,11 +97,17 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self) -> Clock:
-        self._start = time.perf_counter()
+        self._start = self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += self._now() - self._start
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def lora_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -305,7 +305,7 @@ def test_without_the_data_every_demo_row_is_skipped_with_the_reason(monkeypatch)
     def absent(*_arguments, **_options):
         raise uf.UcanError("no copy can be had")
 
-    monkeypatch.setattr(demo._example(), "load_data", absent)
+    monkeypatch.setattr(demo.example(), "load_data", absent)
     results, skipped = deletion.run(FAST, CPU)
     assert not results
     assert {s.candidate for s in skipped} == set(deletion.CANDIDATES)

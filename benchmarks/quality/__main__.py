@@ -1,0 +1,124 @@
+"""Unlearning quality of every method, side by side: tables, JSON, figures.
+
+    python -m benchmarks.quality --profile quick      one seed on ml-100k, coarse curves
+    python -m benchmarks.quality --profile full --data FOLDER --save
+
+A cell (data set, seed, scenario) is a file; files that are there already are kept, so that a run
+that was cut short goes on. Cells run side by side, each on its share of the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..measure import ROOT
+from .recommender import DATA_SETS, SCENARIOS
+from .tables import load, text_tables
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is run."""
+
+    data_sets: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    seeds: tuple[int, ...]
+    coarse: bool
+
+
+PROFILES = {
+    "quick": Profile(("ml-100k",), ("interactions", "users", "one-user", "genre"), (0,), True),
+    "full": Profile(tuple(DATA_SETS), SCENARIOS, (0, 1, 2), False),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 1 where a cell fails."""
+    options = _parser().parse_args(arguments)
+    profile = PROFILES[options.profile]
+    coarse = profile.coarse if options.coarse is None else options.coarse
+    out = RESULTS if options.save else ROOT / "build" / f"quality-{options.profile}"
+    out = options.out or out
+    began = time.perf_counter()
+    data_sets = options.data_sets or profile.data_sets
+    seeds = options.seeds or profile.seeds
+    shared = ["--data", str(options.data)] if options.data else []
+    pairs = [["--data-set", name, "--seed", str(seed)] for seed in seeds for name in data_sets]
+    print(f"recommenders: {len(pairs)}, trained where the cache has them not", flush=True)
+    failed = _all([[*pair, *shared] for pair in pairs], options.workers)
+    cells, files = [], []
+    # Seeds outermost: a run that is cut short has covered all scenarios.
+    for pair in pairs:
+        for scenario in options.scenarios or profile.scenarios:
+            file = out / f"{pair[1]}-{pair[3]}-{scenario}.json"
+            files.append(file)
+            if file.exists() and not options.again:
+                print(f"kept: {_shown(file)} (--again measures it anew)")
+                continue
+            words = [*pair, "--scenario", scenario, "--out", str(file), *shared]
+            words += ["--methods", options.methods] if options.methods else []
+            cells.append([*words, "--coarse"] if coarse else words)
+    failed += _all(cells, options.workers)
+    results = load(file for file in files if file.exists())
+    if results:
+        print()
+        print(text_tables(results))
+    print(f"{time.perf_counter() - began:.0f} s in all; results: {_shown(out)}")
+    return 1 if failed else 0
+
+
+def _all(jobs: list[list[str]], workers: int) -> int:
+    """Run the cells, `workers` at a time; how many failed."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # A thread that spins while it waits takes the core from the one it waits for.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def one(words: list[str]) -> int:
+        command = [sys.executable, "-m", "benchmarks.quality.cell", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, check=False, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            print(f"error: {' '.join(words)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return int(done.returncode != 0)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(one, jobs))
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path, ROOT)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
+    parser.add_argument("--data", type=Path, help="folder with ml-latest-small/ and pantry/")
+    parser.add_argument("--data-sets", nargs="+", choices=sorted(DATA_SETS))
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--methods", default="", help="regular expression; default: all")
+    parser.add_argument("--coarse", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--again", action="store_true", help="measure cells that are there anew")
+    parser.add_argument("--save", action="store_true", help=f"write to {_shown(RESULTS)}")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

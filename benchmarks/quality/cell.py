@@ -1,0 +1,119 @@
+"""One cell of the comparison: a data set, a seed, a scenario; its results go to one JSON file.
+
+    python -m benchmarks.quality.cell --data-set ml-100k --seed 0 --scenario genre --out FILE
+
+Without ``--scenario`` the recommender is trained and kept for the cells that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ucan_fast as uf
+from ucan_fast.files import atomic_write
+from ucan_fast.membership import membership_auc
+from ucan_fast.report import json_values
+
+from ..measure import describe_environment
+from ..model.models import cache_folder
+from .case import Case
+from .edits import FORGET, only, prepare, scores
+from .methods import METHODS
+from .recommender import DATA_SETS, SCENARIOS, load_recommender, make_case, make_request
+from .runner import MOST_BATCHES, run_case
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of a cell."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.cell", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--data-set", required=True, choices=sorted(DATA_SETS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenario", choices=SCENARIOS)
+    parser.add_argument("--data", type=Path, help="folder that holds the data sets' folders")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--methods", default="", help="regular expression; default: all")
+    parser.add_argument("--coarse", action="store_true", help="half the points of every curve")
+    return parser
+
+
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, or measure all methods."""
+    start = time.perf_counter()
+    recommender = load_recommender(options.data_set, options.data, cache_folder(), options.seed)
+    if options.scenario is None:
+        return None
+    request = make_request(recommender, options.scenario)
+    case = make_case(recommender, request, recommender.model(), coarse=options.coarse)
+    chosen = [method for method in METHODS if re.search(options.methods, method.name)]
+    prepare(case, dict.fromkeys(name for method in chosen for name in method.needs))
+    prepare(case, {"moments"} - case.prepared.keys())
+    found = {"scores": scores(case)}
+    found |= run_case(case, chosen, say=lambda text: print(text, flush=True), extra=attacks)
+    return {
+        "environment": describe_environment(),
+        "command": shlex.join(["python", "-m", "benchmarks.quality.cell", *_arguments(options)]),
+        "data_set": options.data_set,
+        "scenario": options.scenario,
+        "title": request.title,
+        "coarse": options.coarse,
+        "recipe": dataclasses.asdict(recommender.recipe),
+        "interactions": {
+            "forget": int(request.forget_train.sum()),
+            "users": len(recommender.data.tuned_users),
+        },
+        "total_seconds": time.perf_counter() - start,
+        **found,
+    }
+
+
+def attacks(case: Case) -> dict[str, float]:
+    """AUC of membership inference on the model as it is; nothing where there are too few sequences.
+
+    Item tokens have no text, so the zlib attack compresses their ids.
+    """
+    forget = only(case.forget, FORGET)[:: -(-len(case.forget) // MOST_BATCHES)]
+    try:
+        found = membership_auc(case.model, forget, case.holdout)
+    except uf.UcanError:
+        return {}
+    return {f"mia/{name}": auc.value for name, auc in found.items()}
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """What reproduces the file; where data and results lie is the reader's own."""
+    words = ["--data-set", options.data_set, "--seed", str(options.seed)]
+    words += ["--scenario", options.scenario]
+    if options.methods:
+        words += ["--methods", options.methods]
+    return [*words, *(["--coarse"] if options.coarse else [])]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 1 where the data cannot be had."""
+    options = parser().parse_args(arguments)
+    warnings.simplefilter("ignore", uf.UcanWarning)
+    try:
+        found = run(options)
+    except uf.UcanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if found is not None and options.out is not None:
+        text = json.dumps(json_values(found), indent=1, allow_nan=False)
+        atomic_write(options.out, text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

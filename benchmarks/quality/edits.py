@@ -1,0 +1,237 @@
+"""The one-shot edits of this package, their ablations, and the two controls, as methods."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+import ucan_fast as uf
+
+from .case import Batch, Case, Clock, Method, State, as_before
+from .dampening import importance_of_all
+
+FORGET, RETAIN = 0, 1
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+FRACTIONS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
+SCALES = (0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 0.75, 0.7)
+#: Predicted rises of the forget NLL.
+NATS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
+QUANTILES = (0.5, 0.85, 0.95, 0.99, 1.0)
+#: Sums over the retained data that a bank holds.
+PREPARED = ("moments", "factors", "ssd")
+
+
+def ladder(case: Case, values: Sequence[float]) -> Sequence[float]:
+    """The values to try; every other one where the case is to be quick."""
+    return values[1::2] if case.coarse else values
+
+
+def only(batches: Sequence[Batch], group: int) -> list[Batch]:
+    """The same sequences with no other group's tokens marked."""
+    kept = []
+    for batch in batches:
+        groups = batch["token_groups"]
+        kept.append({**batch, "token_groups": groups.where(groups == group, -1)})
+    return kept
+
+
+def prepare(case: Case, names: Iterable[str]) -> None:
+    """Sums over the retained data, as a bank holds them before a request comes in."""
+    retained = [b for b in only(case.retain, RETAIN) if bool((b["token_groups"] == RETAIN).any())]
+    for name in names:
+        clock = Clock()
+        with clock:
+            if name == "moments":
+                case.prepared[name] = uf.collect(case.model, retained)
+            elif name == "factors":
+                case.prepared[name] = uf.collect_factors(case.model, retained, seed=case.seed)
+            elif name == "ssd":
+                case.prepared[name] = importance_of_all(case.model, case.retain)
+            else:
+                raise uf.UcanError(f"nothing is known of {name!r}; known: {', '.join(PREPARED)}.")
+        case.seconds[name] = clock.seconds
+
+
+@contextlib.contextmanager
+def applied(plan: Any, model: torch.nn.Module) -> Iterator[None]:
+    """The plan is on the model in the block."""
+    plan.apply(model)
+    try:
+        yield
+    finally:
+        plan.undo(model)
+
+
+def attenuation(case: Case, **fields: Any) -> Iterator[State]:
+    """U-CAN by strength; with ``decay="hard"`` by the share of neurons that are removed.
+
+    ``min_score=0``: also where the default finds the two sets too alike to select anything.
+    """
+    clock = Clock()
+    with clock:
+        config = uf.UcanConfig(min_score=0.0, **fields)
+        forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
+        stats = case.prepared["moments"] + forget
+        if config.decay != "hard":
+            plan = _plan(case, stats, config.replace(strength=1.0))
+    hard = config.decay == "hard"
+    for value in ladder(case, FRACTIONS if hard else STRENGTHS):
+        with clock:
+            if hard:
+                changed = _plan(case, stats, config.replace(strength=1.0, fraction=value))
+            else:
+                changed = plan.with_strength(value)
+            changed.apply(case.model)
+        try:
+            yield State(value, clock.seconds)
+        finally:
+            changed.undo(case.model)
+
+
+def scores(case: Case) -> dict[str, dict[str, float]]:
+    """The distribution of U-CAN's scores by site: what a report's guidance goes by."""
+    forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
+    stats = case.prepared["moments"] + forget
+    found = {}
+    for site in ("input", "mlp"):
+        score = _plan(case, stats, uf.UcanConfig(site=site, strength=1.0)).flat_score.double()
+        found[site] = {f"{q:g}": float(score.quantile(q)) for q in QUANTILES}
+        found[site]["share above 0.05"] = float((score > 0.05).double().mean())
+    return found
+
+
+def _plan(case: Case, stats: uf.ActivationStats, config: uf.UcanConfig) -> uf.AttenuationPlan:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", uf.UcanWarning)
+        return uf.make_plan(case.model, stats, config)
+
+
+def gates(case: Case) -> Iterator[State]:
+    """One-shot gates, by the predicted rise of the forget NLL."""
+    clock = Clock()
+    with clock:
+        plan = uf.make_gates_plan(case.model, _gradients(case), case.prepared["factors"])
+    for value in ladder(case, NATS):
+        with clock:
+            changed = plan.with_strength(value)
+            changed.apply(case.model)
+        try:
+            yield State(value, clock.seconds)
+        finally:
+            changed.undo(case.model)
+
+
+def influence(case: Case, **fields: Any) -> Iterator[State]:
+    """The influence step, by the predicted rise of the forget NLL."""
+    clock = Clock()
+    with clock:
+        config = uf.UcanConfig(method="influence", **fields)
+        factors = case.prepared["factors"]
+        plan = uf.make_influence_plan(case.model, _gradients(case), factors, config)
+    yield from _steps(case, plan, clock)
+
+
+def gradient_step(case: Case) -> Iterator[State]:
+    """One plain step up the forget NLL, by its predicted rise: what preconditioning adds to."""
+    clock = Clock()
+    with clock:
+        forget = _gradients(case)
+        bare = {key: g / forget.positions for key, g in forget.gradients.items()}
+        slope = sum(float(g.square().sum()) for g in bare.values())
+        # The diagonals make the cheapest plan of all matrices; its directions are replaced.
+        config = uf.UcanConfig(method="influence", influence_variant="diagonal")
+        plan = uf.make_influence_plan(case.model, forget, case.prepared["factors"], config)
+        plan = dataclasses.replace(plan, directions={k: g / slope for k, g in bare.items()})
+    yield from _steps(case, plan, clock)
+
+
+def _gradients(case: Case) -> uf.InfluenceFactors:
+    """Of the forget set only its gradient is needed."""
+    return uf.collect_factors(
+        case.model, only(case.forget, FORGET), group="forget", seed=case.seed, curvature=False
+    )
+
+
+def _steps(case: Case, plan: uf.InfluencePlan, clock: Clock) -> Iterator[State]:
+    with clock:
+        edit = plan.edit(case.model, case.model.active_adapter)
+    for value in ladder(case, NATS):
+        with clock:
+            edit.write(value)
+        try:
+            yield State(value, clock.seconds)
+        finally:
+            edit.restore()
+
+
+def uniform(case: Case) -> Iterator[State]:
+    """The whole adapter scaled down by one number."""
+    for scale in ladder(case, SCALES):
+        with as_before(case.model) as weights:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    if ".lora_B." in name:
+                        weight.mul_(scale)
+            yield State(1 - scale, 0.0)
+
+
+def random_neurons(case: Case) -> Iterator[State]:
+    """U-CAN's factors at the input site, on neurons drawn at random."""
+    forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
+    config = uf.UcanConfig(min_score=0.0, strength=1.0)
+    plan = _plan(case, case.prepared["moments"] + forget, config)
+    order = torch.randperm(plan.neurons, generator=torch.Generator().manual_seed(case.seed))
+    for value in ladder(case, STRENGTHS):
+        changed = plan.with_strength(value)
+        changed = dataclasses.replace(changed, flat_factors=changed.flat_factors[order])
+        with applied(changed, case.model):
+            yield State(value, 0.0)
+
+
+def retraining(case: Case) -> Iterator[State]:
+    """An adapter that never saw the forget set: what the others stand in for."""
+    weights, seconds = case.retrain()
+    with as_before(case.model) as own:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                own[name].copy_(weight)
+        yield State(0.0, seconds)
+
+
+def _ucan(name: str, **fields: Any) -> Method:
+    return Method(name, attenuation, ({**fields},), ("moments",))
+
+
+def _influence(name: str, **fields: Any) -> Method:
+    return Method(name, influence, ({**fields},), ("factors",), backward=True)
+
+
+RETRAINING = Method("retraining", retraining, backward=True)
+CONTROLS = (
+    Method("uniform shrink (control)", uniform),
+    Method("random neurons (control)", random_neurons, needs=("moments",)),
+)
+ATTENUATION = (
+    _ucan("U-CAN, input", site="input"),
+    _ucan("U-CAN, mlp", site="mlp"),
+    _ucan("U-CAN, rank", site="rank"),
+    _ucan("U-CAN, output", site="output"),
+    _ucan("U-CAN, input, w/o C (no contrast)", contrast="none"),
+    _ucan("U-CAN, input, w/o F (no utility)", utility_weight=0.0),
+    _ucan("U-CAN, input, w/o H (hard pruning)", decay="hard"),
+    _ucan("U-CAN, mlp, w/o H (hard pruning)", site="mlp", decay="hard"),
+)
+BEYOND = (
+    Method("gates", gates, needs=("factors",), backward=True),
+    _influence("influence"),
+    _influence("influence, B only", influence_variant="b-only"),
+    _influence("influence, last blocks", influence_variant="last-blocks"),
+    _influence("influence, eigenbasis", influence_variant="eigenbasis"),
+    _influence("influence, diagonals", influence_variant="diagonal"),
+    Method("one plain gradient step", gradient_step, needs=("factors",), backward=True),
+)

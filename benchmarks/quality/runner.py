@@ -1,0 +1,218 @@
+"""One case, all methods: curves, the setting and the state that calibration chooses, measures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ucan_fast.evaluation import forget_shift, group_loss
+from ucan_fast.metrics import drop, perplexity, ranking_metrics
+from ucan_fast.recsys import trade_offs
+
+from ..model.resources import peak_memory
+from .case import Case, Method, as_before, lora_weights
+from .edits import FORGET, only
+
+#: Drops of retained Recall@10, in %, that forgetting is read off at.
+BUDGETS = (0.5, 1.0, 5.0)
+#: The one that settings are chosen at, and that the state measured in full stays within.
+BUDGET = 5.0
+#: A curve ends where calibration has dropped this far.
+FAR_ENOUGH = 8.0
+METRIC = "recall@10"
+#: Batches of the forget set that KL divergence and perplexity are measured on, evenly spread.
+MOST_BATCHES = 8
+
+
+@dataclass
+class Point:
+    """One state on a curve: drops of Recall@10 in % by side."""
+
+    value: float
+    seconds: float
+    drops: dict[str, float]
+    weights: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)
+
+
+Extra = Callable[[Case], Mapping[str, float]]
+
+
+def run_case(
+    case: Case,
+    methods: Sequence[Method],
+    say: Callable[[str], None] = print,
+    extra: Extra | None = None,
+) -> dict[str, Any]:
+    """All methods on one case, as JSON can hold it.
+
+    For every method and setting: the curve. The setting whose curve forgets most at ``BUDGET`` on
+    calibration users is taken, and of it the strongest state that stays within ``BUDGET`` on
+    them; all figures are those of the other users. A method that fails is listed with its error.
+
+    Args:
+        extra: further figures of a state (membership inference), by name.
+    """
+    judge = _Judge(case, extra or (lambda case: {}))
+    found: dict[str, Any] = {
+        "case": case.name,
+        "seed": case.seed,
+        "cases": judge.cases,
+        "recall@10": judge.before,
+        "before": judge.measured,
+        "bank_seconds": case.seconds,
+        "methods": {},
+    }
+    for method in methods:
+        try:
+            row = _run(case, method, judge)
+        except Exception as error:  # a row of the table, not the end of it
+            row = {"error": f"{type(error).__name__}: {error}"}
+        found["methods"][method.name] = row
+        say(f"{case.name}: {line(method.name, row)}")
+    return found
+
+
+class _Judge:
+    """Measures states of one case against the model before."""
+
+    def __init__(self, case: Case, extra: Extra) -> None:
+        self.case, self.extra = case, extra
+        self.forget = only(case.forget, FORGET)[:: -(-len(case.forget) // MOST_BATCHES)]
+        self.before, self.cases = self._recalls()
+        self.ranking = case.measure()
+        self.measured = self.ranking | dict(extra(case)) | self._loss()
+
+    def drops(self) -> dict[str, float]:
+        """Of the model as it is, by side, in %."""
+        now, _ = self._recalls()
+        return {side: drop(self.before[side], now[side]) for side in now}
+
+    def full(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """All metrics of the model with these weights."""
+        with _weights(self.case, weights):
+            now = self.case.measure()
+            extra = dict(self.extra(self.case))
+        metrics = now | extra | self._shift(weights)
+        return {"metrics": metrics, "trade_off": trade_offs(self.ranking, now)}
+
+    def _recalls(self) -> tuple[dict[str, float], dict[str, int]]:
+        ranks = {side: found for side, found in self.case.ranks().items() if len(found)}
+        recalls = {side: ranking_metrics(found)[METRIC] for side, found in ranks.items()}
+        return recalls, {side: len(found) for side, found in ranks.items()}
+
+    def _loss(self) -> dict[str, float]:
+        losses = {
+            "forget": group_loss(self.case.model, self.forget, "forget"),
+            "calibration": group_loss(self.case.model, self.case.calibration, "retain"),
+            "holdout": group_loss(self.case.model, self.case.holdout, "forget"),
+        }
+        return {f"{name}/nll": loss.mean for name, loss in losses.items()}
+
+    def _shift(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        edits = {"now": lambda: _weights(self.case, weights)}
+        _, shifts = forget_shift(self.case.model, self.forget, edits)
+        shift = shifts["now"]
+        return {
+            "forget/kl": shift.kl,
+            "forget/prediction_shift": shift.prediction_shift,
+            "forget/perplexity": perplexity(shift.loss.nll, shift.loss.tokens),
+            "forget/nll": shift.loss.mean,
+        }
+
+
+def _run(case: Case, method: Method, judge: _Judge) -> dict[str, Any]:
+    curves = [_curve(case, method, setting, judge) for setting in method.settings]
+    best = max(
+        range(len(curves)), key=lambda i: at_budget(_pairs(curves[i][0], "calibration"), BUDGET)[0]
+    )
+    points, memory = curves[best]
+    row: dict[str, Any] = {
+        "backward": method.backward,
+        "needs": list(method.needs),
+        "settings": [dict(setting) for setting in method.settings],
+        "setting": dict(method.settings[best]),
+        "curves": [[[p.value, p.seconds, p.drops] for p in curve] for curve, _ in curves],
+        "best": best,
+        "at_budget": {f"{b:g}": at_budget(_pairs(points, "retain"), b) for b in BUDGETS},
+        "peak_memory_bytes": memory,
+    }
+    # Retraining has one state, whatever it costs.
+    chosen = points[0] if len(points) == 1 == len(curves) else _strongest(points)
+    if chosen is not None:
+        row |= {"value": chosen.value, "seconds": chosen.seconds, "drops": chosen.drops}
+        row |= judge.full(chosen.weights)
+    return row
+
+
+def _curve(
+    case: Case, method: Method, setting: Mapping[str, Any], judge: _Judge
+) -> tuple[list[Point], int | None]:
+    """The states until calibration has dropped far enough, and the peak of memory on the way."""
+    points: list[Point] = []
+    memory: list[int] = []
+    states, end = method.states(case, **setting), object()
+    with contextlib.closing(states):
+        while True:
+            step: list[Any] = []
+            used = peak_memory(lambda out=step: out.append(next(states, end)), torch.device("cpu"))
+            if step[0] is end:
+                break
+            if used["peak_memory_bytes"] is not None:
+                memory.append(used["peak_memory_bytes"])
+            weights = {name: w.detach().clone() for name, w in lora_weights(case.model).items()}
+            points.append(Point(step[0].value, step[0].seconds, judge.drops(), weights))
+            if not points[-1].drops["calibration"] <= FAR_ENOUGH:
+                break
+    return points, max(memory, default=None)
+
+
+def _strongest(points: Sequence[Point]) -> Point | None:
+    """The last state before calibration is beyond the budget."""
+    within = None
+    for point in points:
+        if not point.drops["calibration"] <= BUDGET:
+            break
+        within = point
+    return within
+
+
+def _pairs(points: Iterable[Point], side: str) -> list[tuple[float, float]]:
+    return [(point.drops[side], point.drops["forget"]) for point in points]
+
+
+def at_budget(points: Iterable[tuple[float, float]], budget: float) -> tuple[float, bool]:
+    """The forget drop where the curve first exceeds this retain drop, between its two points.
+
+    Returns:
+        The drop, and whether the curve goes that far; else it is the largest drop on it.
+    """
+    last, most = (0.0, 0.0), 0.0
+    for retain, forget in points:
+        if retain > budget:
+            share = (budget - last[0]) / (retain - last[0])
+            return last[1] + share * (forget - last[1]), True
+        last, most = (retain, forget), max(most, forget)
+    return most, False
+
+
+@contextlib.contextmanager
+def _weights(case: Case, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    with as_before(case.model) as own:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                own[name].copy_(weight)
+        yield
+
+
+def line(name: str, row: Mapping[str, Any]) -> str:
+    """One row in words, for who watches."""
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    cells = " / ".join(
+        f"{'' if end else '<='}{value:.1f}" for value, end in row["at_budget"].values()
+    )
+    return f"{name}: forget drop {cells} %, {row.get('seconds', float('nan')):.2f} s"

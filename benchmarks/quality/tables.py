@@ -1,0 +1,173 @@
+"""Tables of the comparison, from result files: means over seeds, with their range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .runner import BUDGET, BUDGETS
+
+Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+KS = (5, 10)
+RANKING = ("recall", "mrr", "ndcg")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, the value of a method in one file (None where it has none), digits."""
+
+    heading: str
+    value: Callable[[Document, Row], float | None]
+    digits: int = 1
+
+
+def load(paths: Iterable[Path]) -> list[Document]:
+    """Result files, by data set, scenario and seed.
+
+    Raises:
+        ValueError: a file holds no results of this comparison; it is named.
+    """
+    found = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text())
+            order = (document["data_set"], document["scenario"], document["seed"])
+            found.append((order, document["methods"] and document))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no results of benchmarks.quality: {error}") from error
+    return [document for _, document in sorted(found, key=lambda pair: pair[0])]
+
+
+def groups(documents: Iterable[Document]) -> dict[tuple[str, str], list[Document]]:
+    """(data set, scenario) -> its files, one per seed."""
+    found: dict[tuple[str, str], list[Document]] = {}
+    for document in documents:
+        found.setdefault((document["data_set"], document["scenario"]), []).append(document)
+    return found
+
+
+def methods_of(documents: Sequence[Document]) -> list[str]:
+    """All methods, in the order of the files."""
+    return list(dict.fromkeys(name for document in documents for name in document["methods"]))
+
+
+def _at(budget: float) -> Column:
+    def value(_: Document, row: Row) -> float | None:
+        return row["at_budget"][f"{budget:g}"][0] if "at_budget" in row else None
+
+    return Column(f"f@{budget:g}", value)
+
+
+def _metric(heading: str, name: str, digits: int) -> Column:
+    return Column(heading, lambda _, row: row.get("metrics", {}).get(name), digits)
+
+
+def _trade_off(heading: str, protocol: str) -> Column:
+    return Column(heading, lambda _, row: row.get("trade_off", {}).get(protocol))
+
+
+def _drop(heading: str, side: str) -> Column:
+    return Column(heading, lambda _, row: row.get("drops", {}).get(side))
+
+
+#: What users decide by.
+COLUMNS = (
+    *map(_at, BUDGETS),
+    Column("time, s", lambda _, row: row.get("seconds"), 2),
+    Column("peak, MiB", lambda _, row: _mebibytes(row.get("peak_memory_bytes")), 0),
+    _drop("forget drop", "forget"),
+    _drop("retain drop", "retain"),
+    _metric("KL", "forget/kl", 3),
+    _metric("shift, %", "forget/prediction_shift", 1),
+    _metric("PPL", "forget/perplexity", 1),
+    _trade_off("T@10 strict", "strict_train"),
+    _trade_off("T@10 paper", "paper"),
+    _metric("MIA AUC", "mia/loss", 2),
+)
+#: Recommendations of both sides, at the same state.
+DETAILS = tuple(
+    _metric(
+        f"{title} {metric.upper() if metric != 'recall' else 'R'}@{k}", f"{side}/{metric}@{k}", 3
+    )
+    for side, title in (
+        ("forget_train", "forget"),
+        ("retain_train", "retain"),
+        ("retain_test", "held out"),
+    )
+    for metric in RANKING
+    for k in KS
+)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of none."""
+    return sum(values) / len(values) if values else None
+
+
+def _mebibytes(value: float | None) -> float | None:
+    return None if value is None else value / 2**20
+
+
+def table(documents: Sequence[Document], columns: Sequence[Column]) -> list[str]:
+    """Markdown, one row per method: the mean over seeds and, of several, [the range]."""
+    lines = ["| | " + " | ".join(column.heading for column in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    lines.append(
+        "| before | " + " | ".join(_before(documents, column) for column in columns) + " |"
+    )
+    for name in methods_of(documents):
+        rows = [(d, d["methods"][name]) for d in documents if name in d["methods"]]
+        errors = [row["error"] for _, row in rows if "error" in row]
+        cells = [_cell([column.value(d, row) for d, row in rows], column) for column in columns]
+        note = f" ({len(errors)} of {len(rows)} failed: {errors[0]})" if errors else ""
+        lines.append(f"| {name}{note} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _before(documents: Sequence[Document], column: Column) -> str:
+    rows = [{"metrics": document["before"]} for document in documents]
+    return _cell([column.value(d, r) for d, r in zip(documents, rows, strict=True)], column)
+
+
+def _cell(values: Sequence[float | None], column: Column) -> str:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return "-"
+    text = f"{mean(known):.{column.digits}f}"
+    if len(known) > 1:
+        text += f" [{min(known):.{column.digits}f}, {max(known):.{column.digits}f}]"
+    return text
+
+
+def heading(documents: Sequence[Document]) -> str:
+    """What the table under it is about."""
+    first = documents[0]
+    seeds = ", ".join(str(document["seed"]) for document in documents)
+    counts = ", ".join(f"{document['interactions']['forget']:,}" for document in documents)
+    return f"{first['data_set']}, {first['title']} ({counts} interactions; seed {seeds})"
+
+
+LEGEND = (
+    "f@b: drop of Recall@10 on deleted training interactions (%) where the method's curve reaches "
+    "a drop of b % on retained ones, of users that nothing was tuned on (the largest on the curve "
+    "where it ends before). The other columns belong to the strongest state whose drop on "
+    f"calibration users is at most {BUDGET:g} %. Time: from the request to that state, on one "
+    "thread, tuning and measuring aside, sums of a bank at hand. Shift: share of positions with "
+    "another best item. T@10: forget drop minus retain drop, means over Recall, MRR and NDCG; "
+    "strict has both on training interactions, paper the retain side held out. MIA AUC: loss "
+    "attack, deleted sequences against never-seen ones (0.5: cannot be told apart)."
+)
+
+
+def text_tables(documents: Sequence[Document]) -> str:
+    """All tables with their captions."""
+    parts = []
+    for together in groups(documents).values():
+        parts.append(f"### {heading(together)}\n")
+        parts.append("\n".join(table(together, COLUMNS)) + "\n")
+    return "\n".join([*parts, LEGEND])

@@ -1,0 +1,184 @@
+"""Tables, the README's section, the page and the figures, from made-up result files."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from benchmarks.measure import ROOT
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import report, tables
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.report import MARKERS, SHOWN, STYLES, outdated, page, section, write
+
+
+def row(forget: float, retain: float = 2.0, **more):
+    return {
+        "backward": True,
+        "needs": [],
+        "settings": [{}],
+        "setting": {},
+        "best": 0,
+        "curves": [[[1.0, 0.5, {"forget": forget, "retain": retain, "calibration": retain}]]],
+        "at_budget": {"0.5": [forget / 10, True], "1": [forget / 5, True], "5": [forget, False]},
+        "peak_memory_bytes": 3 * 2**20,
+        "value": 1.0,
+        "seconds": 0.25,
+        "drops": {"forget": forget, "retain": retain, "calibration": retain},
+        "metrics": {"forget/kl": 0.125, "retain_train/recall@10": 0.4},
+        "trade_off": {"strict_train": forget - retain, "paper": 9.0},
+        **more,
+    }
+
+
+def document(seed: int = 0, scenario: str = "genre", data_set: str = "ml-100k"):
+    names = [method.name for method in METHODS]
+    methods = {name: row(10.0 + seed + i) for i, name in enumerate(names)}
+    methods["SSD"] = {"error": "RuntimeError: no more"}
+    return {
+        "environment": {
+            "hardware": "a machine",
+            "threads": 1,
+            "torch": "2",
+            "peft": "0",
+            "commit": "abc",
+            "transformers": "5",
+            "date": "2026-01-02T03:04:05",
+        },
+        "command": f"python -m benchmarks.quality.cell --seed {seed}",
+        "data_set": data_set,
+        "scenario": scenario,
+        "seed": seed,
+        "title": "all Horror films",
+        "interactions": {"forget": 1234, "users": 9},
+        "before": {"forget/nll": 1.0, "retain_train/recall@10": 0.5},
+        "bank_seconds": {"moments": 1.0},
+        "total_seconds": 100.0,
+        "methods": methods,
+    }
+
+
+@pytest.fixture
+def documents():
+    return [document(0), document(1), document(0, "users"), document(0, data_set="pantry")]
+
+
+def cells(lines, name):
+    found = [line for line in lines if line.startswith(f"| {name} |")]
+    assert len(found) == 1, name
+    return [cell.strip() for cell in found[0].strip("|").split("|")]
+
+
+def test_every_method_has_its_row_and_failures_say_why(documents):
+    lines = tables.table(documents[:2], tables.COLUMNS)
+    headings = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    for method in METHODS:
+        if method.name != "SSD":
+            cells(lines, method.name)
+    (failed,) = [line for line in lines if line.startswith("| SSD (2 of 2 failed: RuntimeError")]
+    assert set(failed.split("|")[2:-1]) == {" - "}
+    first = cells(lines, "retraining")
+    # Means over the seeds with their range; where both are the same too.
+    assert first[headings.index("f@5")] == "10.5 [10.0, 11.0]"
+    assert first[headings.index("time, s")] == "0.25 [0.25, 0.25]"
+    assert first[headings.index("peak, MiB")] == "3 [3, 3]"
+    assert first[headings.index("PPL")] == "-"
+    assert cells(lines, "before")[headings.index("KL")] == "-"
+    assert cells(tables.table(documents[:1], tables.COLUMNS), "retraining")[3] == "10.0"
+
+
+def test_one_seed_where_a_method_fails_counts_the_others(documents):
+    documents[1]["methods"]["NPO"] = {"error": "ValueError: x"}
+    lines = tables.table(documents[:2], tables.COLUMNS)
+    (line,) = [line for line in lines if line.startswith("| NPO ")]
+    assert "1 of 2 failed" in line
+    alone = documents[0]["methods"]["NPO"]["at_budget"]["5"][0]
+    assert f" {alone:.1f} " in line
+
+
+def test_the_section_marks_the_best_and_shows_the_gold_standard(documents):
+    documents[0]["methods"]["influence"] = row(80.0)
+    documents[1]["methods"]["influence"] = row(90.0)
+    text = section(documents)
+    lines = text.splitlines()
+    genre = lines.index(next(line for line in lines if line.startswith("| | genre")))
+    table = lines[genre : genre + 2 + len(SHOWN) + 1]
+    assert cells(table, "influence")[1] == "**17.0 / 85.0**"
+    assert sum("**" in cells(table, name)[1] for name in SHOWN if name != "SSD") == 1
+    assert cells(table, "SSD")[1] == "-"
+    assert cells(table, "retraining, forget drop")[1] == "10 (retain 2.0)"  # 10.5 to even
+    assert "pantry" in text
+    assert set(SHOWN) <= {m.name for m in METHODS}
+    assert set(STYLES) <= {m.name for m in METHODS}
+
+
+def test_the_page_names_how_to_reproduce_every_row(documents):
+    text = page(documents)
+    for found in documents:
+        assert f"`{found['command']}`" in text
+    assert text.count("a machine") == len(documents)
+    assert "commit abc, 2026-01-02" in text
+
+
+def test_writing_and_finding_what_is_stale(tmp_path, documents):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    (tmp_path / "docs").mkdir()
+    assert outdated(tmp_path, documents)
+    written = {path.name for path in write(tmp_path, documents)}
+    assert written == {"README.md", "quality.md", "quality-ml-100k.png", "quality-pantry.png"}
+    assert readme.read_text().startswith("before\n")
+    assert readme.read_text().endswith("after\n")
+    assert not outdated(tmp_path, documents)
+    assert not write(tmp_path, documents)
+    moved = copy.deepcopy(documents)
+    moved[0]["methods"]["influence"]["curves"][0][0][2]["forget"] = 55.0
+    assert outdated(tmp_path, moved) == ["quality-ml-100k"]
+
+
+def test_reading_files(tmp_path, documents):
+    for index, found in enumerate(reversed(documents)):
+        (tmp_path / f"{index}.json").write_text(json.dumps(found))
+    loaded = tables.load(tmp_path.glob("*.json"))
+    assert [(d["data_set"], d["scenario"], d["seed"]) for d in loaded] == [
+        *(("ml-100k", "genre", 0), ("ml-100k", "genre", 1), ("ml-100k", "users", 0)),
+        ("pantry", "genre", 0),
+    ]
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json holds no results"):
+        tables.load([bad])
+
+
+def test_the_repository_is_current():
+    """README, page and figures show the committed results."""
+    documents = tables.load((ROOT / "benchmarks" / "results" / "quality").glob("*.json"))
+    assert report.outdated(ROOT, documents) == []
+
+
+def test_cells_that_are_there_are_kept(tmp_path, monkeypatch, capsys):
+    jobs = []
+    monkeypatch.setattr(command, "_all", lambda words, workers: jobs.append(words) or 0)
+    kept = tmp_path / "ml-100k-0-genre.json"
+    kept.write_text(json.dumps(document()))
+    options = ["--out", str(tmp_path), "--scenarios", "genre", "users", "--seeds", "0", "1"]
+    assert command.main([*options, "--data-sets", "ml-100k", "--workers", "1"]) == 0
+    trained, cells = jobs
+    assert trained == [["--data-set", "ml-100k", "--seed", str(seed)] for seed in (0, 1)]
+    names = [words[words.index("--out") + 1].rpartition("/")[2] for words in cells]
+    assert names == [f"ml-100k-{n}.json" for n in ("0-users", "1-genre", "1-users")]
+    assert all("--coarse" in words for words in cells)
+    out = capsys.readouterr().out
+    assert "kept:" in out
+    assert "| influence |" in out
+    jobs.clear()
+    command.main([*options, "--data-sets", "ml-100k", "--workers", "1", "--again"])
+    assert len(jobs[1]) == 4
+
+
+def test_a_failing_cell_fails_the_run(tmp_path, capsys):
+    options = ["--profile", "full", "--data-sets", "pantry", "--scenarios", "genre", "--seeds", "0"]
+    assert command.main([*options, "--out", str(tmp_path)]) == 1  # no --data
+    assert "name the folder" in capsys.readouterr().err
