@@ -421,8 +421,8 @@ def text_recommender(
 
 def _train_or_load(
     recommender: TextRecommender, cases: Sequence[recsys.PromptCase], cache: Path
-) -> None:
-    """The adapter trained on these prompts, out of the cache or into it."""
+) -> float:
+    """The adapter trained on these prompts, out of the cache or into it; seconds of training."""
     model = recommender.model
     folder = cache / f"text-{_cache_key(recommender, cases)}"
     if not folder.is_dir():
@@ -438,6 +438,7 @@ def _train_or_load(
     # The file's bits, also after training.
     set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device="cpu"))
     model.eval()
+    return json.loads((folder / "training.json").read_text())["seconds"]
 
 
 def fit(recommender: TextRecommender, cases: Sequence[recsys.PromptCase]) -> list[float]:
@@ -591,7 +592,6 @@ class TextCase(Case):
 
     recommender: TextRecommender
     request: Request
-    cache: Path
     sides: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -673,24 +673,26 @@ def make_case(
         holdout=holdout,
         ranks=ranks,
         measure=measure,
+        retrain=lambda: retrain(recommender, request, cache),
         seed=recommender.recipe.seed,
         recommender=recommender,
         request=request,
-        cache=cache,
         sides=sides,
     )
 
 
-def retrain(case: TextCase) -> dict[str, torch.Tensor]:
+def retrain(
+    recommender: TextRecommender, request: Request, cache: Path
+) -> tuple[dict[str, torch.Tensor], float]:
     """The adapter as the same recipe makes it without the deleted prompts.
 
     Returns:
-        The matrices by the names of ``lora_weights``. The case's model is used for it and is
-        afterwards as it was, bit by bit. A second call takes them from the cache.
+        The matrices by the names of ``lora_weights``, and the seconds that training took. The
+        recommender's model is used for it and is afterwards as it was, bit by bit. A second call
+        takes both from the cache.
     """
-    recommender = case.recommender
-    gone = case.request.forget_train
+    gone = request.forget_train
     kept = [prompt for prompt, out in zip(recommender.data.train, gone, strict=True) if not out]
-    with as_before(case.model) as weights:
-        _train_or_load(recommender, kept, case.cache)
-        return {name: weight.detach().clone() for name, weight in weights.items()}
+    with as_before(recommender.model) as weights:
+        seconds = _train_or_load(recommender, kept, cache)
+        return {name: weight.detach().clone() for name, weight in weights.items()}, seconds
