@@ -241,7 +241,7 @@ def make_data(log: recsys.InteractionLog, profile: Profile, seed: int) -> Data:
 
 
 class Prompts(Sequence):
-    """Batches of prompts with their answers, of similar length each, all tokens in one group.
+    """Batches of prompts with their answers, of similar length each; a prompt has one group.
 
     Attributes:
         order: the prompt (its place in ``cases``) of each row, over all batches.
@@ -251,16 +251,18 @@ class Prompts(Sequence):
         self,
         recommender: TextRecommender,
         cases: Sequence[recsys.PromptCase],
-        group: int,
+        group: int | Sequence[int],
         tokens: str = "all",
     ) -> None:
         if tokens not in TOKENS:
             raise uf.UcanError(f"tokens must be one of {', '.join(TOKENS)}, not {tokens!r}.")
-        self.group, self.tokens, self.labels = group, tokens, recommender.labels
+        self.tokens, self.labels = tokens, recommender.labels
         self.cases = list(cases)
+        groups = [group] * len(self.cases) if isinstance(group, int) else list(group)
         alone = recommender.tokenised(self.cases, 1)
         lengths = [batch["input_ids"].shape[1] for batch in alone]
         self.order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self._groups = torch.tensor([groups[i] for i in self.order])
         self._batches = recommender.tokenised(
             [self.cases[i] for i in self.order], recommender.recipe.profile.batch_size
         )
@@ -275,7 +277,9 @@ class Prompts(Sequence):
         members = batch["attention_mask"].bool()
         if self.tokens == "answer":
             members &= batch["labels"] != -100
-        batch["token_groups"] = torch.where(members, self.group, -1)
+        start = index % len(self) * self._batches.batch_size
+        group = self._groups[start : start + len(members)].unsqueeze(1)
+        batch["token_groups"] = torch.where(members, group, -1)
         batch["labels"] = self.labels(batch["labels"])
         return batch
 
@@ -334,9 +338,12 @@ class TextRecommender:
         return torch.where(tokens == -100, tokens, place)
 
     def prompts(
-        self, cases: Sequence[recsys.PromptCase], group: int, tokens: str = "all"
+        self,
+        cases: Sequence[recsys.PromptCase],
+        group: int | Sequence[int],
+        tokens: str = "all",
     ) -> Prompts:
-        """Batches of these prompts in one group."""
+        """Batches of these prompts, all in one group or each in its own."""
         return Prompts(self, cases, group, tokens)
 
     def ranks(self, prompts: Prompts) -> torch.Tensor:
@@ -606,7 +613,8 @@ def make_case(
     """A request as a case: its prompts in groups, ranks and metrics.
 
     Retained prompts are split by user: one third of the users is ``calibration``, the others are
-    ``retain`` in ``ranks()`` and ``retain_train`` in ``measure()``. ``case.retain`` has them all.
+    ``retain`` in ``ranks()`` and ``retain_train`` in ``measure()``. ``case.retain`` has all
+    training prompts, the deleted ones in group 0.
 
     Args:
         cache: where retrained adapters are kept.
@@ -668,7 +676,9 @@ def make_case(
         name=f"{recommender.name}-{recommender.recipe.seed}-{request.scenario}",
         model=recommender.model,
         forget=prompts(data.train, np.flatnonzero(request.forget_train), 0),
-        retain=prompts(data.train, kept, 1),
+        retain=recommender.prompts(
+            data.train, (~request.forget_train).astype(int).tolist(), tokens
+        ),
         calibration=prompts(data.train, sides["calibration"], 1),
         holdout=holdout,
         ranks=ranks,

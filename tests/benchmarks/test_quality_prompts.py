@@ -121,12 +121,14 @@ def recommender(build, cache):
     return build(cache)
 
 
-def texts(recommender, prompts) -> set[str]:
-    """The prompts as a person would read them, answers included."""
+def texts(recommender, prompts, group: int | None = None) -> set[str]:
+    """The prompts (of a group) as a person would read them, answers included."""
     found = set()
     for batch in prompts:
-        for tokens, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            found.add(recommender.tokenizer.decode(tokens[mask.bool()]))
+        columns = (batch[name] for name in ("input_ids", "attention_mask", "token_groups"))
+        for tokens, mask, groups in zip(*columns, strict=True):
+            if group is None or (groups[mask.bool()] == group).all():
+                found.add(recommender.tokenizer.decode(tokens[mask.bool()]))
     return found
 
 
@@ -308,12 +310,12 @@ def test_a_case_has_every_prompt_on_its_side(recommender, cache, scenario):
     case = make_case(recommender, request, cache=cache)
     data, log = recommender.data, recommender.data.log
     everything = texts(recommender, recommender.prompts(data.train, 1))
-    forget, retain = texts(recommender, case.forget), texts(recommender, case.retain)
+    forget, retain = texts(recommender, case.forget, 0), texts(recommender, case.retain, 1)
+    assert texts(recommender, case.retain, 0) == texts(recommender, case.forget) == forget
     assert forget | retain == everything
     assert not forget & retain
     assert len(forget) == request.forget_train.sum()
     assert all((batch["token_groups"] != 1).all() for batch in case.forget)
-    assert all((batch["token_groups"] != 0).all() for batch in case.retain)
     assert all((batch["token_groups"] != 0).all() for batch in case.calibration)
     assert all((batch["token_groups"] != 1).all() for batch in case.holdout)
     assert texts(recommender, case.calibration) < retain
@@ -377,7 +379,7 @@ def test_sides_are_cut_to_what_the_profile_evaluates(recommender, cache):
     assert {len(places) for places in case.sides.values()} == {3}
     # What a method may use is not cut.
     assert len(texts(made, case.forget)) == 8
-    assert len(texts(made, case.retain)) == 24
+    assert len(texts(made, case.retain, 1)) == 24
 
 
 def test_requests_that_cannot_be_are_refused(recommender, cache):
