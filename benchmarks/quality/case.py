@@ -81,6 +81,7 @@ class Method:
         settings: the grid of settings; the best on ``calibration`` is taken.
         needs: entries of ``case.prepared`` that it uses.
         backward: passes back through the model (gradients), which attenuation does without.
+        single: there is one state and no strength to choose.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Method:
     settings: tuple[Mapping[str, Any], ...] = ({},)
     needs: tuple[str, ...] = ()
     backward: bool = False
+    single: bool = False
 
 
 class Clock:

@@ -19,7 +19,7 @@ from .dampening import importance_of_all
 FORGET, RETAIN = 0, 1
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 FRACTIONS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
-SCALES = (0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 0.75, 0.7)
+SCALES = (0.995, 0.99, 0.98, 0.97, 0.955, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7)
 #: Predicted rises of the forget NLL.
 NATS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 QUANTILES = (0.5, 0.85, 0.95, 0.99, 1.0)
@@ -214,7 +214,7 @@ def _influence(name: str, **fields: Any) -> Method:
     return Method(name, influence, ({**fields},), ("factors",), backward=True)
 
 
-RETRAINING = Method("retraining", retraining, backward=True)
+RETRAINING = Method("retraining", retraining, backward=True, single=True)
 CONTROLS = (
     Method("uniform shrink (control)", uniform),
     Method("random neurons (control)", random_neurons, needs=("moments",)),

@@ -137,11 +137,13 @@ def _run(case: Case, method: Method, judge: _Judge) -> dict[str, Any]:
         "setting": dict(method.settings[best]),
         "curves": [[[p.value, p.seconds, p.drops] for p in curve] for curve, _ in curves],
         "best": best,
-        "at_budget": {f"{b:g}": at_budget(_pairs(points, "retain"), b) for b in BUDGETS},
+        "at_budget": {
+            f"{b:g}": at_budget(_pairs(points, "retain"), b) for b in BUDGETS if not method.single
+        },
         "peak_memory_bytes": memory,
     }
-    # Retraining has one state, whatever it costs.
-    chosen = points[0] if len(points) == 1 == len(curves) else _strongest(points)
+    # Retraining is one state, whatever it costs, and no curve.
+    chosen = points[0] if method.single and points else _strongest(points)
     if chosen is not None:
         row |= {"value": chosen.value, "seconds": chosen.seconds, "drops": chosen.drops}
         row |= judge.full(chosen.weights)

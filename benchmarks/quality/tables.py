@@ -58,7 +58,7 @@ def methods_of(documents: Sequence[Document]) -> list[str]:
 
 def _at(budget: float) -> Column:
     def value(_: Document, row: Row) -> float | None:
-        return row["at_budget"][f"{budget:g}"][0] if "at_budget" in row else None
+        return row.get("at_budget", {}).get(f"{budget:g}", [None])[0]
 
     return Column(f"f@{budget:g}", value)
 

@@ -125,6 +125,14 @@ def test_a_failing_method_is_a_row(case, monkeypatch):
     assert all(torch.equal(w, origin[n]) for n, w in lora_weights(case.model).items())
 
 
+def test_a_single_state_is_measured_whatever_it_costs(case):
+    method = Method("gone", shrinking, ({"to": (0.0,)},), single=True)
+    row = run_case(case, [method], say=lambda _: None)["methods"]["gone"]
+    assert row["drops"]["calibration"] > runner.BUDGET
+    assert row["at_budget"] == {}
+    assert row["metrics"]["forget/kl"] > 0
+
+
 def nothing(case):
     yield from ()
 
