@@ -44,28 +44,30 @@ def separability(stats: ActivationStats, site: str = "input") -> Separability:
     Raises:
         UcanError: the site was not measured, or a group is empty.
     """
-    squares, errors, neurons = 0.0, 0.0, 0
+    measured = []
     for name, sites in stats.layers.items():
         if site not in sites:
             raise UcanError(
                 f"the statistics hold no {site!r} moments of {name}; collect with that site."
             )
-        count, abs_sum, sq_sum = sites[site].tensors()
-        if not bool((count > 0).all()):
-            group = ("forget", "retain")[int(count[FORGET] > 0)]
-            raise UcanError(f"the {group} set is empty: {name} saw none of its tokens.")
-        mean = abs_sum / count.unsqueeze(1)
-        # Of the mean: what its tokens vary by, over their number.
-        variance = (sq_sum / count.unsqueeze(1) - mean.square()).clamp(min=0) / count.unsqueeze(1)
-        total = mean.sum(0)
-        alive = total > 0
-        ratio = torch.where(alive, (mean[FORGET] - mean[RETAIN]) / total, 0.0)
-        # dR/da_f = 2 a_r / (a_f + a_r)², dR/da_r = -2 a_f / (a_f + a_r)².
-        slopes = 2 * mean.flip(0) / total.square()
-        error = torch.where(alive, (slopes.square() * variance).sum(0), 0.0)
-        squares += float(ratio.square().sum())
-        errors += float(error.sum())
-        neurons += ratio.numel()
-    if not neurons:
+        measured.append(sites[site])
+    if not measured:
         raise UcanError("the statistics hold no layer.")
-    return Separability(math.sqrt(squares / neurons), math.sqrt(errors / neurons))
+    counts = torch.stack([moments.count for moments in measured])
+    for index, group in ((FORGET, "forget"), (RETAIN, "retain")):
+        if not bool((counts[:, index] > 0).all()):
+            name = list(stats.layers)[int((counts[:, index] <= 0).nonzero()[0])]
+            raise UcanError(f"the {group} set is empty: {name} saw none of its tokens.")
+    sizes = torch.tensor([moments.n for moments in measured])
+    count = counts.T.repeat_interleave(sizes, dim=1)
+    mean = torch.cat([moments.abs_sum for moments in measured], dim=1) / count
+    square = torch.cat([moments.sq_sum for moments in measured], dim=1) / count
+    # Of the mean: what its tokens vary by, over their number.
+    variance = (square - mean.square()).clamp(min=0) / count
+    total = mean.sum(0)
+    # (A neuron that never fires is 0/0: the sets are alike there.)
+    contrast = ((mean[FORGET] - mean[RETAIN]) / total).nan_to_num(0.0)
+    # dR/da_f = 2 a_r / (a_f + a_r)², dR/da_r = -2 a_f / (a_f + a_r)².
+    slopes = (2 * mean.flip(0) / total.square()).nan_to_num(0.0)
+    error = (slopes.square() * variance).sum(0)
+    return Separability(math.sqrt(float(contrast.square().mean())), math.sqrt(float(error.mean())))

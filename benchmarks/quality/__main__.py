@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _all(jobs: list[list[str]], workers: int) -> int:
     """Run the cells, `workers` at a time; how many failed."""
+    workers = max(1, min(workers, len(jobs)))
     threads = max(1, (os.cpu_count() or 1) // workers)
     # A thread that spins while it waits takes the core from the one it waits for.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}

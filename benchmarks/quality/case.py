@@ -36,7 +36,7 @@ class Case:
         retrain: trains an adapter anew without the forget set; returns its matrices by the names
             of :func:`lora_weights`, and the seconds.
         seed: of everything that is drawn.
-        coarse: whether every other point of a curve is enough.
+        coarse: whether every other point of a curve, and two settings, are enough.
         prepared: sums that are there before the request comes in (a bank), by name.
         seconds: what it took to make those, by the same names.
     """
@@ -78,7 +78,8 @@ class Method:
         states: ``states(case, **setting)`` yields the method's states from the weakest edit to
             the strongest. While it is suspended ``case.model`` is that state; when it is closed or
             ends, the model is the original again, bit by bit.
-        settings: the grid of settings; the best on ``calibration`` is taken.
+        settings: the grid of settings, of which the best on ``calibration`` is taken; of a coarse
+            case the last two.
         needs: entries of ``case.prepared`` that it uses.
         backward: passes back through the model (gradients), which attenuation does without.
         single: there is one state and no strength to choose.

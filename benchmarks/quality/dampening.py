@@ -29,7 +29,7 @@ SHARES = (
     *(0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
 )
 #: The authors' λ is 1; larger ones dampen softly where the ratios are large throughout.
-DAMPENINGS = ({"dampening": 1.0}, {"dampening": 10.0}, {"dampening": 100.0})
+DAMPENINGS = ({"dampening": 100.0}, {"dampening": 10.0}, {"dampening": 1.0})
 
 
 def importance(model: nn.Module, batches: Iterable[Batch], *groups: int) -> dict[str, torch.Tensor]:

@@ -23,8 +23,8 @@ from .training import Reference, adamw, cycled, descend, differentiable, thinned
 #: Loss of (model, reference, batch).
 Loss = Callable[[Run, Run, Scored], torch.Tensor]
 #: Around the LoRA rate of open-unlearning. 3e-4 was worse than 1e-4 wherever it was tried, and at
-#: that of training (2e-3) the second step is too far.
-RATES = ({"lr": 1e-5}, {"lr": 3e-5}, {"lr": 1e-4})
+#: that of training (2e-3) the second step is too far. At 1e-5 GradDiff needs hundreds of steps.
+RATES = ({"lr": 1e-5, "steps": 512}, {"lr": 3e-5}, {"lr": 1e-4})
 STEPS = 128
 NPO_BETA = 0.1
 

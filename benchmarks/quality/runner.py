@@ -125,7 +125,8 @@ class _Judge:
 
 
 def _run(case: Case, method: Method, judge: _Judge) -> dict[str, Any]:
-    curves = [_curve(case, method, setting, judge) for setting in method.settings]
+    settings = method.settings[-2:] if case.coarse else method.settings
+    curves = [_curve(case, method, setting, judge) for setting in settings]
     best = max(
         range(len(curves)), key=lambda i: at_budget(_pairs(curves[i][0], "calibration"), BUDGET)[0]
     )
@@ -133,8 +134,8 @@ def _run(case: Case, method: Method, judge: _Judge) -> dict[str, Any]:
     row: dict[str, Any] = {
         "backward": method.backward,
         "needs": list(method.needs),
-        "settings": [dict(setting) for setting in method.settings],
-        "setting": dict(method.settings[best]),
+        "settings": [dict(setting) for setting in settings],
+        "setting": dict(settings[best]),
         "curves": [[[p.value, p.seconds, p.drops] for p in curve] for curve, _ in curves],
         "best": best,
         "at_budget": {
