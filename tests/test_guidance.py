@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ucan_fast import ActivationStats, Moments, UcanError
-from ucan_fast.guidance import separability
+from ucan_fast.guidance import LARGE_SHARE, SEPARABLE, guide, separability
 
 
 def moments(forget: torch.Tensor, retain: torch.Tensor) -> Moments:
@@ -76,3 +76,26 @@ def test_refusals():
             separability(half)
     with pytest.raises(UcanError, match="no layer"):
         separability(ActivationStats({}))
+
+
+@pytest.mark.parametrize(
+    ("factor", "forget", "wanted"),
+    [
+        (1.0, 300, "retrain"),
+        (1.0, 100, "influence"),
+        (1.5, 300, "attenuate"),
+        (1.5, 100, "attenuate"),
+    ],
+)
+def test_what_is_recommended(factor, forget, wanted):
+    """All activations of one neuron in two scaled, or none; a tenth of the tokens, or a quarter."""
+    h = draws(forget, 2000, 4)
+    h[:, ::2] *= factor
+    found = guide(stats(h, draws(1000, 2000, 5)))
+    assert found.recommendation == wanted
+    assert found.forget_share == pytest.approx(forget / (forget + 1000))
+    assert (found.forget_share > LARGE_SHARE) == (forget == 300)
+    assert (found.separability.excess >= SEPARABLE) == (factor > 1)
+    assert f"sampling {forget} forget tokens" in found.text
+    assert ("retrain." in found.text) == (wanted == "retrain")
+    assert "preset('best')" in found.text

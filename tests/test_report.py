@@ -14,6 +14,7 @@ from helpers_models import llama, lora, pair_batch, t5
 from trained_model import forget_batches, retain_batches, trained
 
 import ucan_fast as uf
+from ucan_fast.guidance import Separability
 from ucan_fast.report import environment
 from ucan_fast.strength import StrengthSearch
 
@@ -73,6 +74,7 @@ def made(**changes) -> uf.DeletionReport:
         "metrics": states,
         "notes": {},
         "search": StrengthSearch("strength", 0.05, 1.25, [(32.0, 2.0), (2.5, 1.3)], 2.5, 1.3, ""),
+        "guidance": uf.Guidance("attenuate", "they are apart.", Separability(0.5, 0.3), 0.25),
         "seconds": {"collect": 1.5, "score": 0.25},
         "samples_per_second": 99.5,
         "fingerprint_before": "b" * 64,
@@ -103,9 +105,10 @@ def test_json_holds_every_field_and_parses_strictly():
     values = strict(report.to_json())
     fields = {f.name for f in dataclasses.fields(report)}
     assert set(values) == fields | {"format", "version", "disclaimer"}
-    for name in fields - {"config", "search"}:
+    for name in fields - {"config", "search", "guidance"}:
         assert values[name] == getattr(report, name), name
     assert values["config"] == json.loads(report.config.to_json())
+    assert values["guidance"] == dataclasses.asdict(report.guidance)
     assert values["search"]["curve"] == [[32.0, 2.0], [2.5, 1.3]]
     assert "not a formal guarantee" in values["disclaimer"]
     assert values["format"] == "ucan_fast.deletion_report"
@@ -158,6 +161,7 @@ def test_markdown_says_what_was_asked_what_changed_and_with_what():
         "threshold 0.0625",
         "may rise by 5 %",
         "+4.00 %",
+        "Recommendation: **attenuate**. They are apart.",
         "99.5 sequences/s",
         "collect: 1.500 s",
         "b" * 64,
@@ -354,6 +358,7 @@ def test_a_real_request_reports_itself(kind, tmp_path):
         assert layers[name]["attenuated"] == int((factors != 1).sum())
         assert layers[name]["min_factor"] == pytest.approx(float(factors.min()))
         assert layers[name]["mean_factor"] == pytest.approx(float(factors.mean()), rel=1e-5)
+    assert values["guidance"] == dataclasses.asdict(uf.guide(result.stats))
     assert values["fingerprint_before"] == result.stats.fingerprint
     assert values["fingerprint_after"] == result.plan.applied_fingerprint
     assert values["fingerprint_after"] != values["fingerprint_before"]

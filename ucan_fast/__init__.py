@@ -8,6 +8,7 @@ from .errors import UcanError, UcanWarning
 from .factor_pass import collect_factors, factor_memory
 from .factors import InfluenceFactors
 from .gates import make_gates_plan
+from .guidance import Guidance, guide
 from .influence import InfluencePlan, make_influence_plan
 from .plan import AttenuationPlan
 from .report import DeletionReport
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationStats",
     "AttenuationPlan",
     "DeletionReport",
+    "Guidance",
     "InfluenceFactors",
     "InfluencePlan",
     "Moments",
@@ -32,6 +34,7 @@ __all__ = [
     "collect",
     "collect_factors",
     "factor_memory",
+    "guide",
     "make_gates_plan",
     "make_influence_plan",
     "make_plan",

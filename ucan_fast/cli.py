@@ -96,14 +96,20 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         previous=previous,
         holdout=_read(arguments, arguments.holdout, model, tokenizer),
     )
+    guidance = result.report.guidance
     if result.plan.is_noop:
-        raise UcanError(f"the plan changes nothing, so nothing was written. {result.plan.note}")
+        advice = "" if guidance is None else f" Advice: {guidance.text}"
+        raise UcanError(
+            f"the plan changes nothing, so nothing was written. {result.plan.note}{advice}"
+        )
     with atomic_directory(arguments.out, arguments.overwrite, only_with=ours) as folder:
         model.save_pretrained(folder)
         result.stats.save(folder / ADAPTER_STATS)
         result.plan.save(folder / ADAPTER_PLAN, include_original=arguments.keep_original)
         result.report.save(folder)
     print(result.plan.summary())
+    if guidance is not None:
+        print(f"recommendation: {guidance.recommendation}: {guidance.text}")
     _print_metrics(result.report.metrics, result.report.notes)
     print(f"unlearned adapter and report: {arguments.out}")
     return DONE

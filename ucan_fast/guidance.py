@@ -11,6 +11,13 @@ from .batches import FORGET, RETAIN
 from .errors import UcanError
 from .stats import ActivationStats
 
+#: Contrast beyond noise from which on attenuation did better than shrinking anything in our
+#: comparison (docs/quality.md).
+SEPARABLE = 0.04
+#: A larger share of all tokens is too much for any one-shot edit of ours: it forgot less than half.
+LARGE_SHARE = 0.1
+RECOMMENDATIONS = ("attenuate", "influence", "retrain")
+
 
 @dataclass(frozen=True)
 class Separability:
@@ -71,3 +78,59 @@ def separability(stats: ActivationStats, site: str = "input") -> Separability:
     slopes = (2 * mean.flip(0) / total.square()).nan_to_num(0.0)
     error = (slopes.square() * variance).sum(0)
     return Separability(math.sqrt(float(contrast.square().mean())), math.sqrt(float(error.mean())))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What is to be expected of a request, from statistics alone.
+
+    Attributes:
+        recommendation: ``"attenuate"``: activations separate the sets, U-CAN has something to hold
+            on to. ``"influence"``: they do not, a gradient step (preset ``"best"``) may.
+            ``"retrain"``: they do not, and the forget set is a large part of all data.
+        text: why, in words.
+        separability: see there.
+        forget_share: of all tokens.
+    """
+
+    recommendation: str
+    text: str
+    separability: Separability
+    forget_share: float
+
+
+def guide(stats: ActivationStats, site: str = "input") -> Guidance:
+    """Advice for a request, from the activation statistics of both sets.
+
+    A rule of thumb from a comparison on small recommenders, no guarantee: ``docs/quality.md`` says
+    how often it was right there.
+
+    Args, Raises: as :func:`separability`.
+    """
+    apart = separability(stats, site)
+    forget, retain = (stats.tokens(group) for group in ("forget", "retain"))
+    share = forget / (forget + retain)
+    seen = (
+        f"mean activations differ by {apart.contrast:.3f} (relative, root mean square over the "
+        f"neurons), of which sampling {forget:,} forget tokens explains {apart.noise:.3f}"
+    )
+    if apart.excess >= SEPARABLE:
+        name, advice = (
+            "attenuate",
+            "activations separate the two sets, so attenuation can forget more than shrinking the "
+            "adapter would. Where a backward pass can be paid, UcanConfig.preset('best') forgets "
+            "several times as much",
+        )
+    elif share <= LARGE_SHARE:
+        name, advice = (
+            "influence",
+            "activations hardly tell the two sets apart, so attenuation would shrink anything. Use "
+            "UcanConfig.preset('best') (one backward pass), or retrain",
+        )
+    else:
+        name, advice = (
+            "retrain",
+            "activations hardly tell the two sets apart, and the forget set is "
+            f"{100 * share:.0f} % of all tokens: retrain. UcanConfig.preset('best') forgets a part of it",
+        )
+    return Guidance(name, f"{advice} ({seen}).", apart, share)

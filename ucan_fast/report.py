@@ -23,6 +23,7 @@ from .adapter import module_device
 from .config import UcanConfig
 from .errors import UcanError
 from .files import atomic_write
+from .guidance import Guidance
 from .strength import StrengthSearch
 
 DISCLAIMER = (
@@ -68,6 +69,8 @@ class DeletionReport:
             why).
         notes: why something is missing or not comparable.
         search: the strength search, or None.
+        guidance: what the statistics say of the request, and what they recommend; None where no
+            activations were measured (influence step, gates).
         seconds: wall time per step.
         samples_per_second: sequences per second of the statistics pass.
         fingerprint_before, fingerprint_after: SHA-256 of the adapter.
@@ -80,6 +83,7 @@ class DeletionReport:
     metrics: dict[str, dict[str, float | None]]
     notes: dict[str, str]
     search: StrengthSearch | None
+    guidance: Guidance | None
     seconds: dict[str, float]
     samples_per_second: float
     fingerprint_before: str
@@ -98,7 +102,9 @@ class DeletionReport:
             "disclaimer": DISCLAIMER,
         }
         values["config"] = json.loads(self.config.to_json())
-        values["search"] = None if self.search is None else dataclasses.asdict(self.search)
+        for name in ("search", "guidance"):
+            value = getattr(self, name)
+            values[name] = None if value is None else dataclasses.asdict(value)
         return json.dumps(json_values(values), indent=2, allow_nan=False)
 
     def to_markdown(self) -> str:
@@ -123,6 +129,9 @@ class DeletionReport:
         ]
         if change["note"]:
             lines += ["", f"**Note:** {change['note']}"]
+        if self.guidance is not None:
+            lines += ["", "## What to expect", ""]
+            lines += [f"Recommendation: **{self.guidance.recommendation}**. {self._guidance_text}"]
         lines += ["", *self._metrics_table(), *self._search_lines(), "", "## Layers", ""]
         lines += [*self._layer_lines(), "", "## How", ""]
         lines += [f"- {step}: {seconds:.3f} s" for step, seconds in self.seconds.items()]
@@ -245,6 +254,11 @@ class DeletionReport:
         if state == "random" and self._influence:
             return "control: random direction"
         return _STATE_NAMES[state]
+
+    @property
+    def _guidance_text(self) -> str:
+        text = self.guidance.text
+        return text[0].upper() + text[1:]
 
     @property
     def _influence(self) -> bool:

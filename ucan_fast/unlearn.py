@@ -25,6 +25,7 @@ from .errors import UcanError, UcanWarning
 from .evaluation import Shift, forget_shift, group_loss
 from .factor_pass import collect_factors
 from .factors import InfluenceFactors
+from .guidance import guide
 from .influence import InfluencePlan
 from .influence_job import (
     InfluenceStats,
@@ -183,6 +184,7 @@ def unlearn(
                 metrics=states,
                 notes=notes,
                 search=job.search,
+                guidance=None if gradients else guide(stats, moments_site(config)),
                 seconds=job.seconds,
                 samples_per_second=job.throughput(),
                 fingerprint_before=before,
