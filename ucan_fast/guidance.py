@@ -131,6 +131,7 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
         name, advice = (
             "retrain",
             "activations hardly tell the two sets apart, and the forget set is "
-            f"{100 * share:.0f} % of all tokens: retrain. UcanConfig.preset('best') forgets a part of it",
+            f"{100 * share:.0f} % of all tokens: retrain. UcanConfig.preset('best') forgets a "
+            "part of it",
         )
     return Guidance(name, f"{advice} ({seen}).", apart, share)
