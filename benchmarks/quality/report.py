@@ -3,13 +3,14 @@
     python -m benchmarks.quality.report            rewrite them
     python -m benchmarks.quality.report --check    exit code 1 if one of them is out of date
 
-Read are all files of ``benchmarks/results/quality``. Nothing in the section is written by hand, and
-no row is left out of docs/quality.md because it loses.
+Read are all files of ``benchmarks/results/quality`` and ``benchmarks/results/text``. Nothing in the
+section is written by hand, and no row is left out of docs/quality.md because it loses.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from .tables import (
     mean,
     table,
 )
+from .text_curves import at_budget as text_at_budget
 
 MARKERS = ("<!-- quality:begin -->", "<!-- quality:end -->")
 PAGE = "docs/quality.md"
@@ -65,7 +67,7 @@ STYLES = {
 }
 
 
-def section(documents: Sequence[Document]) -> str:
+def section(documents: Sequence[Document], text_cases: Sequence[Document] = ()) -> str:
     """The README's part."""
     parts = []
     for data_set in dict.fromkeys(document["data_set"] for document in documents):
@@ -81,6 +83,8 @@ def section(documents: Sequence[Document]) -> str:
         "most at 5 %, retraining aside. All methods, all metrics, both protocols, spreads, times "
         f"and memory: [{PAGE}]({PAGE}).\n"
     )
+    parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
+    parts.append(text_section(text_cases))
     return "\n".join(parts)
 
 
@@ -113,6 +117,38 @@ def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
         gold.append("-" if forget is None else f"{forget:.0f} (retain {retain:.1f})")
     lines.append("| retraining, forget drop | " + " | ".join(gold) + " |")
     return "\n".join(lines) + "\n"
+
+
+def text_section(cases: Sequence[Document]) -> str:
+    """SmolLM2 on text prompts: one row per method, all cases side by side."""
+    if not cases:
+        return ""
+    first = cases[0]
+    names = list(dict.fromkeys(name for case in cases for name in case["curves"]))
+    lines = [
+        "**SmolLM2-135M at its real width** (K = 576 and 1536), LlamaRec's text prompts on "
+        "ml-100k, much reduced for a CPU (24 users, 192 prompts of 10 candidates, LoRA on the last "
+        "2 blocks; "
+        f"one seed; {first['hardware']}; `{first['command'].rpartition(' ')[0]} "
+        + " ".join(case["command"].rpartition(" ")[2] for case in cases)
+        + "`). Drop of MRR on deleted prompts, in %, at 1 % / 5 % on retained ones:\n",
+        "| | " + " | ".join(_text_title(case) for case in cases) + " |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for name in names:
+        cells = []
+        for case in cases:
+            points = {float(value): p for value, p in case["curves"].get(name, {}).items()}
+            at = [text_at_budget(points, "mrr", budget) for budget in (1.0, 5.0)]
+            shown = ["-" if value is None else f"{value:.1f}" for value in at]
+            cells.append(" / ".join(shown) if points else "not run")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n-: the retained side does not drop that far.\n"
+
+
+def _text_title(case: Document) -> str:
+    count = int(case["before"]["forget_train/cases"])
+    return f"{case['request']} ({count} prompts)"
 
 
 def _at(documents: Sequence[Document], name: str, budget: float) -> float | None:
@@ -211,18 +247,32 @@ def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
     canvas.suptitle(f"{data['data_set']}: Recall@10 on training interactions, one line per seed")
 
 
-def _texts(root: Path, documents: Sequence[Document]) -> dict[Path, str]:
+def read(results: Path) -> tuple[list[Document], list[Document]]:
+    """What is committed: the small recommenders' files, and those of text prompts.
+
+    Raises:
+        ValueError: a file holds something else.
+    """
+    texts = sorted((results / "text").glob("*.json"))
+    return load((results / "quality").glob("*.json")), [json.loads(p.read_text()) for p in texts]
+
+
+def _texts(
+    root: Path, documents: Sequence[Document], text_cases: Sequence[Document]
+) -> dict[Path, str]:
     readme = root / "README.md"
     return {
-        readme: replaced(readme.read_text(), section(documents), MARKERS),
+        readme: replaced(readme.read_text(), section(documents, text_cases), MARKERS),
         root / PAGE: page(documents),
     }
 
 
-def write(root: Path, documents: Sequence[Document]) -> list[Path]:
+def write(
+    root: Path, documents: Sequence[Document], text_cases: Sequence[Document] = ()
+) -> list[Path]:
     """Rewrite section, page and figures; returns what changed."""
     changed = []
-    for path, text in _texts(root, documents).items():
+    for path, text in _texts(root, documents, text_cases).items():
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
             changed.append(path)
@@ -232,9 +282,11 @@ def write(root: Path, documents: Sequence[Document]) -> list[Path]:
     return changed
 
 
-def outdated(root: Path, documents: Sequence[Document]) -> list[str]:
+def outdated(
+    root: Path, documents: Sequence[Document], text_cases: Sequence[Document] = ()
+) -> list[str]:
     """What :func:`write` would change."""
-    texts = _texts(root, documents).items()
+    texts = _texts(root, documents, text_cases).items()
     found = [path.name for path, text in texts if not path.exists() or path.read_text() != text]
     return found + [f.name for f in figures(documents) if not f.is_current(root / "docs")]
 
@@ -247,13 +299,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
     options = parser.parse_args(arguments)
     try:
-        documents = load((ROOT / "benchmarks" / "results" / "quality").glob("*.json"))
+        results = read(ROOT / "benchmarks" / "results")
         if options.check:
-            found = outdated(ROOT, documents)
+            found = outdated(ROOT, *results)
             for name in found:
                 print(f"out of date: {name}; run: python -m benchmarks.quality.report")
             return 1 if found else 0
-        for path in write(ROOT, documents):
+        for path in write(ROOT, *results):
             print(f"written: {path.relative_to(ROOT)}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

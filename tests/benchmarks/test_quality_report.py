@@ -114,6 +114,30 @@ def test_the_section_marks_the_best_and_shows_the_gold_standard(documents):
     assert set(STYLES) <= {m.name for m in METHODS}
 
 
+def test_text_cases_stand_side_by_side(documents):
+    def point(retain: float, forget: float):
+        return {"retain": {"mrr": retain}, "forget": {"mrr": forget}}
+
+    cases = [
+        {
+            "request": request,
+            "hardware": "a machine",
+            "command": f"python -m benchmarks.quality.text_curves --scenarios {request}",
+            "before": {"forget_train/cases": 43.0},
+            "curves": curves,
+        }
+        for request, curves in (
+            ("genre", {"influence": {"1.0": point(2.0, 30.0), "2.0": point(8.0, 60.0)}, "x": {}}),
+            ("users", {"influence": {"0.5": point(0.5, 10.0)}}),
+        )
+    ]
+    lines = section(documents, cases).splitlines()
+    assert "| | genre (43 prompts) | users (43 prompts) |" in lines
+    assert "| influence | 15.0 / 45.0 | - / - |" in lines
+    assert "| x | not run | not run |" in lines
+    assert any("--scenarios genre users`" in line for line in lines)
+
+
 def test_the_page_names_how_to_reproduce_every_row(documents):
     text = page(documents)
     for found in documents:
@@ -154,8 +178,7 @@ def test_reading_files(tmp_path, documents):
 
 def test_the_repository_is_current():
     """README, page and figures show the committed results."""
-    documents = tables.load((ROOT / "benchmarks" / "results" / "quality").glob("*.json"))
-    assert report.outdated(ROOT, documents) == []
+    assert report.outdated(ROOT, *report.read(ROOT / "benchmarks" / "results")) == []
 
 
 def test_cells_that_are_there_are_kept(tmp_path, monkeypatch, capsys):
