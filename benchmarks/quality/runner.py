@@ -56,7 +56,7 @@ def run_case(
     Args:
         extra: further figures of a state (membership inference), by name.
     """
-    judge = _Judge(case, extra or (lambda case: {}))
+    judge = Judge(case, extra or (lambda case: {}))
     found: dict[str, Any] = {
         "case": case.name,
         "seed": case.seed,
@@ -76,7 +76,7 @@ def run_case(
     return found
 
 
-class _Judge:
+class Judge:
     """Measures states of one case against the model before."""
 
     def __init__(self, case: Case, extra: Extra) -> None:
@@ -124,7 +124,7 @@ class _Judge:
         }
 
 
-def _run(case: Case, method: Method, judge: _Judge) -> dict[str, Any]:
+def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
     settings = method.settings[-2:] if case.coarse else method.settings
     curves = [_curve(case, method, setting, judge) for setting in settings]
     best = max(
@@ -152,7 +152,7 @@ def _run(case: Case, method: Method, judge: _Judge) -> dict[str, Any]:
 
 
 def _curve(
-    case: Case, method: Method, setting: Mapping[str, Any], judge: _Judge
+    case: Case, method: Method, setting: Mapping[str, Any], judge: Judge
 ) -> tuple[list[Point], int | None]:
     """The states until calibration has dropped far enough, and the peak of memory on the way."""
     points: list[Point] = []

@@ -67,7 +67,7 @@ def test_calibration_chooses_the_setting_and_the_state(case, monkeypatch):
         ratio = float((now / origin[name]).nanmedian())
         return drops[round(ratio, 2)]
 
-    monkeypatch.setattr(runner._Judge, "drops", drops_now)
+    monkeypatch.setattr(runner.Judge, "drops", drops_now)
     method = Method("shrink", shrinking, ({"to": (0.5,)}, {"to": (0.9, 0.8, 0.7, 0.6)}))
     row = run_case(case, [method], say=lambda _: None)["methods"]["shrink"]
     assert row["best"] == 1
