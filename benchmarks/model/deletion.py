@@ -281,8 +281,8 @@ def plan_reference(model: PeftModel) -> Callable[[Task], dict[str, torch.Tensor]
         norms = [layer.lora_A["default"].weight.norm(dim=0).cpu() for _, layer in layers]
         sizes = [len(norm) for norm in norms]
         moments = torch.cat([total.cpu() for total in totals], dim=2)
-        offsets = torch.tensor([0, *itertools.accumulate(sizes)])
-        arguments = (moments, counts.expand(len(layers), 2), torch.cat(norms).detach(), offsets)
+        bounds = [0, *itertools.accumulate(sizes)]
+        arguments = (moments, counts.expand(len(layers), 2), torch.cat(norms).detach(), bounds)
         strength = float(CONFIG.strength)
         scores = peers.scores_per_layer(*arguments, threshold=0.0, strength=strength)["score"]
         threshold = float(scores.quantile(1 - CONFIG.fraction))
