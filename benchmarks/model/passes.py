@@ -343,7 +343,6 @@ class HookedPass:
         """Take the hooks away."""
         while self._handles:
             self._handles.pop().remove()
-        self._totals = {}
 
     def run(self) -> dict[str, torch.Tensor]:
         """One pass.
