@@ -53,6 +53,8 @@ step() {
     local name=$1 start=$SECONDS left status
     shift
     [[ $wanted == *" $name "* ]] || return 0
+    # Of an earlier run: this one may be stopped before it writes its own.
+    rm -f "$OUT/$name.xml"
     granted=$((granted + limits[$name]))
     # Never 0, which is no limit to timeout.
     left=$((granted - SECONDS))
