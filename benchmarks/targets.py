@@ -180,9 +180,9 @@ def evaluate(
             rows.append(Row(target, "not measured", note=f"needs a {target.device} result"))
             continue
         mine = [one for one in newest if one["environment"]["device"] == target.device]
-        rows.append(next((row for row in (_judge(target, one) for one in mine) if row), None))
-        if rows[-1] is None:
-            rows[-1] = _missing(target, mine)
+        found = (_judge(target, one) or _skipped(target, one) for one in mine)
+        missing = Row(target, "FAIL", note="not measured: the case is in none of the files")
+        rows.append(next((row for row in found if row), missing))
     return rows
 
 
@@ -191,14 +191,14 @@ def failed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.result == "FAIL"]
 
 
-def _missing(target: Target, documents: Sequence[Mapping[str, Any]]) -> Row:
-    for document in documents:
-        for entry in document["skipped"]:
-            mine = entry["group"] == target.group and target.named(entry["case"])
-            if mine and entry["candidate"] in target.candidates:
-                of = "" if entry["candidate"] == target.candidate else f"{entry['candidate']}: "
-                return Row(target, "skipped", note=f"{of}{entry['reason']}")
-    return Row(target, "FAIL", note="not measured: the case is in none of the files")
+def _skipped(target: Target, document: Mapping[str, Any]) -> Row | None:
+    """The row of a target whose case the document skipped, or None."""
+    for entry in document["skipped"]:
+        mine = entry["group"] == target.group and target.named(entry["case"])
+        if mine and entry["candidate"] in target.candidates:
+            of = "" if entry["candidate"] == target.candidate else f"{entry['candidate']}: "
+            return Row(target, "skipped", note=f"{of}{entry['reason']}")
+    return None
 
 
 def _judge(target: Target, document: Mapping[str, Any]) -> Row | None:

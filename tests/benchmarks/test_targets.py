@@ -99,6 +99,14 @@ def test_a_skipped_candidate_says_why(tmp_path):
         row = _judge(target, found)
         assert (row.result, row.note, row.measured) == ("skipped", "no TMA here", None)
         assert t.failed([row]) == []
+    # An older file does not stand in for it.
+    older = document(
+        tmp_path / "b.json",
+        case("g", SHAPE, {"peer": [9.0], "mine": [1.0]}),
+        date="2026-10-01T00:00:00+00:00",
+    )
+    assert _judge(_target(), older).result == "pass"
+    assert _judge(_target(), older, found).result == "skipped"
     other = _target(candidate="peer", against="mine")
     assert _judge(other, found).note == "mine: no TMA here"
 
