@@ -307,17 +307,18 @@ class LoraCost:
 
     # Hooks
 
-    def hooks(self, statistics: str) -> list[Pass]:
+    def hooks(self, statistics: str, *, autocast: bool = False) -> list[Pass]:
         """PEFT's forward with hooks on lora_A's input and lora_B's output times s.
 
         Args:
             statistics: ``boolean index`` or ``mask matmul``.
+            autocast: to the base's dtype. lora_A is still handed x in the adapter's.
         """
         sums = {"boolean index": self._boolean_index, "mask matmul": self._mask_matmul}[statistics]
         return [
-            *self.peft(),
+            *(self.peft_autocast() if autocast else self.peft()),
             *sums(self.k, self._a),
-            *self._scaled_delta(),
+            *self._scaled_delta(self._e if autocast else self._a),
             *sums(self.n, 4),
         ]
 
@@ -341,10 +342,10 @@ class LoraCost:
                 ]
         return passes
 
-    def _scaled_delta(self) -> list[Pass]:
+    def _scaled_delta(self, element: int | None = None) -> list[Pass]:
         size = self.m * self.n
         return [
-            *self._casts(("lora_B's output", size), of=self._a, to=4),
+            *self._casts(("lora_B's output", size), of=element or self._a, to=4),
             Pass("times s", 8 * size, size),
         ]
 
@@ -403,6 +404,24 @@ class LoraCost:
         cost = self if adapter is None else LoraCost(**{**vars(self), "adapter": adapter})
         return [*cost.peft(), *cost._wide_backward()]
 
+    def peft_step_autocast(self) -> list[Pass]:
+        """The same under autocast to the base's dtype: every cast has one in the backward pass."""
+        size, inner = self.m * self.n, self.m * self.k
+        return [
+            *self.peft_autocast(),
+            self._base_backward(),
+            Pass("dδ = dy s", 2 * self._e * size, size),
+            *self._small_backward(self.dtype),
+            *self._widened_gradients(),
+            *self._casts(("dx of A", inner), of=self._e, to=self._a),
+            *self._casts(("dx of A again", inner), of=self._a, to=self._e),
+            Pass("dx + dx", 3 * self._e * inner, inner),
+        ]
+
+    def _widened_gradients(self) -> list[Pass]:
+        # Of A and B as autocast narrowed them.
+        return self._casts(("dA", self.r * self.k), ("dB", self.n * self.r), of=self._e, to=self._a)
+
     def peft_step_compiled(self) -> list[Pass]:
         """The same compiled: element-wise work of the backward pass in two kernels."""
         size, inner = self.m * self.n, self.m * self.k
@@ -417,6 +436,14 @@ class LoraCost:
     def ucan_step(self) -> list[Pass]:
         """Ours; the backward pass is torch's products."""
         return [*self.ucan(), *self._wide_backward()]
+
+    def ucan_step_autocast(self) -> list[Pass]:
+        """Ours under autocast: adapters of the base's dtype, whose gradients are widened."""
+        narrow = LoraCost(**{**vars(self), "adapter": self.dtype})
+        narrowed = self._casts(
+            ("A", self.r * self.k), ("B", self.n * self.r), of=self._a, to=self._e
+        )
+        return [*narrowed, *narrow.ucan_step(), *self._widened_gradients()]
 
     def addmm_step(self) -> list[Pass]:
         """unsloth's scheme with its backward, which computes z again."""
@@ -461,7 +488,8 @@ def attenuate_at_once(
     return [Pass("attenuate_kernel", 2 * element * moved + 4 * factors, count)]
 
 
-# Scores: all of it in fp64. Bytes per neuron of each kernel, after the functions in peers and ops.
+# Scores: all of it in fp64. Bytes per neuron of each kernel, after the functions in peers and ops
+# with the choices of benchmarks.kernels.scores.
 
 _LAYER_LOOP = {
     **dict.fromkeys(("f / n", "r / n", "r² / n", "sqrt", "relu", "1 - U", "U / top"), 16),
@@ -479,10 +507,12 @@ _WHOLE_PLAN = {
     "to fp32": 12,
 }
 _REFERENCE = {
-    **dict.fromkeys(("layer of neuron", "relu", "1 - U", "power", "S - t", "u", "-βu", "exp"), 16),
-    **dict.fromkeys(("counts of layer", "f / n", "r / n", "f² / n", "r² / n", "sum", "rms"), 24),
-    **dict.fromkeys(("difference", "quotient", "norms x rms", "R (1 - U)", "scatter max"), 24),
-    **dict.fromkeys(("top of layer", "U / top"), 24),
+    # repeat_interleave: an index per neuron, then what it selects.
+    "index of layer": 8,
+    **dict.fromkeys(("layer of neuron", "relu", "rms", "scatter max", "top of layer", "1 - U"), 16),
+    **dict.fromkeys(("power", "S - t", "u", "-βu", "exp"), 16),
+    **dict.fromkeys(("counts of layer", "f / n", "r / n", "f² / n", "r² / n", "sum"), 24),
+    **dict.fromkeys(("difference", "quotient", "norms x rms", "R (1 - U)", "U / top"), 24),
     "> 0": 9,
     "where R": 17,
     "where U": 17,
@@ -495,7 +525,13 @@ _REFERENCE = {
     "where γ": 17,
     "to fp32": 12,
 }
-_KERNELS = {"measure_kernel": 56, "finish_kernel": 40, "max": 8, "factors_kernel": 12}
+# The loads and stores of kernels/scores.py, for mean_abs, symmetric and no normalization: 100.
+_KERNELS = {
+    "measure_kernel": 6 * 8,  # Σ|h| of both groups, Σh² of D_r, the norm; R and U out
+    "finish_kernel": 4 * 8,  # R and U; U and S out. R is final already, and not written again
+    "max": 8,  # S
+    "factors_kernel": 8 + 4,  # S; γ out, in fp32
+}
 
 
 def _per_neuron(table: Mapping[str, int], neurons: int) -> list[Pass]:

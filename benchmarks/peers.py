@@ -10,8 +10,9 @@ a peer needs are made once, as they would be once per batch, and are not timed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -156,12 +157,16 @@ def autocast_forward(make: Maker, adapter_dtype: torch.dtype, dtype: torch.dtype
         layer = make(w, a, b, adapter_dtype)
 
         def call() -> torch.Tensor:
-            with torch.no_grad(), torch.autocast(x.device.type, dtype):
+            with torch.no_grad(), _autocast(x, dtype):
                 return layer(x)
 
         return call
 
     return bind
+
+
+def _autocast(x: torch.Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def base_forward() -> Binder:
@@ -190,8 +195,19 @@ def addmm_forward(adapter_dtype: torch.dtype) -> Binder:
     return bind
 
 
-def training_step(make: Maker, adapter_dtype: torch.dtype, *, compiled: bool = False) -> Binder:
-    """Forward and backward: y and the gradients of x, A and B."""
+def training_step(
+    make: Maker,
+    adapter_dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Binder:
+    """Forward and backward: y and the gradients of x, A and B.
+
+    Args:
+        autocast: the forward pass runs under autocast to this dtype, as torch asks: the backward
+            pass outside of it.
+    """
 
     def bind(x, w, a, b, _groups, dy) -> Call:
         layer = make(w, a, b, adapter_dtype).train()
@@ -203,7 +219,8 @@ def training_step(make: Maker, adapter_dtype: torch.dtype, *, compiled: bool = F
         ]
 
         def call() -> tuple[torch.Tensor, ...]:
-            y = run(leaves[0])
+            with _autocast(x, autocast):
+                y = run(leaves[0])
             return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
         return call
@@ -291,6 +308,17 @@ class MaskMatmul:
         total[1] += self.mask @ h.square()
 
 
+class _OutsideAutocast:
+    """Moments whose products autocast must not narrow, though the forward pass runs under it."""
+
+    def __init__(self, statistics: BooleanIndex | MaskMatmul) -> None:
+        self.statistics = statistics
+
+    def add(self, total: torch.Tensor, h: torch.Tensor) -> None:
+        with torch.autocast(h.device.type, enabled=False):
+            self.statistics.add(total, h)
+
+
 Statistics = type[BooleanIndex] | type[MaskMatmul]
 
 
@@ -317,19 +345,24 @@ def hook_moments(
 
 
 def hooked_forward(
-    statistics: Statistics, adapter_dtype: torch.dtype, *, compiled: bool = False
+    statistics: Statistics,
+    adapter_dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Binder:
-    """PEFT's forward with hooks that take the moments."""
+    """PEFT's forward with hooks that take the moments, under autocast where a dtype is given."""
 
     def bind(x, w, a, b, groups, *_) -> Call:
         layer = peft_layer(w, a, b, adapter_dtype)
         totals = {"input": new_totals(w.shape[1], x.device)}
         totals["output"] = new_totals(w.shape[0], x.device)
-        hook_moments(layer, statistics(groups), totals)
+        taken = statistics(groups)
+        hook_moments(layer, _OutsideAutocast(taken) if autocast else taken, totals)
         run = torch.compile(layer, dynamic=False) if compiled else layer
 
         def call() -> dict[str, torch.Tensor]:
-            with torch.no_grad():
+            with torch.no_grad(), _autocast(x, autocast):
                 return {"y": run(x), **totals}
 
         return call
@@ -356,7 +389,7 @@ class _Recorder:
         pass
 
 
-def recorded_forward(adapter_dtype: torch.dtype) -> Binder:
+def recorded_forward(adapter_dtype: torch.dtype, *, autocast: torch.dtype | None = None) -> Binder:
     """A fused layer's forward while it records: called as a module, as the peers are."""
 
     def bind(x, w, a, b, groups, *_) -> Call:
@@ -366,7 +399,7 @@ def recorded_forward(adapter_dtype: torch.dtype) -> Binder:
         layer.__dict__["_ucan_recorder"] = _Recorder(groups, totals)
 
         def call() -> dict[str, torch.Tensor]:
-            with torch.no_grad():
+            with torch.no_grad(), _autocast(x, autocast):
                 return {"y": layer(x), **totals}
 
         return call
@@ -465,13 +498,15 @@ def scores_per_layer(
     moments: torch.Tensor,
     counts: torch.Tensor,
     norms: torch.Tensor,
-    offsets: torch.Tensor,
+    bounds: Sequence[int],
     *,
     threshold: float,
     strength: float,
 ) -> dict[str, torch.Tensor]:
-    """R, U, S and γ in a loop over the layers, as a paper's code would have it."""
-    bounds = offsets.tolist()
+    """R, U, S and γ in a loop over the layers, as a paper's code would have it.
+
+    ``bounds`` are the offsets on the host, where such code knows its layers' sizes anyway.
+    """
     risks, utilities, scores = [], [], []
     for layer, (start, end) in enumerate(itertools.pairwise(bounds)):
         part = moments[:, :, start:end]

@@ -212,6 +212,7 @@ def section(results: Results) -> str:
     for device in DEVICES:
         for figure in device_figures(results, device):
             lines += [f"![{figure.data['title']}](docs/{figure.name}.png)", ""]
+        lines += _sweeps_left_out(results.cases.get(device, []))
     for device, mine in results.documents.items():
         lines += [f"{DEVICES[device]} files:", ""]
         lines += [
@@ -301,11 +302,12 @@ _LESS = ("base layer alone", "peft, no moments", "peft, plain forward")
 
 def against_peers(case: Case) -> dict[str, Spread]:
     """Peer -> how many times faster ucan_fast is, of the peers that do the same job."""
+    peers = [name for name in case.rows if not name.startswith(_LESS)]
     if case.group == "deletion":
-        ours, peers = "ucan_fast, bank", list(case.rows)
+        ours = "ucan_fast, bank"
     else:
         ours = OURS
-        peers = [name for name in case.rows if not name.startswith((OURS, *_LESS))]
+        peers = [name for name in peers if not name.startswith(OURS)]
         # A peer with adapters of another dtype is another computation, and has its own rival.
         peers = [name for name in peers if not name.endswith(" adapters")]
     if ours not in case.rows:
@@ -553,6 +555,21 @@ _ALONG = {
     "blocks": "blocks of the model",
     "rank": "rank of the adapter",
 }
+
+
+def _sweeps_left_out(cases: Sequence[Case]) -> list[str]:
+    """What the scaling curves do not vary, where there are some."""
+    rows = [row for case in cases if case.group == "scaling" for row in case.rows.values()]
+    shown = {row["extra"]["slope"]["along"] for row in rows if "slope" in row["extra"]}
+    missing = [words for along, words in _ALONG.items() if along not in shown]
+    if not shown or not missing:
+        return []
+    varied = [words for along, words in _ALONG.items() if along in shown]
+    text = (
+        f"The quick profile varies the {' and the '.join(varied)}; growth with the "
+        f"{' and the '.join(missing)} is left out there and measured by `make bench` alone."
+    )
+    return [_wrapped(text), ""]
 
 
 def _panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@
 
 The targets stand in ``benchmarks/targets.toml``, which explains its keys. Judged are those of the
 devices that the files come from, or of ``--device``. A judged target whose case is in none of the
-files fails and says so. Where several files hold a case the newest counts.
+files fails and says so; one whose case was skipped is reported as skipped, with the reason, and
+decides nothing, but where nothing else was judged either the exit code is 1. Where several files
+hold a case the newest counts.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .measure import ROOT, Spread, read_results
+from .measure import ROOT, Spread, case_name, read_results
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -77,6 +79,20 @@ class Target:
         )
 
     @property
+    def candidates(self) -> list[str]:
+        """Names of those that the figure needs."""
+        names = (self.candidate, self.against, self.only_if_faster_than)
+        return [name for name in names if name]
+
+    def named(self, case: str) -> bool:
+        """Whether a case of this name (:func:`benchmarks.measure.case_name`) is its case."""
+        ending = case_name({}, self.dtype, self.adapter_dtype)
+        words = f" {case.removesuffix(ending)}"
+        return case.endswith(f" {ending}") and all(
+            f" {case_name({key: value}, '')}" in words for key, value in self.where.items()
+        )
+
+    @property
     def limit(self) -> str:
         """``>= 2.40x``."""
         if self.at_least is not None:
@@ -101,7 +117,8 @@ class Row:
     """A target and what was found.
 
     Attributes:
-        result: ``pass``, ``FAIL``, ``not measured`` (its device was not asked for) or ``not used``.
+        result: ``pass``, ``FAIL``, ``skipped`` (a candidate could not run), ``not measured`` (its
+            device was not asked for) or ``not used`` (an opt-in that loses).
         measured: the figure; None where there is none.
         note: why there is none, or where it comes from.
     """
@@ -163,9 +180,9 @@ def evaluate(
             rows.append(Row(target, "not measured", note=f"needs a {target.device} result"))
             continue
         mine = [one for one in newest if one["environment"]["device"] == target.device]
-        rows.append(next((row for row in (_judge(target, one) for one in mine) if row), None))
-        if rows[-1] is None:
-            rows[-1] = _missing(target, mine)
+        found = (_judge(target, one) or _skipped(target, one) for one in mine)
+        missing = Row(target, "FAIL", note="not measured: the case is in none of the files")
+        rows.append(next((row for row in found if row), missing))
     return rows
 
 
@@ -174,14 +191,14 @@ def failed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.result == "FAIL"]
 
 
-def _missing(target: Target, documents: Sequence[Mapping[str, Any]]) -> Row:
-    for document in documents:
-        for entry in document["skipped"]:
-            if entry["group"] == target.group and entry["candidate"] == target.candidate:
-                if target.only_if_faster_than:
-                    return Row(target, "not used", note=f"skipped: {entry['reason']}")
-                return Row(target, "FAIL", note=f"not measured; skipped: {entry['reason']}")
-    return Row(target, "FAIL", note="not measured: the case is in none of the files")
+def _skipped(target: Target, document: Mapping[str, Any]) -> Row | None:
+    """The row of a target whose case the document skipped, or None."""
+    for entry in document["skipped"]:
+        mine = entry["group"] == target.group and target.named(entry["case"])
+        if mine and entry["candidate"] in target.candidates:
+            of = "" if entry["candidate"] == target.candidate else f"{entry['candidate']}: "
+            return Row(target, "skipped", note=f"{of}{entry['reason']}")
+    return None
 
 
 def _judge(target: Target, document: Mapping[str, Any]) -> Row | None:
@@ -195,8 +212,7 @@ def _judge(target: Target, document: Mapping[str, Any]) -> Row | None:
     if len(cases) > 1:
         raise ValueError(f"target {target.name!r} fits several cases: {'; '.join(cases)}.")
     by_name = {row["candidate"]: row for row in rows}
-    needed = [target.candidate, target.against, target.only_if_faster_than]
-    if any(name and name not in by_name for name in needed):
+    if any(name not in by_name for name in target.candidates):
         return None
     mine = by_name[target.candidate]
     measured, obstacle = _figure(target, mine, by_name.get(target.against), document)
@@ -303,9 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     print(render(rows))
     short = failed(rows)
-    unmeasured = [row for row in rows if row.result == "not measured"]
-    print(f"{len(short)} of {len(rows) - len(unmeasured)} judged targets fall short")
-    return 1 if short else 0
+    skipped = [row for row in rows if row.result == "skipped"]
+    judged = [row for row in rows if row.result not in ("not measured", "skipped")]
+    also = f", {len(skipped)} skipped" if skipped else ""
+    print(f"{len(short)} of {len(judged)} judged targets fall short{also}")
+    return 1 if short or (skipped and not judged) else 0
 
 
 if __name__ == "__main__":

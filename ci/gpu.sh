@@ -6,6 +6,11 @@
 #                                    torch, triton, transformers, peft, pytest; nvcc on PATH
 #   ci/gpu.sh build tests            only these steps
 #   PYTHON=.venv/bin/python OUT=build/gpu ci/gpu.sh
+#   LIMIT_TESTS=600 LIMIT_BENCH=900 ci/gpu.sh
+#
+# Each step has a time limit, LIMIT_<STEP> seconds, and what it does not use is added to the next
+# one's: by default everything ends within ten minutes. A step that runs over is stopped, noted as
+# failed in the table, and the next one goes on; what it measured until then is kept.
 #
 # Steps: build (the extension), aot (every kernel for sm_80, sm_90 and sm_100: no spills), tests
 # (pytest -m gpu), kernels (the kernels' own tests, compiled), quantised (bitsandbytes, where it is
@@ -27,17 +32,44 @@ results="$OUT/steps.tsv"
 : >"$results"
 wanted=" ${*:-build aot tests kernels quantised memcheck racecheck bench bench_model targets} "
 
+# Seconds. Not measured on a GPU yet: chosen so that the default steps sum up to less than 600, with
+# room for one that has to be killed and for the summary.
+declare -A limits=(
+    [build]=90 [aot]=60 [tests]=50 [kernels]=60 [quantised]=20 [memcheck]=40 [racecheck]=40
+    [bench]=120 [bench_model]=60 [bench_full]=7200 [targets]=10
+)
+for name in "${!limits[@]}"; do
+    variable="LIMIT_${name^^}"
+    limits[$name]=${!variable:-${limits[$name]}}
+    [[ ${limits[$name]} =~ ^[1-9][0-9]*$ ]] || {
+        echo "ci/gpu.sh: $variable must be a whole number of seconds, not '${limits[$name]}'."
+        exit 1
+    }
+done
+granted=0
+
 # step NAME COMMAND...: runs it if it is wanted, logs it, notes how it ended and how long it took.
 step() {
-    local name=$1 start=$SECONDS status
+    local name=$1 start=$SECONDS left status
     shift
     [[ $wanted == *" $name "* ]] || return 0
-    "$@" >"$OUT/$name.log" 2>&1
+    # Of an earlier run: this one may be stopped before it writes its own.
+    rm -f "$OUT/$name.xml"
+    granted=$((granted + limits[$name]))
+    # Never 0, which is no limit to timeout.
+    left=$((granted - SECONDS))
+    [ "$left" -ge 5 ] || left=5
+    # Interrupted as by Ctrl-C: pytest then still writes what it has.
+    timeout --signal=INT --kill-after=20 "$left" bash -c '"$@"' step "$@" >"$OUT/$name.log" 2>&1
     status=$?
+    if [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ $((SECONDS - start)) -ge "$left" ]; }; then
+        echo "ci/gpu.sh: stopped after $left s; LIMIT_${name^^} grants more" >>"$OUT/$name.log"
+        status="FAILED (stopped after $left s)"
+    fi
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$results"
     # The table of the targets is printed at the end in any case.
-    [ "$status" -eq 0 ] || [ "$name" = targets ] || tail -n 25 "$OUT/$name.log"
-    return "$status"
+    [ "$status" = 0 ] || [ "$name" = targets ] || tail -n 25 "$OUT/$name.log"
+    [ "$status" = 0 ]
 }
 
 # pytest in several processes where pytest-xdist is there.
@@ -75,6 +107,10 @@ sanitize() {
         "$PYTHON" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py \
         -k "attenuate or (small and not 4096)"
 }
+# timeout starts them in a shell of their own.
+export PYTHON OUT WORKERS
+export -f build aot parallel run_pytest gpu_tests kernel_tests quantised sanitize
+export -f bench bench_model bench_full targets
 
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || {
     echo "ci/gpu.sh: no NVIDIA GPU here (nvidia-smi failed)."

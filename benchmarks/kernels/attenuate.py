@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ucan_fast.ops.attenuate import attenuate_reference_
+from ucan_fast.ops.backend import native_obstacle
 
 from .. import costs, peers
 from ..measure import Candidate, Profile
@@ -89,6 +90,19 @@ def _cases(profile: Profile) -> list[tuple[str, Sizes, torch.dtype, float]]:
     ]
 
 
+def extension_obstacle(device: torch.device) -> str | None:
+    """Why ``attenuate_`` would fall back from the compiled extension here, or None.
+
+    None too where the device is not here, as for a prediction.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    reason = native_obstacle("attenuate_", device)
+    if reason is None:
+        return None
+    return f"attenuate_ would fall back: the compiled extension cannot run it ({reason})"
+
+
 def _bench(
     group: str, case: tuple[str, Sizes, torch.dtype, float], device: torch.device, **options
 ) -> Bench:
@@ -97,6 +111,7 @@ def _bench(
     counts = [(rows * cols, (rows, cols)[axis]) for (rows, cols), axis in sizes]
     at_once = costs.attenuate_at_once(counts, dtype.itemsize, changed=changed)
     # What the result needs is what one kernel that leaves out whole rows moves.
+    obstacle = extension_obstacle(device)
     cost = {"bytes": int(costs.traffic(at_once)["bytes"]), "flops": elements}
     loop = {"passes": costs.attenuate_per_tensor(counts, dtype.itemsize), **cost}
     return Bench(
@@ -116,6 +131,7 @@ def _bench(
         reference=_reference,
         check_inputs=_check_inputs(sizes, dtype, changed, device),
         mutates=True,
+        obstacles={"ucan_fast": obstacle} if obstacle else {},
         **options,
     )
 

@@ -137,6 +137,17 @@ def forward_backward(profile: Profile, device: torch.device) -> list[Bench]:
                     passes=passes.peft_step(name_of(other)),
                 )
             )
+            for name, make, cast in (
+                ("peft", peers.peft_layer, passes.peft_step_autocast()),
+                ("ucan_fast", peers.ucan_layer, passes.ucan_step_autocast()),
+            ):
+                candidates.append(
+                    Candidate(
+                        f"{name}, autocast",
+                        peers.training_step(make, adapter, autocast=case.dtype),
+                        passes=cast,
+                    )
+                )
         if case.compiled:
             candidates.append(
                 Candidate(
@@ -172,6 +183,8 @@ def _with_gradient(case: LoraCase, device: torch.device):
     return inputs
 
 
+#: Tokens over which the rounding of δ averages out to less than cases.SUMS.
+_AVERAGED = 64
 _HOOKS = {"boolean index": peers.BooleanIndex, "mask matmul": peers.MaskMatmul}
 
 
@@ -200,6 +213,41 @@ def _hooked(case: LoraCase, device: torch.device, statistics: str) -> list[Candi
         passes=passes.hooks_compiled(statistics),
     )
     return [plain, compiled] if case.compiled else [plain]
+
+
+def _autocast(case: LoraCase, device: torch.device, *statistics: str) -> list[Candidate]:
+    """Hooks and ours under autocast to the base's dtype, where the adapters are wider."""
+    if not (other := _other_adapter(case)):
+        return []
+    passes = case.cost(device)
+    hooked = [
+        Candidate(
+            f"peft + hooks, {name}, autocast",
+            peers.hooked_forward(_HOOKS[name], case.adapter_dtype, autocast=other),
+            capturable=_HOOKS[name].capturable,
+            passes=passes.hooks(name, autocast=True),
+        )
+        for name in statistics
+    ]
+    narrow = replace(case, adapter_dtype=other).cost(device)
+    ours = Candidate(
+        "ucan_fast, autocast",
+        peers.recorded_forward(case.adapter_dtype, autocast=other),
+        # A and B are narrowed; the rest is as with narrow adapters.
+        passes=narrow.ucan(moments=True),
+    )
+    return [*hooked, ours]
+
+
+def _autocast_obstacles(case: LoraCase, candidates: list[Candidate]) -> dict[str, str]:
+    # δ is rounded to the base's dtype, 2^-9 in bf16, and the sums may be wrong by SUMS at most.
+    if case.tokens >= _AVERAGED:
+        return {}
+    reason = (
+        f"δ is rounded to {name_of(case.dtype)}, which does not average out over so few tokens "
+        f"({case.tokens}): its sums cannot be checked as closely as the others'"
+    )
+    return {one.name: reason for one in candidates}
 
 
 def forward_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
@@ -248,18 +296,21 @@ def forward_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
                     **plain,
                 )
             )
-        obstacle = fused_linear_obstacle(device)
+        cast = _autocast(case, device, "mask matmul")
+        obstacles = _autocast_obstacles(case, cast)
+        if obstacle := fused_linear_obstacle(device):
+            obstacles["ucan_fast, fused_linear"] = obstacle
         benches.append(
             Bench(
                 "linear_moments",
                 case.shape,
                 baseline="peft + hooks, mask matmul",
-                candidates=candidates,
+                candidates=[*candidates, *cast],
                 inputs=_inputs(case, device),
                 reference=peers.reference_linear_moments,
                 tolerances=SUMS,
                 obstacle=case.too_large(cost["flops"], device),
-                obstacles={"ucan_fast, fused_linear": obstacle} if obstacle else {},
+                obstacles=obstacles,
                 **case.dtypes,
             )
         )
@@ -279,16 +330,18 @@ def forward_with_hooks(profile: Profile, device: torch.device) -> list[Bench]:
         )
         boolean = _hooked(case, device, "boolean index")
         mask, *_ = _hooked(case, device, "mask matmul")
+        cast = _autocast(case, device, "boolean index", "mask matmul")
         benches.append(
             Bench(
                 "linear_hooks",
                 case.shape,
                 baseline="peft + hooks, boolean index",
-                candidates=[*boolean, mask, ours],
+                candidates=[*boolean, mask, ours, *cast],
                 inputs=_inputs(case, device),
                 reference=peers.reference_linear_moments,
                 tolerances=SUMS,
                 obstacle=case.too_large(cost["flops"], device),
+                obstacles=_autocast_obstacles(case, cast),
                 **case.dtypes,
             )
         )

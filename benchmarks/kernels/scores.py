@@ -48,60 +48,86 @@ def _bind(function: Callable) -> peers.Binder:
     return lambda *inputs: functools.partial(function, *inputs, **_CHOICES)
 
 
+def _bind_loop(moments, counts, norms, offsets) -> peers.Call:
+    loop = functools.partial(peers.scores_per_layer, **_CHOICES)
+    return functools.partial(loop, moments, counts, norms, offsets.tolist())
+
+
 def _by_reference(*inputs: torch.Tensor, **choices: float) -> dict[str, torch.Tensor]:
     with ops.use_backend("reference"):
         return peers.scores_ucan(*inputs, **choices)
 
 
 def scores(profile: Profile, device: torch.device) -> list[Bench]:
-    """The default formulas, at the input site of every layer."""
-    models = [SMOLLM2_135M]
-    if profile.name == "full":
-        models += [LLAMA_32_1B, LLAMA_2_7B, QWEN_25_14B]
-    benches = []
-    for model in models:
-        n = sum(_widths(model))
-        # Three sums and a norm in, R, U, S out in fp64, S in again, γ out in fp32.
-        cost = {"bytes": n * (4 * 8 + 3 * 8 + 8 + 4), "flops": 20 * n}
-        # γ is fp32; the tolerance of fp64 would ask for more than it holds. Both candidates read
-        # layer boundaries back from the device.
-        common = {**cost, "tolerance": 1e-6, "capturable": False}
-        candidates = [
-            Candidate(
-                "torch, loop over layers",
-                _bind(peers.scores_per_layer),
-                passes=costs.scores_layer_loop(_widths(model)),
-                **common,
-            ),
-            Candidate(
-                "ucan_fast",
-                _bind(peers.scores_ucan),
-                passes=costs.scores_ucan(n, device.type),
-                count_launches=True,
-                **common,
-            ),
+    """The default formulas, at the input site of every layer.
+
+    On CUDA without the reference backend, so that a graph can hold all of it and device time is
+    measured: the reference reads the number of layers and of neurons back from the device.
+    """
+    return [
+        _bench("scores", model, device, reference=device.type == "cpu")
+        for model in _models(profile)
+    ]
+
+
+def scores_eager(profile: Profile, device: torch.device) -> list[Bench]:
+    """The same with the reference backend: eager calls, and ours with the checks that wait.
+
+    On CUDA only, where ``scores`` leaves the reference out.
+    """
+    if device.type == "cpu":
+        return []
+    return [_bench("scores_eager", model, device, reference=True) for model in _models(profile)]
+
+
+def _models(profile: Profile) -> list[Model]:
+    more = [LLAMA_32_1B, LLAMA_2_7B, QWEN_25_14B] if profile.name == "full" else []
+    return [SMOLLM2_135M, *more]
+
+
+def _bench(group: str, model: Model, device: torch.device, *, reference: bool) -> Bench:
+    n = sum(_widths(model))
+    # Three sums and a norm in, R, U, S out in fp64, S in again, γ out in fp32.
+    cost = {"bytes": n * (4 * 8 + 3 * 8 + 8 + 4), "flops": 20 * n}
+    # γ is fp32; the tolerance of fp64 would ask for more than it holds.
+    common = {**cost, "tolerance": 1e-6}
+    candidates = [
+        Candidate(
+            "torch, loop over layers",
+            _bind_loop,
+            passes=costs.scores_layer_loop(_widths(model)),
+            **common,
+        ),
+        Candidate(
+            "ucan_fast",
+            _bind(peers.scores_ucan),
+            passes=costs.scores_ucan(n, device.type),
+            count_launches=True,
+            **common,
+        ),
+    ]
+    if reference:
+        candidates.append(
             Candidate(
                 "ucan_fast, reference backend",
                 _bind(_by_reference),
                 passes=costs.scores_reference(n),
+                capturable=False,
                 **common,
-            ),
-        ]
-        benches.append(
-            Bench(
-                "scores",
-                {"model": model.name, "layers": 7 * model.blocks, "neurons": n},
-                "float64",
-                baseline="torch, loop over layers",
-                candidates=candidates,
-                inputs=_inputs(model, device),
-                reference=functools.partial(_reference, **_CHOICES),
-                obstacles={"ucan_fast, reference backend": "on a CPU ucan_fast runs it anyway"}
-                if device.type == "cpu"
-                else {},
             )
         )
-    return benches
+    return Bench(
+        group,
+        {"model": model.name, "layers": 7 * model.blocks, "neurons": n},
+        "float64",
+        baseline="torch, loop over layers",
+        candidates=candidates,
+        inputs=_inputs(model, device),
+        reference=functools.partial(_reference, **_CHOICES),
+        obstacles={"ucan_fast, reference backend": "on a CPU ucan_fast runs it anyway"}
+        if device.type == "cpu"
+        else {},
+    )
 
 
 def _reference(

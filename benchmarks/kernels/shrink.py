@@ -15,9 +15,16 @@ from ..measure import Candidate, Profile
 from .cases import SUMS, Bench, LoraCase, lora_cases
 
 
-def _inputs(case: LoraCase, device: torch.device):
+def _inputs(case: LoraCase, device: torch.device) -> Callable[[int], tuple[torch.Tensor, ...]]:
     k, n = case.size
-    return peers.lora_inputs(k, n, case.rank, case.tokens, case.dtype, device)
+    make = peers.lora_inputs(k, n, case.rank, case.tokens, case.dtype, device)
+
+    def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+        # What shrink reads and no more: by its size the sets that take turns are counted.
+        x, _, a, _, groups = make(seed)
+        return x, a.to(case.adapter_dtype), groups
+
+    return inputs
 
 
 def _torch(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -25,9 +32,8 @@ def _torch(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return F.linear(x.to(a.dtype), a)
 
 
-def _bind(function: Callable, case: LoraCase, *, compiled: bool = False) -> peers.Binder:
-    def bind(x, _w, a, *_) -> peers.Call:
-        a = a.to(case.adapter_dtype)
+def _bind(function: Callable, *, compiled: bool = False) -> peers.Binder:
+    def bind(x, a, _groups) -> peers.Call:
         run = torch.compile(function, dynamic=False) if compiled else function
         return lambda: run(x, a)
 
@@ -42,14 +48,14 @@ def shrink(profile: Profile, device: torch.device) -> list[Bench]:
         k, _ = case.size
         cost = {"bytes": t["x"] + t["a"] + t["z"], "flops": 2 * case.tokens * k * case.rank}
         candidates = [
-            Candidate("torch", _bind(_torch, case), passes=passes.torch_shrink(), **cost),
-            Candidate("ucan_fast", _bind(ops.shrink, case), passes=passes.shrink(), **cost),
+            Candidate("torch", _bind(_torch), passes=passes.torch_shrink(), **cost),
+            Candidate("ucan_fast", _bind(ops.shrink), passes=passes.shrink(), **cost),
         ]
         if case.compiled:
             candidates.append(
                 Candidate(
                     "torch, compiled",
-                    _bind(_torch, case, compiled=True),
+                    _bind(_torch, compiled=True),
                     passes=passes.torch_shrink(),
                 )
             )
@@ -60,7 +66,7 @@ def shrink(profile: Profile, device: torch.device) -> list[Bench]:
                 baseline="torch",
                 candidates=candidates,
                 inputs=_inputs(case, device),
-                reference=lambda x, w, a, *_: x.double() @ a.double().t(),
+                reference=lambda x, a, _groups: x.double() @ a.double().t(),
                 obstacle=case.too_large(cost["flops"], device),
                 **case.dtypes,
             )
@@ -75,9 +81,8 @@ def _torch_moments(x, a, mask, total) -> torch.Tensor:
     return _torch(x, a)
 
 
-def _bind_torch_moments(case: LoraCase, *, compiled: bool = False) -> peers.Binder:
-    def bind(x, _w, a, _b, groups) -> peers.Call:
-        a = a.to(case.adapter_dtype)
+def _bind_torch_moments(*, compiled: bool = False) -> peers.Binder:
+    def bind(x, a, groups) -> peers.Call:
         mask = torch.stack([groups == 0, groups == 1]).float()
         total = peers.new_totals(x.shape[1], x.device)
         run = torch.compile(_torch_moments, dynamic=False) if compiled else _torch_moments
@@ -86,19 +91,12 @@ def _bind_torch_moments(case: LoraCase, *, compiled: bool = False) -> peers.Bind
     return bind
 
 
-def _bind_ucan_moments(case: LoraCase) -> peers.Binder:
-    def bind(x, _w, a, _b, groups) -> peers.Call:
-        a = a.to(case.adapter_dtype)
-        total = peers.new_totals(x.shape[1], x.device)
-        return lambda: {
-            "z": ops.shrink(x, a, groups=groups, input_moments=total),
-            "input": total,
-        }
-
-    return bind
+def _bind_ucan_moments(x, a, groups) -> peers.Call:
+    total = peers.new_totals(x.shape[1], x.device)
+    return lambda: {"z": ops.shrink(x, a, groups=groups, input_moments=total), "input": total}
 
 
-def _reference_moments(x, _w, a, _b, groups) -> dict[str, Any]:
+def _reference_moments(x, a, groups) -> dict[str, Any]:
     z = x.double() @ a.double().t()
     return {"z": z, "input": peers.reference_moments(x, groups)}
 
@@ -117,19 +115,17 @@ def shrink_with_moments(profile: Profile, device: torch.device) -> list[Bench]:
         candidates = [
             Candidate(
                 "torch, mask matmul",
-                _bind_torch_moments(case),
+                _bind_torch_moments(),
                 passes=passes.torch_shrink_moments(),
                 **cost,
             ),
-            Candidate(
-                "ucan_fast", _bind_ucan_moments(case), passes=passes.shrink(moments=True), **cost
-            ),
+            Candidate("ucan_fast", _bind_ucan_moments, passes=passes.shrink(moments=True), **cost),
         ]
         if case.compiled:
             candidates.append(
                 Candidate(
                     "torch, mask matmul, compiled",
-                    _bind_torch_moments(case, compiled=True),
+                    _bind_torch_moments(compiled=True),
                     passes=passes.torch_shrink_moments_compiled(),
                 )
             )

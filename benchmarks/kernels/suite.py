@@ -14,7 +14,8 @@ _GROUPS = (
     *(expand.expand, expand.expand_with_moments),
     *(linear.forward, linear.forward_backward),
     *(linear.forward_with_moments, linear.forward_with_hooks),
-    *(scores.scores, attenuate.attenuate, attenuate.attenuate_wall),
+    *(scores.scores, scores.scores_eager),
+    *(attenuate.attenuate, attenuate.attenuate_wall),
 )
 
 

@@ -58,7 +58,7 @@ def _groups(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen groups; 1 where a candidate computed something else."""
+    """Run the chosen groups; 1 where a candidate computed something else, 130 if interrupted."""
     options = parse(arguments)
     profile = PROFILES[chosen_profile(options.profile).name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,9 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     results: list[Result] = []
     skipped: list[Skipped] = []
+    status = 0
     for name in options.only:
         try:
             measured, left_out = GROUPS[name](profile, device)
+        except KeyboardInterrupt:
+            print(f"error: interrupted in {name}; what came before is kept", file=sys.stderr)
+            status = 130
+            break
         except CheckFailed as failure:
             print(f"error: {failure}", file=sys.stderr)
             return 1
@@ -78,12 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         results += measured
         skipped += left_out
+    if status and not results:
+        return status
     path = options.json or output_path("model", save=options.save, profile=profile)
     write_results(
         path, results, command=_command(options, profile), skipped=skipped, profile=profile
     )
     print(f"written: {os.path.relpath(path)}")
-    return 0
+    return status
 
 
 def _command(options: argparse.Namespace, profile: Profile) -> str:

@@ -1,4 +1,4 @@
-"""Group ``deletion``: one deletion request, answered in five ways.
+"""Group ``deletion``: one deletion request, answered in five ways, and a plain pass beside them.
 
 The peers are written as their authors' code has them (locuslab/open-unlearning for gradient
 ascent and GradDiff), with plain torch and PEFT: AdamW on the adapter, the model's own loss. They
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,26 @@ from .. import peers
 from ..measure import Profile, Result, Skipped, case_name
 from . import demo
 from .models import Batch, Unavailable, attended_tokens, lora_layers
-from .passes import accelerate_all, exact_model
+from .passes import (
+    accelerate_all,
+    exact_model,
+    forward_options,
+    logits_reference,
+    plain_pass,
+)
 from .timing import Run, Whole, measure_whole
 
 GROUP = "deletion"
 BASELINE = "ucan_fast, both sets"
+#: Less work than any answer, but a peer's: what ours is measured by in :func:`against_forward`.
+FORWARD = "peft, plain forward, both sets"
 CANDIDATES = (
     BASELINE,
     "ucan_fast, bank",
     "gradient ascent, 1 epoch",
     "GradDiff, 1 epoch",
     "retrain the adapter",
+    FORWARD,
 )
 #: A fixed strength, so that nothing is searched; something is selected whatever the data are.
 CONFIG = uf.UcanConfig(strength=2.0, min_score=0.0)
@@ -88,8 +97,27 @@ def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skip
         count = 1 if request == "one user" else max(1, round(len(users) / 100))
         task = demo_task(data, count, device, slices=2 if profile.name == "quick" else 0)
         shape |= {"forget_tokens": attended_tokens(task.forget), "users": len(users)}
-        results += measure_task(model, task, GROUP, shape, device, profile)
+        measured = measure_task(model, task, GROUP, shape, device, profile)
+        results += [*measured, *against_forward(measured)]
     return results, []
+
+
+def against_forward(results: Sequence[Result]) -> list[Result]:
+    """Our times once more, in the group ``..._forward``, as ratios to PEFT's plain pass.
+
+    Where our own pass over both sets is the baseline, what makes all of ours slower leaves every
+    ratio of ours as it was, and :mod:`benchmarks.compare` would not see it.
+    """
+    return [
+        replace(
+            result,
+            group=f"{result.group}_forward",
+            baseline=FORWARD,
+            extra={key: value for key, value in result.extra.items() if key != "slope"},
+        )
+        for result in results
+        if result.name == FORWARD or result.name.startswith("ucan_fast")
+    ]
 
 
 def demo_task(data: demo.Demo, users: int, device: torch.device, *, slices: int) -> Task:
@@ -170,6 +198,8 @@ def candidates(model: PeftModel, task: Task) -> list[Whole]:
         f"taken from short to long, times {scale:g} for {task.epochs} epochs",
     }
     bank: list[uf.ActivationStats] = []
+    options = forward_options(model, task.forget[:1])
+    logits = logits_reference(model, exact=True)
     return [
         Whole(
             BASELINE,
@@ -210,7 +240,18 @@ def candidates(model: PeftModel, task: Task) -> list[Whole]:
             tolerance=UPDATE_TOLERANCE,
             extra=retrained,
         ),
+        Whole(
+            FORWARD,
+            lambda t: plain_pass(model, options)(_both(t)),
+            forget + retain,
+            reference=lambda t: logits(_both(t)),
+            extra={"forward_options": options},
+        ),
     ]
+
+
+def _both(task: Task) -> list[Batch]:
+    return [*task.forget, *task.retain]
 
 
 # ucan_fast
@@ -268,7 +309,7 @@ def plan_reference(model: PeftModel) -> Callable[[Task], dict[str, torch.Tensor]
 
         for (_, layer), total in zip(layers, totals, strict=True):
             layer.lora_A["default"].register_forward_pre_hook(hook(total))
-        for batch in (*task.forget, *task.retain):
+        for batch in _both(task):
             here = torch.where(batch["attention_mask"].bool(), batch["token_groups"], -1)
             groups[:] = [here.reshape(-1)]
             counts += torch.stack([(here == g).sum() for g in (0, 1)]).cpu()
@@ -281,8 +322,8 @@ def plan_reference(model: PeftModel) -> Callable[[Task], dict[str, torch.Tensor]
         norms = [layer.lora_A["default"].weight.norm(dim=0).cpu() for _, layer in layers]
         sizes = [len(norm) for norm in norms]
         moments = torch.cat([total.cpu() for total in totals], dim=2)
-        offsets = torch.tensor([0, *itertools.accumulate(sizes)])
-        arguments = (moments, counts.expand(len(layers), 2), torch.cat(norms).detach(), offsets)
+        bounds = [0, *itertools.accumulate(sizes)]
+        arguments = (moments, counts.expand(len(layers), 2), torch.cat(norms).detach(), bounds)
         strength = float(CONFIG.strength)
         scores = peers.scores_per_layer(*arguments, threshold=0.0, strength=strength)["score"]
         threshold = float(scores.quantile(1 - CONFIG.fraction))

@@ -228,13 +228,13 @@ def candidates(
     """All ways to go over the data set; each takes ``(batches,)``."""
     every = {key: value for key, value in options.items() if key != "logits_to_keep"}
     said = {"forward_options": options}
-    logits = _logits_reference(model, exact=exact)
-    plain = [Whole(BASELINE, _plain(model, options), tokens, reference=logits, extra=said)]
+    logits = logits_reference(model, exact=exact)
+    plain = [Whole(BASELINE, plain_pass(model, options), tokens, reference=logits, extra=said)]
     if every != options:
         plain.append(
             Whole(
                 "peft, plain forward, all logits",
-                _plain(model, every),
+                plain_pass(model, every),
                 tokens,
                 reference=logits,
                 extra={"forward_options": every},
@@ -267,7 +267,9 @@ def _forward(model: PeftModel, batch: Batch, options: dict[str, Any]) -> Any:
     return model(**inputs, **options)
 
 
-def _plain(model: PeftModel, options: dict[str, Any]) -> Callable[..., Run]:
+def plain_pass(model: PeftModel, options: dict[str, Any]) -> Callable[..., Run]:
+    """PEFT's forward without gradients; takes ``(batches,)``, checked are the last logits."""
+
     def bind(batches: list[Batch]) -> Run:
         def run() -> list[torch.Tensor]:
             with torch.no_grad():
@@ -300,9 +302,63 @@ def _hooked(
     model: PeftModel, statistics: peers.Statistics, options: dict[str, Any]
 ) -> Callable[..., Run]:
     def bind(batches: list[Batch]) -> Run:
-        return Run(lambda: hooked_pass(model, statistics, batches, options), result=_sums_apart)
+        hooked = HookedPass(model, statistics, batches, options)
+        return Run(hooked.run, hooked.register, hooked.remove, _sums_apart)
 
     return bind
+
+
+class HookedPass:
+    """PEFT's forward with hooks on every LoRA layer: what ``collect`` sums up.
+
+    Args:
+        statistics: groups ``[tokens]`` -> an object with ``add(total, h)``.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        statistics: Callable[[torch.Tensor], Any],
+        batches: list[Batch],
+        options: dict[str, Any],
+    ) -> None:
+        self.model, self.statistics, self.batches = model, statistics, batches
+        self.options = options
+        self._of_batch = _OfTheBatch()
+        self._totals: dict[str, torch.Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def register(self) -> None:
+        """Put the hooks in place, with empty totals."""
+        for name, layer in lora_layers(self.model):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            mine = {
+                "input": peers.new_totals(a.shape[1], a.device),
+                "output": peers.new_totals(b.shape[0], b.device),
+            }
+            self._totals |= {f"{name}/{site}": total for site, total in mine.items()}
+            self._handles += peers.hook_moments(layer, self._of_batch, mine)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """One pass.
+
+        Returns:
+            ``"layer/site"`` -> ``[2, 2, n]`` on the CPU, and the token count of both groups.
+        """
+        count = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in self.batches:
+                groups = torch.where(batch["attention_mask"].bool(), batch["token_groups"], -1)
+                groups = groups.reshape(-1)
+                count += torch.stack([(groups == g).sum() for g in (0, 1)]).cpu()
+                self._of_batch.current = self.statistics(groups)
+                _forward(self.model, batch, self.options)
+        return {"count": count, **{key: total.cpu() for key, total in self._totals.items()}}
 
 
 def hooked_pass(
@@ -311,37 +367,13 @@ def hooked_pass(
     batches: list[Batch],
     options: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """PEFT's forward with hooks on every LoRA layer: what ``collect`` sums up.
-
-    Args:
-        statistics: groups ``[tokens]`` -> an object with ``add(total, h)``.
-
-    Returns:
-        ``"layer/site"`` -> ``[2, 2, n]`` on the CPU, and the token count of both groups.
-    """
-    of_batch = _OfTheBatch()
-    totals, handles = {}, []
-    count = torch.zeros(2, dtype=torch.float64)
+    """A :class:`HookedPass` from beginning to end; the arguments are its own."""
+    hooked = HookedPass(model, statistics, batches, options)
     try:
-        for name, layer in lora_layers(model):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            mine = {
-                "input": peers.new_totals(a.shape[1], a.device),
-                "output": peers.new_totals(b.shape[0], b.device),
-            }
-            totals |= {f"{name}/{site}": total for site, total in mine.items()}
-            handles += peers.hook_moments(layer, of_batch, mine)
-        with torch.no_grad():
-            for batch in batches:
-                groups = torch.where(batch["attention_mask"].bool(), batch["token_groups"], -1)
-                groups = groups.reshape(-1)
-                count += torch.stack([(groups == g).sum() for g in (0, 1)]).cpu()
-                of_batch.current = statistics(groups)
-                _forward(model, batch, options)
+        hooked.register()
+        return hooked.run()
     finally:
-        for handle in handles:
-            handle.remove()
-    return {"count": count, **{key: total.cpu() for key, total in totals.items()}}
+        hooked.remove()
 
 
 def _collected(model: PeftModel, *, accelerated: bool) -> Callable[..., Run]:
@@ -402,7 +434,8 @@ def _reference(model: PeftModel, *, exact: bool) -> Callable[..., dict[str, torc
     return reference
 
 
-def _logits_reference(model: PeftModel, *, exact: bool) -> Callable[..., list[torch.Tensor]]:
+def logits_reference(model: PeftModel, *, exact: bool) -> Callable[..., list[torch.Tensor]]:
+    """The logits of :func:`plain_pass`, from an fp64 copy of the model where ``exact``."""
     # Without collect's options: what they skip must not change what remains. Both plain forwards
     # are compared with it, on the same batches: it is computed once.
     known: list[tuple[list[Batch], list[torch.Tensor]]] = []

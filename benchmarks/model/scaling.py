@@ -1,7 +1,8 @@
 """Group ``scaling``: how the ways to answer a deletion request grow, one size varied at a time.
 
 A Llama with random weights and random tokens, all sequences of one length: nothing but the size
-differs between the points of a sweep.
+differs between the points of a sweep. ``full`` varies |D_f|, |D|, the blocks and the rank, with
+four points each; ``quick`` leaves |D| and the rank out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from transformers import LlamaConfig
 
 from ..measure import Profile, Result, Skipped
-from .deletion import BASELINE, Task, measure_task
+from .deletion import BASELINE, FORWARD, Task, against_forward, measure_task
 from .models import attended_tokens, random_base, random_batches, with_adapter
 from .slopes import attach_slopes
 
@@ -25,6 +26,7 @@ CANDIDATES = (
     "gradient ascent, 1 epoch",
     "GradDiff, 1 epoch",
     "retrain the adapter",
+    FORWARD,
 )
 VOCABULARY = 1024
 
@@ -65,7 +67,7 @@ SIZES = {
 
 
 def sweeps(profile: Profile, kind: str) -> dict[str, list[Size]]:
-    """Key of the shape that is varied -> the points."""
+    """Key of the shape that is varied -> the points; quick varies |D_f| and the blocks only."""
     size, factors = SIZES[profile.name, kind], (1, 2, 4, 8)
 
     def varied(key: str, start: int, base: Size = size) -> list[Size]:
@@ -91,7 +93,7 @@ def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skip
     for along, points in sweeps(profile, device.type).items():
         swept = [r for point in points for r in measure_point(point, along, device, profile)]
         attach_slopes(swept, along)
-        results += swept
+        results += [*swept, *against_forward(swept)]
     return results, []
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import costs
 from benchmarks.costs import Ceilings, LoraCost, Pass
-from benchmarks.kernels import suite
+from benchmarks.kernels import scores, suite
 from benchmarks.measure import PROFILES
+from benchmarks.shapes import Model
+from ucan_fast import kernels, ops
+from ucan_fast.ops.scores import factors_reference, scores_reference
 
 M, K, N, R = 8192, 4096, 4096, 16
 MIXED = LoraCost(M, K, N, R, "bfloat16", "float32", "cuda")
@@ -111,3 +116,85 @@ def test_every_candidate_of_every_case_has_passes(device):
             # for A and B in another dtype.
             if one.bytes is not None:
                 assert total["bytes"] >= 0.99 * one.bytes, (bench.group, bench.case, one.name)
+
+
+# Scores: the counts against what a run moves
+
+#: Few layers of many neurons, so that what is per layer does not matter.
+FEW = Model("few", 1, hidden=4000, intermediate=4000, query=4000, key_value=4000)
+
+
+class _Moved(TorchDispatchMode):
+    """Bytes that go in and out of every operator which computes something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        taken, given = (
+            [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+            for value in ((arguments, options), out)
+        )
+        storages = {t.untyped_storage().data_ptr() for t in taken}
+        if function is torch.ops.aten.new_zeros.default:
+            taken = []  # its dtype alone
+        if not any(t.untyped_storage().data_ptr() in storages for t in given):
+            self.bytes += sum(t.nbytes for t in (*taken, *given))
+        return out
+
+
+@pytest.mark.parametrize("name", ["torch, loop over layers", "ucan_fast, reference backend"])
+def test_the_bytes_of_scores_in_torch_are_those_that_operators_move(name, monkeypatch):
+    # Past the operators' own dispatch, which would hide what they do.
+    monkeypatch.setattr(scores.ops, "contrastive_scores", _by_name(scores_reference))
+    monkeypatch.setattr(scores.ops, "attenuation_factors", _by_name(factors_reference))
+    bench = scores._bench("scores", FEW, torch.device("cpu"), reference=True)
+    candidate = next(one for one in bench.candidates if one.name == name)
+    call = candidate.bind(*bench.inputs(0))
+    with _Moved() as moved:
+        call()
+    n = bench.shape["neurons"]
+    counted = costs.traffic(candidate.passes)["bytes"]
+    assert moved.bytes / n == pytest.approx(counted / n, abs=0.5)
+
+
+def _by_name(function):
+    # The operators take their choices by name, the definitions in the same order.
+    return lambda *tensors, **choices: function(*tensors, *choices.values())
+
+
+@pytest.mark.skipif(
+    kernels.obstacle("cpu") is not None, reason="the interpreter counts loads and stores"
+)
+def test_the_bytes_of_scores_in_triton_are_its_loads_and_stores(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from ucan_fast.kernels import scores as launched
+
+    # The maxima of the chunks are few, but every program reads them: one chunk, one maximum.
+    monkeypatch.setattr(launched, "_chunks", lambda n, layers: 1)
+    moved = {"load": 0, "store": 0}
+
+    def counted(kind, function, mask_at):
+        def call(self, pointers, *rest):
+            moved[kind] += int(rest[mask_at].data.sum()) * (
+                pointers.get_element_ty().primitive_bitwidth // 8
+            )
+            return function(self, pointers, *rest)
+
+        return call
+
+    for kind, mask_at in (("load", 0), ("store", 1)):
+        name = f"create_masked_{kind}"
+        original = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(InterpreterBuilder, name, counted(kind, original, mask_at))
+    bench = scores._bench("scores", FEW, torch.device("cpu"), reference=False)
+    ours = next(one for one in bench.candidates if one.name == "ucan_fast")
+    with ops.use_backend("triton"):
+        ours.bind(*bench.inputs(0))()
+    n = bench.shape["neurons"]
+    per_neuron = costs.traffic(costs.scores_ucan(n, "cuda"))["bytes"] / n
+    # The maximum over S is torch's: 8 bytes.
+    assert (moved["load"] + moved["store"]) / n + 8 == pytest.approx(per_neuron, abs=0.5)

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import ucan_fast as uf
+from benchmarks import compare
 from benchmarks import measure as m
 from benchmarks.model import deletion, demo, models, passes, scaling, timing
 from benchmarks.shapes import SMOLLM2_135M, Model
+
+from .synthetic import environment
 
 CPU = torch.device("cpu")
 FAST = m.Profile("quick", rounds=2, seconds=0.0, min_sample=0.0, min_rounds=2)
@@ -55,6 +58,10 @@ def _task() -> deletion.Task:
 
 def _deleted(model, task=None) -> list[m.Result]:
     return deletion.measure_task(model, task or _task(), "deletion", {"model": "t"}, CPU, FAST)
+
+
+def _retrained(model, task) -> m.Result:
+    return next(r for r in _deleted(model, task) if r.name == "retrain the adapter")
 
 
 def _state(model) -> dict[str, torch.Tensor]:
@@ -157,6 +164,31 @@ def test_padding_is_in_no_sum(model):
     assert models.attended_tokens(cut) == 8 * (LENGTH - 5)
 
 
+def test_hooks_are_put_in_place_outside_the_timed_part(model, monkeypatch):
+    batches = _batches(0)
+    run = passes._hooked(model, passes.peers.MaskMatmul, {})(batches)
+    first, other = (
+        passes.hooked_pass(model, passes.peers.MaskMatmul, b, {}) for b in (batches,) * 2
+    )
+    run.prepare()
+    with monkeypatch.context() as patch:
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            patch.setattr(torch.nn.Module, name, lambda *_: pytest.fail("registered in run"))
+        patch.setattr(
+            torch.utils.hooks.RemovableHandle, "remove", lambda *_: pytest.fail("removed in run")
+        )
+        found = run.run()
+    run.undo()
+    assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in model.modules())
+    # Totals begin at zero in every pass.
+    run.prepare()
+    again = run.run()
+    run.undo()
+    for key, value in first.items():
+        for mine in (other, found, again):
+            torch.testing.assert_close(mine[key], value)
+
+
 # deletion
 
 
@@ -173,7 +205,7 @@ def test_every_way_to_delete_is_timed_and_undone(model):
 def test_retraining_is_extrapolated_from_the_slice_and_says_so(model):
     task = _task()
     assert len(task.retain) == 3
-    retrained = _deleted(model, task)[-1]
+    retrained = _retrained(model, task)
     assert retrained.extra["extrapolated"] is True
     assert retrained.extra["timed_steps"] == 1
     assert retrained.extra["all_steps"] == 9
@@ -185,7 +217,43 @@ def test_retraining_is_extrapolated_from_the_slice_and_says_so(model):
     candidate = next(c for c in deletion.candidates(model, task) if c.name == retrained.name)
     assert candidate.scale == 9
     whole = dataclasses.replace(task, epochs=1, slice=[])
-    assert _deleted(model, whole)[-1].extra["extrapolated"] is False
+    assert _retrained(model, whole).extra["extrapolated"] is False
+
+
+def test_what_makes_all_of_ours_slower_shows_against_a_peer(model, tmp_path):
+    def document(name: str, slowdown: float):
+        results = [
+            dataclasses.replace(
+                r,
+                seconds=[(slowdown if r.name.startswith("ucan_fast") else 1.0) * i for i in (2, 3)],
+            )
+            for r in _deleted(model)
+        ]
+        every = [*results, *deletion.against_forward(results)]
+        path = tmp_path / name
+        m.write_results(path, every, "x", profile=FAST, environment=environment())
+        return m.read_results(path)
+
+    before, after = document("a.json", 1.0), document("b.json", 2.0)
+    slower = compare.compare(before, after).regressions()
+    assert {(one.key[0], one.key[2], one.factor) for one in slower} == {
+        ("deletion_forward", "ucan_fast, both sets", 0.5),
+        ("deletion_forward", "ucan_fast, bank", 0.5),
+    }
+    baselines = {(r["group"], r["baseline"]) for r in after["results"]}
+    assert baselines == {
+        ("deletion", deletion.BASELINE),
+        ("deletion_forward", "peft, plain forward, both sets"),
+    }
+
+
+def test_a_plain_pass_over_less_than_both_sets_is_found(model, monkeypatch):
+    plain = deletion.plain_pass
+    monkeypatch.setattr(
+        deletion, "plain_pass", lambda *a: lambda batches: plain(*a)(batches[:-1] + batches[:1])
+    )
+    with pytest.raises(m.CheckFailed, match="'peft, plain forward, both sets' is wrong"):
+        _deleted(model)
 
 
 def test_times_are_multiplied_by_the_scale(monkeypatch):

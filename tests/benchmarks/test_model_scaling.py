@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import measure as m
+from benchmarks import report
 from benchmarks.model import __main__ as command
 from benchmarks.model import resources, scaling
 from benchmarks.model.slopes import Slope, attach_slopes, slope_table
@@ -76,6 +77,8 @@ def test_a_sweep_varies_one_size(profile, kind):
     sweeps = scaling.sweeps(PROFILES[profile], kind)
     wanted = {"forget_tokens", "blocks"} | ({"tokens", "rank"} if profile == "full" else set())
     assert set(sweeps) == wanted
+    # What the report says a profile leaves out.
+    assert set(scaling.sweeps(PROFILES["full"], kind)) == set(report._ALONG)
     for points in sweeps.values():
         assert len(points) >= 4
         differing = {
@@ -92,9 +95,14 @@ def test_a_sweep_from_end_to_end(monkeypatch):
     profile = m.Profile("quick", rounds=1, seconds=0.0, min_sample=0.0, min_rounds=1)
     results, skipped = scaling.run(profile, CPU)
     assert not skipped
-    assert len(results) == 4 * len(scaling.CANDIDATES)
+    swept = [r for r in results if r.group == "scaling"]
+    assert len(swept) == 4 * len(scaling.CANDIDATES)
     assert len({r.case for r in results}) == 4
-    assert all(r.extra["slope"]["along"] == "blocks" for r in results)
+    assert all(r.extra["slope"]["along"] == "blocks" for r in swept)
+    again = [r for r in results if r.group == "scaling_forward"]
+    assert len(again) == 4 * 3
+    assert {r.baseline for r in again} == {"peft, plain forward, both sets"}
+    assert not any("slope" in r.extra for r in again)
     assert {r.extra["extrapolated"] for r in results if "retrain" in r.name} == {False}
 
 
@@ -188,6 +196,22 @@ def test_the_file_holds_results_skips_and_how_to_run_it_again(monkeypatch, tmp_p
     printed = capsys.readouterr().out
     assert "skipped: deletion: a case: ucan_fast, bank: no data" in printed
     assert "log-log slope along blocks" in printed
+
+
+def test_an_interrupted_run_keeps_what_came_before(monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.GROUPS, "collect", lambda *_: ([_result(1, [1.0])], []))
+    monkeypatch.setitem(command.GROUPS, "deletion", interrupted)
+    monkeypatch.setitem(command.GROUPS, "scaling", lambda *_: pytest.fail("went on"))
+    path = tmp_path / "model.json"
+    assert command.main(["--json", str(path)]) == 130
+    assert len(m.read_results(path)["results"]) == 1
+    assert "interrupted in deletion" in capsys.readouterr().err
+    path.unlink()
+    assert command.main(["--only", "deletion", "--json", str(path)]) == 130
+    assert not path.exists()
 
 
 def test_a_red_check_writes_nothing(monkeypatch, tmp_path, capsys):

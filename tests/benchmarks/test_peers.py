@@ -8,7 +8,7 @@ from peft.tuners import lora
 
 from benchmarks import measure as m
 from benchmarks import peers
-from benchmarks.kernels import attenuate
+from benchmarks.kernels import attenuate, linear, scores, suite
 from benchmarks.kernels.cases import SUMS, LoraCase, lora_cases
 from benchmarks.shapes import LLAMA_3_8B, MODELS, SMOLLM2_135M, Model
 
@@ -214,3 +214,133 @@ def test_what_is_too_large_for_a_cpu_says_so():
     assert "962 GFLOP" in case.too_large(case.base_flops, CPU)
     assert case.too_large(1e9, CPU) is None
     assert case.too_large(case.base_flops, torch.device("cuda")) is None
+
+
+# Under autocast
+
+
+@pytest.mark.parametrize("tokens", [64, 600])
+def test_moments_under_autocast_agree(tokens):
+    inputs = peers.lora_inputs(64, 80, 8, tokens, torch.bfloat16, CPU)
+    f32, bf16 = torch.float32, torch.bfloat16
+    candidates = [
+        m.Candidate("boolean", peers.hooked_forward(peers.BooleanIndex, f32, autocast=bf16)),
+        m.Candidate("mask", peers.hooked_forward(peers.MaskMatmul, f32, autocast=bf16)),
+        m.Candidate("ucan_fast", peers.recorded_forward(f32, autocast=bf16)),
+    ]
+    options = {
+        "reference": peers.reference_linear_moments,
+        "dtype": "bfloat16",
+        "tolerances": SUMS,
+    }
+    m.check(candidates, inputs, **options)
+
+
+def test_hooks_under_autocast_see_what_it_narrowed(monkeypatch):
+    x, w, a, b, groups = peers.lora_inputs(64, 80, 8, 64, torch.bfloat16, CPU)(0)
+    seen: list[tuple[torch.dtype, bool]] = []
+    of_layer = peers.hook_moments
+
+    def hook_moments(layer, statistics, totals):
+        layer.lora_B["default"].register_forward_hook(
+            lambda _module, _arguments, out: seen.append(
+                (out.dtype, torch.is_autocast_enabled("cpu"))
+            )
+        )
+        return of_layer(layer, statistics, totals)
+
+    monkeypatch.setattr(peers, "hook_moments", hook_moments)
+    for autocast in (None, torch.bfloat16):
+        options = {"autocast": autocast}
+        peers.hooked_forward(peers.MaskMatmul, torch.float32, **options)(x, w, a, b, groups)()
+    assert seen == [(torch.float32, False), (torch.bfloat16, True)]
+
+
+def test_training_under_autocast_agrees():
+    make = peers.lora_inputs(64, 80, 8, 150, torch.bfloat16, CPU)
+
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return (*make(seed), torch.randn(150, 80, generator=generator).bfloat16())
+
+    steps = {
+        name: peers.training_step(maker, torch.float32, autocast=torch.bfloat16)
+        for name, maker in (("peft", peers.peft_layer), ("ucan_fast", peers.ucan_layer))
+    }
+    m.check(_candidates(steps), inputs, reference=peers.reference_gradients, dtype="bfloat16")
+
+
+def test_every_case_with_wider_adapters_has_peers_under_autocast():
+    wanted = {
+        linear.forward_backward: {"peft, autocast"},
+        linear.forward_with_moments: {"peft + hooks, mask matmul, autocast"},
+        linear.forward_with_hooks: {
+            "peft + hooks, mask matmul, autocast",
+            "peft + hooks, boolean index, autocast",
+        },
+    }
+    for group, peers_ in wanted.items():
+        for bench in group(m.PROFILES["full"], CPU):
+            names = {c.name for c in bench.candidates if c.name.endswith(", autocast")}
+            wider = bench.dtype != "float32" and bench.adapter_dtype != bench.dtype
+            assert names == (peers_ | {"ucan_fast, autocast"} if wider else set()), bench.case
+            if bench.group == "linear_forward_backward":
+                continue
+            # One token's sums are no averages.
+            few = {n for n in names if "does not average" in bench.obstacles.get(n, "")}
+            assert few == (names if bench.shape["tokens"] == 1 else set())
+
+
+# On a GPU, as far as that goes without one
+
+
+def test_scores_hold_nothing_that_a_graph_cannot(monkeypatch):
+    cuda = torch.device("cuda")
+    (bench,) = scores.scores(m.PROFILES["quick"], cuda)
+    assert [c.name for c in bench.candidates] == ["torch, loop over layers", "ucan_fast"]
+    assert all(c.capturable for c in bench.candidates)
+    (eager,) = scores.scores_eager(m.PROFILES["quick"], cuda)
+    assert [c.name for c in eager.candidates if not c.capturable] == [
+        "ucan_fast, reference backend"
+    ]
+    assert scores.scores_eager(m.PROFILES["quick"], CPU) == []
+    # A meta tensor has no values that could be read back.
+    (bench,) = scores.scores(m.PROFILES["quick"], CPU)
+    moments, counts, norms, offsets = bench.inputs(0)
+    loop = bench.candidates[0].bind(*(t.to("meta") for t in (moments, counts, norms)), offsets)
+    for name in ("tolist", "item", "__index__", "__int__", "__bool__", "__iter__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("read back"))
+    assert loop()["γ"].device.type == "meta"
+
+
+def test_attenuation_without_the_extension_is_skipped_and_says_so(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(attenuate, "native_obstacle", lambda *_: "not built")
+    for device, here in ((CPU, False), (cuda, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        for group in (attenuate.attenuate, attenuate.attenuate_wall):
+            for bench in group(m.PROFILES["quick"], device):
+                assert "fall back" in bench.skipped("ucan_fast").reason
+                assert "not built" in bench.skipped("ucan_fast").reason
+                assert bench.skipped("mul_ loop") is None
+    # For a GPU that is not here the row is predicted.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert attenuate.attenuate(m.PROFILES["quick"], cuda)[0].skipped("ucan_fast") is None
+    monkeypatch.setattr(attenuate, "native_obstacle", lambda *_: None)
+    assert attenuate.attenuate(m.PROFILES["quick"], CPU)[0].skipped("ucan_fast") is None
+
+
+def test_inputs_are_rotated_past_the_cache_in_the_smallest_cases(monkeypatch):
+    cache = 50 * 2**20
+    properties = type("Properties", (), {"L2_cache_size": cache})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    smallest: dict[str, object] = {}
+    for bench in suite.benches(m.PROFILES["full"], CPU):
+        size = min(c.bytes for c in bench.candidates if c.bytes)
+        if bench.group not in smallest or size < smallest[bench.group][0]:
+            smallest[bench.group] = (size, bench)
+    assert set(smallest) >= {"shrink", "expand", "linear_forward", "attenuate", "scores"}
+    for size, bench in smallest.values():
+        sets = m.number_of_sets(bench.inputs(0), torch.device("cuda"))
+        # What one call reads and writes, over all sets.
+        assert sets * size > 2 * cache, (bench.group, bench.case, sets, size)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def _gpu_results(folder: Path, hurry: float) -> None:
     )
 
 
-def _run(folder: Path, *steps: str) -> subprocess.CompletedProcess:
+def _run(folder: Path, *steps: str, **more: str) -> subprocess.CompletedProcess:
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'A GPU, 1.0'\n")
@@ -56,7 +58,7 @@ def _run(folder: Path, *steps: str) -> subprocess.CompletedProcess:
     settings = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
     return subprocess.run(
         ["bash", str(m.ROOT / "ci" / "gpu.sh"), *steps],
-        env={**os.environ, **settings, "OUT": str(folder)},
+        env={**os.environ, **settings, "OUT": str(folder), **more},
         capture_output=True,
         text=True,
         timeout=300,
@@ -80,6 +82,55 @@ def test_the_gpu_script_ends_with_the_targets_and_fails_row_by_row(tmp_path):
     ran = _run(tmp_path, "targets")
     assert ran.returncode == 0, ran.stdout
     assert ran.stdout.rstrip().endswith("0 of 13 judged targets fall short")
+
+
+#: Stands in for python: the benchmarks hang until they are interrupted, the rest works.
+_HANGS = """#!/bin/bash
+case " $* " in
+*" benchmarks/kernels "*) trap 'echo interrupted; exit 2' INT; sleep 60 & wait ;;
+*) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="ci/gpu.sh needs timeout")
+def test_a_step_that_runs_over_is_stopped_and_the_next_one_goes_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(_HANGS.format(python=sys.executable))
+    python.chmod(0o755)
+    _gpu_results(tmp_path, hurry=2.0)
+    (tmp_path / "bench.xml").write_text("of an earlier run")
+    began = time.monotonic()
+    ran = _run(
+        tmp_path, "bench", "targets", PYTHON=str(python), LIMIT_BENCH="5", LIMIT_TARGETS="120"
+    )
+    assert time.monotonic() - began < 55
+    assert ran.returncode == 1
+    assert "bench        FAILED (stopped after 5 s)" in ran.stdout
+    assert "targets      passed" in ran.stdout, ran.stdout + ran.stderr
+    assert "0 of 13 judged targets fall short" in ran.stdout
+    assert not (tmp_path / "bench.xml").exists()
+    log = (tmp_path / "bench.log").read_text()
+    # It had the chance to write down what it has.
+    assert log.splitlines() == [
+        "interrupted",
+        "ci/gpu.sh: stopped after 5 s; LIMIT_BENCH grants more",
+    ]
+    ran = _run(tmp_path, "targets", LIMIT_BENCH="0")
+    assert ran.returncode == 1
+    assert "LIMIT_BENCH must be a whole number of seconds, not '0'" in ran.stdout
+
+
+def test_all_default_steps_end_within_ten_minutes():
+    script = (m.ROOT / "ci" / "gpu.sh").read_text()
+    limits = {name: int(value) for name, value in re.findall(r"\[(\w+)\]=(\d+)", script)}
+    (steps,) = re.findall(r'wanted=" \$\{\*:-(.*)\} "', script)
+    known = set(re.findall(r"^step (\w+) ", script, re.M))
+    assert set(limits) == known | {"aot", "memcheck", "racecheck"}
+    assert set(steps.split()) == set(limits) - {"bench_full"}
+    (grace,) = re.findall(r"--kill-after=(\d+)", script)
+    # The summary imports torch.
+    assert sum(limits[name] for name in steps.split()) + int(grace) + 20 <= 600
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,58 @@ def test_a_missing_case_fails_only_on_the_device_it_is_for(tmp_path):
 
 
 def test_a_skipped_candidate_says_why(tmp_path):
-    skipped = [m.Skipped("g", "tiny", "mine", "no TMA here")]
+    name = m.case_name(SHAPE, "float32")
+    skipped = [m.Skipped("g", name, "mine", "no TMA here")]
     found = document(tmp_path / "a.json", case("g", SHAPE, {"peer": [2.0]}), skipped=skipped)
-    row = _judge(_target(), found)
-    assert row.result == "FAIL"
-    assert "no TMA here" in row.note
-    assert _judge(_target(only_if_faster_than="peer"), found).result == "not used"
+    for target in (_target(), _target(only_if_faster_than="peer"), _target(at_least=0.0)):
+        row = _judge(target, found)
+        assert (row.result, row.note, row.measured) == ("skipped", "no TMA here", None)
+        assert t.failed([row]) == []
+    # An older file does not stand in for it.
+    older = document(
+        tmp_path / "b.json",
+        case("g", SHAPE, {"peer": [9.0], "mine": [1.0]}),
+        date="2026-10-01T00:00:00+00:00",
+    )
+    assert _judge(_target(), older).result == "pass"
+    assert _judge(_target(), older, found).result == "skipped"
+    other = _target(candidate="peer", against="mine")
+    assert _judge(other, found).note == "mine: no TMA here"
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        {"where": {"tokens": 80}},
+        {"where": {"model": "tin"}},
+        {"dtype": "bfloat16"},
+        {"adapter_dtype": "float32"},
+        {"group": "h"},
+    ],
+)
+def test_what_was_skipped_in_another_case_is_no_excuse(tmp_path, elsewhere):
+    skipped = [m.Skipped("g", m.case_name(SHAPE, "float32"), "mine", "no TMA here")]
+    found = document(tmp_path / "a.json", case("g", SHAPE, {"peer": [2.0]}), skipped=skipped)
+    row = _judge(_target(**elsewhere), found)
+    assert (row.result, row.note) == ("FAIL", "not measured: the case is in none of the files")
+
+
+def test_where_everything_was_skipped_nothing_holds(tmp_path, monkeypatch, capsys):
+    skipped = [m.Skipped("g", m.case_name(SHAPE, "float32"), "mine", "no TMA here")]
+    document(tmp_path / "a.json", case("g", SHAPE, {"peer": [2.0]}), skipped=skipped)
+    monkeypatch.setattr(t, "load_targets", lambda: [_target()])
+    assert t.main([str(tmp_path / "a.json")]) == 1
+    out = capsys.readouterr().out
+    assert "skipped (no TMA here): x" in out
+    assert "0 of 0 judged targets fall short, 1 skipped" in out
+    document(
+        tmp_path / "a.json",
+        case("g", SHAPE, {"peer": [2.0], "also": [1.0]}),
+        skipped=skipped,
+    )
+    monkeypatch.setattr(t, "load_targets", lambda: [_target(), _target(candidate="also")])
+    assert t.main([str(tmp_path / "a.json")]) == 0
+    assert "0 of 1 judged targets fall short, 1 skipped" in capsys.readouterr().out
 
 
 def test_an_opt_in_counts_only_where_it_wins(tmp_path):
