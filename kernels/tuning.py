@@ -28,6 +28,7 @@ FUSED_LINEAR_WINS: frozenset[tuple[str, torch.dtype, int, int]] = frozenset()
 # With three stages ptxas spills a few bytes there, on one architecture or another.
 _SPILL_WITH_THREE = (
     (64, "16-bit", "many"),
+    (64, "32-bit", "many"),
     (128, "16-bit", "few"),
     (128, "32-bit", "many"),
 )
@@ -55,6 +56,9 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
             "BLOCK_M": (
                 16
                 if rows == "few"
+                # 128 spill on sm_100 without moments, with four warps and with eight.
+                else 64
+                if (rank, dots) == (64, "16-bit")
                 else 128
                 # With 64 rows ptxas spills on sm_100, whatever the stages.
                 if rank <= 64 or (rank, dots) == (128, "16-bit")
