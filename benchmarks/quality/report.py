@@ -3,8 +3,8 @@
     python -m benchmarks.quality.report            rewrite them
     python -m benchmarks.quality.report --check    exit code 1 if one of them is out of date
 
-Read are all files of ``benchmarks/results/quality`` and ``benchmarks/results/text``. Nothing in the
-section is written by hand, and no row is left out of docs/quality.md because it loses.
+Read are the files of ``quality``, ``delivered`` and ``text`` below ``benchmarks/results``. Nothing
+in the section is written by hand, and no row is left out of docs/quality.md because it loses.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure as Canvas
 from ..figures import Figure
 from ..measure import ROOT
 from ..report import replaced
+from . import advice
 from .tables import (
     COLUMNS,
     DETAILS,
@@ -67,8 +69,18 @@ STYLES = {
 }
 
 
-def section(documents: Sequence[Document], text_cases: Sequence[Document] = ()) -> str:
+@dataclass(frozen=True)
+class Results:
+    """What is committed: curves of the small recommenders, presets as delivered, text prompts."""
+
+    curves: Sequence[Document]
+    delivered: Sequence[Document] = ()
+    texts: Sequence[Document] = ()
+
+
+def section(results: Results) -> str:
     """The README's part."""
+    documents = results.curves
     parts = []
     for data_set in dict.fromkeys(document["data_set"] for document in documents):
         together = {
@@ -84,7 +96,8 @@ def section(documents: Sequence[Document], text_cases: Sequence[Document] = ()) 
         f"and memory: [{PAGE}]({PAGE}).\n"
     )
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
-    parts.append(text_section(text_cases))
+    parts.append(advice.section(results.delivered, documents))
+    parts.append(text_section(results.texts))
     return "\n".join(parts)
 
 
@@ -247,48 +260,45 @@ def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
     canvas.suptitle(f"{data['data_set']}: Recall@10 on training interactions, one line per seed")
 
 
-def read(results: Path) -> tuple[list[Document], list[Document]]:
-    """What is committed: the small recommenders' files, and those of text prompts.
+def read(folder: Path) -> Results:
+    """The files below ``benchmarks/results``.
 
     Raises:
         ValueError: a file holds something else.
     """
-    texts = sorted((results / "text").glob("*.json"))
-    return load((results / "quality").glob("*.json")), [json.loads(p.read_text()) for p in texts]
+    return Results(
+        load((folder / "quality").glob("*.json")),
+        load((folder / "delivered").glob("*.json"), holding="presets"),
+        [json.loads(path.read_text()) for path in sorted((folder / "text").glob("*.json"))],
+    )
 
 
-def _texts(
-    root: Path, documents: Sequence[Document], text_cases: Sequence[Document]
-) -> dict[Path, str]:
+def _texts(root: Path, results: Results) -> dict[Path, str]:
     readme = root / "README.md"
     return {
-        readme: replaced(readme.read_text(), section(documents, text_cases), MARKERS),
-        root / PAGE: page(documents),
+        readme: replaced(readme.read_text(), section(results), MARKERS),
+        root / PAGE: page(results.curves),
     }
 
 
-def write(
-    root: Path, documents: Sequence[Document], text_cases: Sequence[Document] = ()
-) -> list[Path]:
+def write(root: Path, results: Results) -> list[Path]:
     """Rewrite section, page and figures; returns what changed."""
     changed = []
-    for path, text in _texts(root, documents, text_cases).items():
+    for path, text in _texts(root, results).items():
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
             changed.append(path)
-    for figure in figures(documents):
+    for figure in figures(results.curves):
         if not figure.is_current(root / "docs"):
             changed.append(figure.write(root / "docs"))
     return changed
 
 
-def outdated(
-    root: Path, documents: Sequence[Document], text_cases: Sequence[Document] = ()
-) -> list[str]:
+def outdated(root: Path, results: Results) -> list[str]:
     """What :func:`write` would change."""
-    texts = _texts(root, documents, text_cases).items()
+    texts = _texts(root, results).items()
     found = [path.name for path, text in texts if not path.exists() or path.read_text() != text]
-    return found + [f.name for f in figures(documents) if not f.is_current(root / "docs")]
+    return found + [f.name for f in figures(results.curves) if not f.is_current(root / "docs")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,11 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = read(ROOT / "benchmarks" / "results")
         if options.check:
-            found = outdated(ROOT, *results)
+            found = outdated(ROOT, results)
             for name in found:
                 print(f"out of date: {name}; run: python -m benchmarks.quality.report")
             return 1 if found else 0
-        for path in write(ROOT, *results):
+        for path in write(ROOT, results):
             print(f"written: {path.relative_to(ROOT)}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

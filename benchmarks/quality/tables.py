@@ -26,8 +26,11 @@ class Column:
     digits: int = 1
 
 
-def load(paths: Iterable[Path]) -> list[Document]:
+def load(paths: Iterable[Path], holding: str = "methods") -> list[Document]:
     """Result files, by data set, scenario and seed.
+
+    Args:
+        holding: the entry that such a file has.
 
     Raises:
         ValueError: a file holds no results of this comparison; it is named.
@@ -37,7 +40,7 @@ def load(paths: Iterable[Path]) -> list[Document]:
         try:
             document = json.loads(path.read_text())
             order = (document["data_set"], document["scenario"], document["seed"])
-            found.append((order, document["methods"] and document))
+            found.append((order, document[holding] and document))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no results of benchmarks.quality: {error}") from error
     return [document for _, document in sorted(found, key=lambda pair: pair[0])]

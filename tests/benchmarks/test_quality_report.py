@@ -10,8 +10,18 @@ import pytest
 from benchmarks.measure import ROOT
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import report, tables
+from benchmarks.quality.advice import should_have_said
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.report import MARKERS, SHOWN, STYLES, outdated, page, section, write
+from benchmarks.quality.report import (
+    MARKERS,
+    SHOWN,
+    STYLES,
+    Results,
+    outdated,
+    page,
+    section,
+    write,
+)
 
 
 def row(forget: float, retain: float = 2.0, **more):
@@ -101,7 +111,7 @@ def test_one_seed_where_a_method_fails_counts_the_others(documents):
 def test_the_section_marks_the_best_and_shows_the_gold_standard(documents):
     documents[0]["methods"]["influence"] = row(80.0)
     documents[1]["methods"]["influence"] = row(90.0)
-    text = section(documents)
+    text = section(Results(documents))
     lines = text.splitlines()
     genre = lines.index(next(line for line in lines if line.startswith("| | genre")))
     table = lines[genre : genre + 2 + len(SHOWN) + 1]
@@ -131,7 +141,7 @@ def test_text_cases_stand_side_by_side(documents):
             ("users", {"influence": {"0.5": point(0.5, 10.0)}}),
         )
     ]
-    lines = section(documents, cases).splitlines()
+    lines = section(Results(documents, texts=cases)).splitlines()
     assert "| | genre (43 prompts) | users (43 prompts) |" in lines
     assert "| influence | 15.0 / 45.0 | - / - |" in lines
     assert "| x | not run | not run |" in lines
@@ -150,16 +160,16 @@ def test_writing_and_finding_what_is_stale(tmp_path, documents):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
     (tmp_path / "docs").mkdir()
-    assert outdated(tmp_path, documents)
-    written = {path.name for path in write(tmp_path, documents)}
+    assert outdated(tmp_path, Results(documents))
+    written = {path.name for path in write(tmp_path, Results(documents))}
     assert written == {"README.md", "quality.md", "quality-ml-100k.png", "quality-pantry.png"}
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith("after\n")
-    assert not outdated(tmp_path, documents)
-    assert not write(tmp_path, documents)
+    assert not outdated(tmp_path, Results(documents))
+    assert not write(tmp_path, Results(documents))
     moved = copy.deepcopy(documents)
     moved[0]["methods"]["influence"]["curves"][0][0][2]["forget"] = 55.0
-    assert outdated(tmp_path, moved) == ["quality-ml-100k"]
+    assert outdated(tmp_path, Results(moved)) == ["quality-ml-100k"]
 
 
 def test_reading_files(tmp_path, documents):
@@ -178,7 +188,7 @@ def test_reading_files(tmp_path, documents):
 
 def test_the_repository_is_current():
     """README, page and figures show the committed results."""
-    assert report.outdated(ROOT, *report.read(ROOT / "benchmarks" / "results")) == []
+    assert report.outdated(ROOT, report.read(ROOT / "benchmarks" / "results")) == []
 
 
 def test_cells_that_are_there_are_kept(tmp_path, monkeypatch, capsys):
@@ -205,3 +215,50 @@ def test_a_failing_cell_fails_the_run(tmp_path, capsys):
     options = ["--profile", "full", "--data-sets", "pantry", "--scenarios", "genre", "--seeds", "0"]
     assert command.main([*options, "--out", str(tmp_path)]) == 1  # no --data
     assert "name the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("attenuation", "shrinking", "step", "wanted"),
+    [
+        ((9.0, 2.0), 6.0, 90.0, "attenuate"),
+        ((2.0, 9.0), 6.0, 10.0, "attenuate"),
+        ((8.9, 2.0), 6.0, 50.0, "influence"),
+        ((8.9, 2.0), 6.0, 49.9, "retrain"),
+    ],
+)
+def test_what_the_curves_bear_out(attenuation, shrinking, step, wanted):
+    found = document()
+    for name, value in zip(("U-CAN, input", "U-CAN, mlp"), attenuation, strict=True):
+        found["methods"][name]["at_budget"]["5"][0] = value
+    found["methods"]["uniform shrink (control)"]["at_budget"]["5"][0] = shrinking
+    found["methods"]["influence"]["at_budget"]["5"][0] = step
+    assert should_have_said(found) == wanted
+    del found["methods"]["influence"]
+    assert should_have_said(found) is None
+
+
+def test_presets_as_delivered_and_the_count_of_right_advice(documents):
+    for found in documents:
+        found["methods"]["U-CAN, mlp"]["at_budget"]["5"][0] = 1000.0  # attenuate is right
+
+    def delivered(seed: int, advice: str, scenario: str = "genre"):
+        row = {"drops": {"forget": 20.0 + seed, "retain": 4.0}, "seconds": 0.5}
+        return {
+            "data_set": "ml-100k",
+            "scenario": scenario,
+            "seed": seed,
+            "presets": {"paper": row, "best": {**row, "seconds": 2.0}},
+            "guidance": {"recommendation": advice},
+        }
+
+    results = Results(
+        documents,
+        [delivered(0, "attenuate"), delivered(1, "retrain"), delivered(0, "influence", "taste")],
+    )
+    text = section(results)
+    assert (
+        "| ml-100k, genre (seed 0, 1) | 20.5 / 4.0 | 0.5 | 20.5 / 4.0 | 2.0 | attenuate, retrain "
+        "| attenuate, attenuate |"
+    ) in text
+    assert "| influence | - |" in text  # nothing to hold it against
+    assert "right in 1 of 2 cases" in text
