@@ -164,7 +164,7 @@ LEGEND = (
     "another best item. T@10: forget drop minus retain drop, means over Recall, MRR and NDCG; "
     "strict has both on training interactions, paper the retain side held out. MIA AUC: loss "
     "attack, deleted sequences against never-seen ones (0.5: cannot be told apart). Every model is "
-    "ranked on whole histories. A retrained one has learned histories without the deleted items, so "
+    "ranked on whole histories. A retrained one has learned histories without the deleted items: "
     "where those are single interactions (genre, interactions) it loses on retained ones too."
 )
 
