@@ -34,10 +34,11 @@ class Profile:
     scenarios: tuple[str, ...]
     seeds: tuple[int, ...]
     coarse: bool
+    share: float = 1.0
 
 
 PROFILES = {
-    "quick": Profile(("ml-100k",), ("interactions", "users", "one-user", "genre"), (0,), True),
+    "quick": Profile(("ml-100k",), ("interactions", "users", "one-user", "genre"), (0,), True, 0.6),
     "full": Profile(tuple(DATA_SETS), SCENARIOS, (0, 1, 2), False),
 }
 
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             words = [*pair, "--scenario", scenario, "--out", str(file), *shared]
             words += ["--methods", options.methods] if options.methods else []
+            words += ["--share", str(profile.share)] if profile.share != 1 else []
             cells.append([*words, "--coarse"] if coarse else words)
     failed += _all(cells, options.workers)
     results = load(file for file in files if file.exists())

@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder that holds the data sets' folders")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--methods", default="", help="regular expression; default: all")
-    parser.add_argument("--coarse", action="store_true", help="half the points of every curve")
+    parser.add_argument(
+        "--coarse", action="store_true", help="half the points of every curve, two settings"
+    )
+    parser.add_argument("--share", type=float, default=1.0, help="of the users to measure on")
     return parser
 
 
@@ -55,7 +58,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.scenario is None:
         return None
     request = make_request(recommender, options.scenario)
-    case = make_case(recommender, request, recommender.model(), coarse=options.coarse)
+    case = make_case(
+        recommender, request, recommender.model(), coarse=options.coarse, share=options.share
+    )
     chosen = [method for method in METHODS if re.search(options.methods, method.name)]
     prepare(case, dict.fromkeys(name for method in chosen for name in method.needs))
     prepare(case, {"moments"} - case.prepared.keys())
@@ -68,6 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "scenario": options.scenario,
         "title": request.title,
         "coarse": options.coarse,
+        "share": options.share,
         "recipe": dataclasses.asdict(recommender.recipe),
         "interactions": {
             "forget": int(request.forget_train.sum()),
@@ -97,6 +103,8 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     words += ["--scenario", options.scenario]
     if options.methods:
         words += ["--methods", options.methods]
+    if options.share != 1:
+        words += ["--share", f"{options.share:g}"]
     return [*words, *(["--coarse"] if options.coarse else [])]
 
 

@@ -220,9 +220,19 @@ def make_request(recommender: Recommender, scenario: str) -> Request:
 
 
 def make_case(
-    recommender: Recommender, request: Request, model: PeftModel, *, coarse: bool = False
+    recommender: Recommender,
+    request: Request,
+    model: PeftModel,
+    *,
+    coarse: bool = False,
+    share: float = 1.0,
 ) -> Case:
-    """The request as a method gets it, and how it is judged."""
+    """The request as a method gets it, and how it is judged.
+
+    Args:
+        coarse: see :class:`Case`.
+        share: of the users that are measured on otherwise.
+    """
     data, recipe = recommender.data, recommender.recipe
     generator = np.random.default_rng([recipe.seed, 1000])
     forgetters = np.unique(data.train.user[request.forget_train])
@@ -241,7 +251,10 @@ def make_case(
         tried = calibration[:CALIBRATION_USERS]
         calibrated = data.batches(recipe, tried, forget=request.forget_train)
     pools = (generator.permutation(forgetters), calibration, judged)
-    users = {side: pool[: CURVE_USERS[side]] for side, pool in zip(SIDES, pools, strict=True)}
+    users = {
+        side: pool[: round(share * CURVE_USERS[side])]
+        for side, pool in zip(SIDES, pools, strict=True)
+    }
     batches, sides = _sided(recommender, request, users)
 
     def ranks() -> dict[str, torch.Tensor]:
@@ -249,7 +262,7 @@ def make_case(
         return {side: found[sides == index] for index, side in enumerate(SIDES)}
 
     # Both protocols, on users that nothing was tuned on.
-    judges = np.union1d(users["forget"], judged[:JUDGED_USERS])
+    judges = np.union1d(users["forget"], judged[: round(share * JUDGED_USERS)])
 
     def measure() -> dict[str, float]:
         return recsys.evaluate_sequences(
