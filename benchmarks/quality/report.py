@@ -92,8 +92,9 @@ def section(results: Results) -> str:
     parts.append(
         "A cell: drop of Recall@10 on deleted training interactions, in %, at a drop of 1 % / 5 % "
         "on retained ones of users that nothing was tuned on; the mean over the seeds. Bold: the "
-        "most at 5 %, retraining aside. All methods, all metrics, both protocols, spreads, times "
-        f"and memory: [{PAGE}]({PAGE}).\n"
+        "most at 5 %, retraining aside. Times are those to the strongest state within 5 % on "
+        "calibration users, one thread, sums of a bank at hand. All methods, all metrics, both "
+        f"protocols, spreads, times and memory: [{PAGE}]({PAGE}).\n"
     )
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
     parts.append(advice.section(results.delivered, documents))
@@ -121,6 +122,11 @@ def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
             text = "-" if at_5 is None else f"{at_1:.1f} / {at_5:.1f}"
             shown.append(f"**{text}**" if at_5 is not None and at_5 == best[i] else text)
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    costs = []
+    for index, scenario in enumerate(scenarios):
+        winner = next((n for n, cells in values.items() if cells[index][1] == best[index]), "")
+        taken = [_seconds(together[scenario], name) for name in (winner, "GradDiff", "retraining")]
+        costs.append(" / ".join(_shown(one) for one in taken))
     gold = []
     for scenario in scenarios:
         rows = [d["methods"].get("retraining", {}).get("drops") for d in together[scenario]]
@@ -129,6 +135,7 @@ def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
         retain = mean([row["retain"] for row in known])
         gold.append("-" if forget is None else f"{forget:.0f} (retain {retain:.1f})")
     lines.append("| retraining, forget drop | " + " | ".join(gold) + " |")
+    lines.append("| time, s: the best / GradDiff / retraining | " + " | ".join(costs) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -167,6 +174,18 @@ def _text_title(case: Document) -> str:
 def _at(documents: Sequence[Document], name: str, budget: float) -> float | None:
     rows = [document["methods"].get(name, {}).get("at_budget") for document in documents]
     return mean([row[f"{budget:g}"][0] for row in rows if row])
+
+
+def _shown(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.{2 if seconds < 1 else 1 if seconds < 10 else 0}f}"
+
+
+def _seconds(documents: Sequence[Document], name: str) -> float | None:
+    """From the request to the state that is measured in full."""
+    taken = [document["methods"].get(name, {}).get("seconds") for document in documents]
+    return mean([seconds for seconds in taken if seconds is not None])
 
 
 def page(documents: Sequence[Document]) -> str:
