@@ -8,7 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +168,11 @@ def unlearn(
                 "whatever they know of the forget set"
             )
             warnings.warn(notes["untouched"], UcanWarning, stacklevel=2)
+        guidance = None
+        if not gradients:
+            # Layers that the plan has no neurons in may have seen nothing (a tower of its own).
+            with suppress(UcanError):
+                guidance = guide(stats, moments_site(config))
         plan.apply(model, adapter)
         try:
             report = DeletionReport(
@@ -184,7 +189,7 @@ def unlearn(
                 metrics=states,
                 notes=notes,
                 search=job.search,
-                guidance=None if gradients else guide(stats, moments_site(config)),
+                guidance=guidance,
                 seconds=job.seconds,
                 samples_per_second=job.throughput(),
                 fingerprint_before=before,

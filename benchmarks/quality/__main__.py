@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..measure import ROOT
+from .methods import METHODS
 from .recommender import DATA_SETS, SCENARIOS
 from .tables import load, text_tables
 
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for scenario in options.scenarios or profile.scenarios:
             file = out / f"{pair[1]}-{pair[3]}-{scenario}.json"
             files.append(file)
-            if file.exists() and not options.again:
+            if not options.again and _is_there(file, coarse, profile.share, options.methods):
                 print(f"kept: {_shown(file)} (--again measures it anew)")
                 continue
             words = [*pair, "--scenario", scenario, "--out", str(file), *shared]
@@ -77,6 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text_tables(results))
     print(f"{time.perf_counter() - began:.0f} s in all; results: {_shown(out)}")
     return 1 if failed else 0
+
+
+def _is_there(file: Path, coarse: bool, share: float, methods: str) -> bool:
+    """Whether the file was measured like this."""
+    if not file.exists():
+        return False
+    (found,) = load([file])
+    chosen = [method.name for method in METHODS if re.search(methods, method.name)]
+    same = (found["coarse"], found["share"]) == (coarse, share)
+    return same and set(chosen) <= found["methods"].keys()
 
 
 def _all(jobs: list[list[str]], workers: int) -> int:

@@ -96,8 +96,8 @@ class Method:
 class Clock:
     """Seconds in ``with clock:`` blocks, summed; what lies between them is not counted."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
 
     def __enter__(self) -> Clock:
         self._start = self._now()

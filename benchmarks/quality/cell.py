@@ -21,7 +21,7 @@ from typing import Any
 
 import ucan_fast as uf
 from ucan_fast.files import atomic_write
-from ucan_fast.membership import membership_auc
+from ucan_fast.membership import MIN_SEQUENCES, membership_auc
 from ucan_fast.report import json_values
 
 from ..measure import describe_environment
@@ -30,7 +30,7 @@ from .case import Case
 from .edits import FORGET, only, prepare, scores
 from .methods import METHODS
 from .recommender import DATA_SETS, SCENARIOS, load_recommender, make_case, make_request
-from .runner import MOST_BATCHES, run_case
+from .runner import run_case
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Train, or measure all methods."""
     start = time.perf_counter()
+    environment = describe_environment()
     recommender = load_recommender(options.data_set, options.data, cache_folder(), options.seed)
     if options.scenario is None:
         return None
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     found = {"scores": scores(case)}
     found |= run_case(case, chosen, say=lambda text: print(text, flush=True), extra=attacks)
     return {
-        "environment": describe_environment(),
+        "environment": environment,
         "command": shlex.join(["python", "-m", "benchmarks.quality.cell", *_arguments(options)]),
         "data_set": options.data_set,
         "scenario": options.scenario,
@@ -89,18 +90,25 @@ def attacks(case: Case) -> dict[str, float]:
 
     Item tokens have no text, so the zlib attack compresses their ids.
     """
-    forget = only(case.forget, FORGET)[:: -(-len(case.forget) // MOST_BATCHES)]
-    try:
-        found = membership_auc(case.model, forget, case.holdout)
-    except uf.UcanError:
+    forget = only(case.forget, FORGET)
+    counts = [
+        sum(int((b["token_groups"] == FORGET).any(1).sum()) for b in s)
+        for s in (forget, case.holdout)
+    ]
+    if min(counts) < MIN_SEQUENCES:
         return {}
-    return {f"mia/{name}": auc.value for name, auc in found.items()}
+    found = membership_auc(case.model, forget, case.holdout)
+    values = {}
+    for name, auc in found.items():
+        ends = {"": auc.value, "/low": auc.low, "/high": auc.high}
+        values |= {f"mia/{name}{end}": value for end, value in ends.items()}
+    return values
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """What reproduces the file; where data and results lie is the reader's own."""
+    """What reproduces the file; where data lie is the reader's own."""
     words = ["--data-set", options.data_set, "--seed", str(options.seed)]
-    words += ["--scenario", options.scenario]
+    words += ["--scenario", options.scenario, "--out", f"build/{options.out.name}"]
     if options.methods:
         words += ["--methods", options.methods]
     if options.share != 1:
@@ -111,13 +119,17 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 1 where the data cannot be had."""
     options = parser().parse_args(arguments)
+    if options.scenario is not None and options.out is None:
+        parser().error("--scenario needs --out, the file to write")
+    if not 0 < options.share <= 1:
+        parser().error(f"--share must be above 0 and at most 1, not {options.share:g}")
     warnings.simplefilter("ignore", uf.UcanWarning)
     try:
         found = run(options)
     except uf.UcanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if found is not None and options.out is not None:
+    if found is not None:
         text = json.dumps(json_values(found), indent=1, allow_nan=False)
         atomic_write(options.out, text.encode())
     return 0

@@ -5,25 +5,45 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 import ucan_fast as uf
+from ucan_fast.batches import FORGET, RETAIN
 from ucan_fast.guidance import separability
 
 from .case import Batch, Case, Clock, Method, State, as_before
 from .dampening import importance_of_all
 
-FORGET, RETAIN = 0, 1
-STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+STRENGTHS = (0.06, 0.12, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
 FRACTIONS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
 SCALES = (0.995, 0.99, 0.98, 0.97, 0.955, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7)
 #: Predicted rises of the forget NLL.
-NATS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
+NATS = (
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.06,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.8,
+    1.0,
+    1.4,
+    2.0,
+    2.8,
+    4.0,
+    5.6,
+)
 QUANTILES = (0.5, 0.85, 0.95, 0.99, 1.0)
-#: Sums over the retained data that a bank holds.
+#: Sums over all data that a bank holds.
 PREPARED = ("moments", "factors", "ssd")
 
 
@@ -42,20 +62,58 @@ def only(batches: Sequence[Batch], group: int) -> list[Batch]:
 
 
 def prepare(case: Case, names: Iterable[str]) -> None:
-    """Sums over the retained data, as a bank holds them before a request comes in."""
-    retained = [b for b in only(case.retain, RETAIN) if bool((b["token_groups"] == RETAIN).any())]
+    """Sums over all training data, as a bank holds them before a request comes in."""
+    everything = []
+    for batch in case.retain:
+        groups = batch["token_groups"]
+        everything.append({**batch, "token_groups": groups.where(groups != FORGET, RETAIN)})
     for name in names:
         clock = Clock()
         with clock:
             if name == "moments":
-                case.prepared[name] = uf.collect(case.model, retained)
+                case.prepared[name] = uf.collect(case.model, everything)
             elif name == "factors":
-                case.prepared[name] = uf.collect_factors(case.model, retained, seed=case.seed)
+                case.prepared[name] = uf.collect_factors(case.model, everything, seed=case.seed)
             elif name == "ssd":
                 case.prepared[name] = importance_of_all(case.model, case.retain)
             else:
                 raise uf.UcanError(f"nothing is known of {name!r}; known: {', '.join(PREPARED)}.")
         case.seconds[name] = clock.seconds
+
+
+def request_moments(case: Case) -> tuple[uf.ActivationStats, float]:
+    """Statistics of both sides from the bank, and the seconds that a request takes for them."""
+    return _once(
+        case,
+        "request moments",
+        lambda: case.prepared["moments"].with_forget(
+            uf.collect(case.model, only(case.forget, FORGET), group="forget")
+        ),
+    )
+
+
+def request_factors(
+    case: Case,
+) -> tuple[tuple[uf.InfluenceFactors, uf.InfluenceFactors], float]:
+    """Factors of forget and retain side from the bank, and the seconds, the subtraction's too."""
+
+    def collect() -> tuple[uf.InfluenceFactors, uf.InfluenceFactors]:
+        forget = uf.collect_factors(
+            case.model, only(case.forget, FORGET), group="forget", seed=case.seed
+        )
+        return forget, case.prepared["factors"] - forget
+
+    return _once(case, "request factors", collect)
+
+
+def _once(case: Case, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
+    """Several methods start from the same sums: they are taken once, and charged to each."""
+    if name not in case.prepared:
+        clock = Clock()
+        with clock:
+            made = make()
+        case.prepared[name] = (made, clock.seconds)
+    return case.prepared[name]
 
 
 @contextlib.contextmanager
@@ -73,11 +131,10 @@ def attenuation(case: Case, **fields: Any) -> Iterator[State]:
 
     ``min_score=0``: also where the default finds the two sets too alike to select anything.
     """
-    clock = Clock()
+    stats, seconds = request_moments(case)
+    clock = Clock(seconds)
     with clock:
         config = uf.UcanConfig(min_score=0.0, **fields)
-        forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
-        stats = case.prepared["moments"] + forget
         if config.decay != "hard":
             plan = _plan(case, stats, config.replace(strength=1.0))
     hard = config.decay == "hard"
@@ -96,8 +153,7 @@ def attenuation(case: Case, **fields: Any) -> Iterator[State]:
 
 def scores(case: Case) -> dict[str, dict[str, float]]:
     """The distribution of U-CAN's scores by site: what a report's guidance goes by."""
-    forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
-    stats = case.prepared["moments"] + forget
+    stats, _ = request_moments(case)
     found = {}
     for site in ("input", "mlp"):
         score = _plan(case, stats, uf.UcanConfig(site=site, strength=1.0)).flat_score.double()
@@ -116,9 +172,10 @@ def _plan(case: Case, stats: uf.ActivationStats, config: uf.UcanConfig) -> uf.At
 
 def gates(case: Case) -> Iterator[State]:
     """One-shot gates, by the predicted rise of the forget NLL."""
-    clock = Clock()
+    sums, seconds = request_factors(case)
+    clock = Clock(seconds)
     with clock:
-        plan = uf.make_gates_plan(case.model, _gradients(case), case.prepared["factors"])
+        plan = uf.make_gates_plan(case.model, *sums)
     for value in ladder(case, NATS):
         with clock:
             changed = plan.with_strength(value)
@@ -131,33 +188,26 @@ def gates(case: Case) -> Iterator[State]:
 
 def influence(case: Case, **fields: Any) -> Iterator[State]:
     """The influence step, by the predicted rise of the forget NLL."""
-    clock = Clock()
+    sums, seconds = request_factors(case)
+    clock = Clock(seconds)
     with clock:
         config = uf.UcanConfig(method="influence", **fields)
-        factors = case.prepared["factors"]
-        plan = uf.make_influence_plan(case.model, _gradients(case), factors, config)
+        plan = uf.make_influence_plan(case.model, *sums, config)
     yield from _steps(case, plan, clock)
 
 
 def gradient_step(case: Case) -> Iterator[State]:
     """One plain step up the forget NLL, by its predicted rise: what preconditioning adds to."""
-    clock = Clock()
+    (forget, retain), seconds = request_factors(case)
+    clock = Clock(seconds)
     with clock:
-        forget = _gradients(case)
         bare = {key: g / forget.positions for key, g in forget.gradients.items()}
         slope = sum(float(g.square().sum()) for g in bare.values())
         # The diagonals make the cheapest plan of all matrices; its directions are replaced.
         config = uf.UcanConfig(method="influence", influence_variant="diagonal")
-        plan = uf.make_influence_plan(case.model, forget, case.prepared["factors"], config)
+        plan = uf.make_influence_plan(case.model, forget, retain, config)
         plan = dataclasses.replace(plan, directions={k: g / slope for k, g in bare.items()})
     yield from _steps(case, plan, clock)
-
-
-def _gradients(case: Case) -> uf.InfluenceFactors:
-    """Of the forget set only its gradient is needed."""
-    return uf.collect_factors(
-        case.model, only(case.forget, FORGET), group="forget", seed=case.seed, curvature=False
-    )
 
 
 def _steps(case: Case, plan: uf.InfluencePlan, clock: Clock) -> Iterator[State]:
@@ -185,9 +235,8 @@ def uniform(case: Case) -> Iterator[State]:
 
 def random_neurons(case: Case) -> Iterator[State]:
     """U-CAN's factors at the input site, on neurons drawn at random."""
-    forget = uf.collect(case.model, only(case.forget, FORGET), group="forget")
-    config = uf.UcanConfig(min_score=0.0, strength=1.0)
-    plan = _plan(case, case.prepared["moments"] + forget, config)
+    stats, _ = request_moments(case)
+    plan = _plan(case, stats, uf.UcanConfig(min_score=0.0, strength=1.0))
     order = torch.randperm(plan.neurons, generator=torch.Generator().manual_seed(case.seed))
     for value in ladder(case, STRENGTHS):
         changed = plan.with_strength(value)

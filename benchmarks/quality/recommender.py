@@ -192,9 +192,10 @@ def make_request(recommender: Recommender, scenario: str) -> Request:
 
     count, all_rows = len(data.tuned_users), np.ones(len(data.train), bool)
     if scenario == "interactions":
-        train = tuned[0] & (generator.random(len(data.train)) < QUARTER)
+        drawn_rows = generator.random(len(data.train)) < QUARTER
+        train = tuned[0] & drawn_rows
         return Request(
-            scenario, "25 % of the interactions", train, np.zeros(len(data.test), bool), all_rows
+            scenario, "25 % of the interactions", train, np.zeros(len(data.test), bool), drawn_rows
         )
     if scenario == "users":
         return Request(scenario, "25 % of the users", *drawn(round(QUARTER * count)), all_rows)
@@ -246,7 +247,7 @@ def make_case(
         )
         retain = data.batches(recipe, data.tuned_users, forget=request.forget_train)
         holdout = data.batches(
-            recipe, recommender.never_seen, forget=np.ones(len(data.train), bool)
+            recipe, recommender.never_seen, forget=request.like_it, only_forget_users=True
         )
         tried = calibration[:CALIBRATION_USERS]
         calibrated = data.batches(recipe, tried, forget=request.forget_train)
@@ -261,20 +262,25 @@ def make_case(
         found = recsys.next_item_ranks(model, batches, group=None, vocabulary=data.vocabulary)
         return {side: found[sides == index] for index, side in enumerate(SIDES)}
 
-    # Both protocols, on users that nothing was tuned on.
-    judges = np.union1d(users["forget"], judged[: round(share * JUDGED_USERS)])
+    judged = judged[: round(share * JUDGED_USERS)]
 
     def measure() -> dict[str, float]:
-        return recsys.evaluate_sequences(
-            model,
-            data.train,
-            data.test,
-            request.forget_train,
-            request.forget_test,
-            vocabulary=data.vocabulary,
-            users=judges,
-            max_length=recipe.max_length,
-        )
+        # Who is in the forget set may be a calibration user too: their retained items count on
+        # no side, so that the retain side is of users that nothing was tuned on.
+        found = {}
+        for side, chosen in (("forget", users["forget"]), ("retain", judged)):
+            measured = recsys.evaluate_sequences(
+                model,
+                data.train,
+                data.test,
+                request.forget_train,
+                request.forget_test,
+                vocabulary=data.vocabulary,
+                users=chosen,
+                max_length=recipe.max_length,
+            )
+            found |= {name: v for name, v in measured.items() if name.startswith(side)}
+        return found
 
     return Case(
         name=f"{recommender.name}-{recipe.seed}-{request.scenario}",

@@ -23,6 +23,7 @@ from ..figures import Figure
 from ..measure import ROOT
 from ..report import replaced
 from . import advice
+from .runner import marked
 from .tables import (
     COLUMNS,
     DETAILS,
@@ -109,7 +110,7 @@ def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
     lines.append("| | " + " | ".join(scenarios) + " |")
     lines.append("|---|" + "---|" * len(scenarios))
     values = {
-        name: [tuple(_at(together[s], name, budget) for budget in (1, 5)) for s in scenarios]
+        name: [tuple(_at(together[s], name, budget)[0] for budget in (1, 5)) for s in scenarios]
         for name in SHOWN
     }
     best = [
@@ -119,7 +120,13 @@ def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
     for name, cells in values.items():
         shown = []
         for i, (at_1, at_5) in enumerate(cells):
-            text = "-" if at_5 is None else f"{at_1:.1f} / {at_5:.1f}"
+            marks = [_at(together[scenarios[i]], name, budget)[1] for budget in (1, 5)]
+            pair = [
+                marked(f"{at:.1f}", *known)
+                for at, known in zip((at_1, at_5), marks, strict=True)
+                if at is not None
+            ]
+            text = " / ".join(pair) or "-"
             shown.append(f"**{text}**" if at_5 is not None and at_5 == best[i] else text)
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     costs = []
@@ -171,9 +178,10 @@ def _text_title(case: Document) -> str:
     return f"{case['request']} ({count} prompts)"
 
 
-def _at(documents: Sequence[Document], name: str, budget: float) -> float | None:
+def _at(documents: Sequence[Document], name: str, budget: float) -> tuple[float | None, list[str]]:
     rows = [document["methods"].get(name, {}).get("at_budget") for document in documents]
-    return mean([row[f"{budget:g}"][0] for row in rows if row])
+    found = [row[f"{budget:g}"] for row in rows if row]
+    return mean([value for value, _ in found]), [known for _, known in found]
 
 
 def _shown(seconds: float | None) -> str:
@@ -252,7 +260,7 @@ def _curves(documents: Sequence[Document]) -> dict[str, list[list[list[float]]]]
 
 def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
     panels = data["panels"]
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
     canvas.set_size_inches(4.6 * columns, 3.8 * rows + 0.9)
     axes = canvas.subplots(rows, columns, squeeze=False).flatten()

@@ -187,19 +187,21 @@ def _pairs(points: Iterable[Point], side: str) -> list[tuple[float, float]]:
     return [(point.drops[side], point.drops["forget"]) for point in points]
 
 
-def at_budget(points: Iterable[tuple[float, float]], budget: float) -> tuple[float, bool]:
+def at_budget(points: Iterable[tuple[float, float]], budget: float) -> tuple[float, str]:
     """The forget drop where the curve first exceeds this retain drop, between its two points.
 
     Returns:
-        The drop, and whether the curve goes that far; else it is the largest drop on it.
+        The drop, and how it is known: ``"between"`` two states; ``"first"``, on the straight line
+        from the original to the first state, which is beyond the budget; ``"end"``, the largest
+        drop on a curve that ends before.
     """
-    last, most = (0.0, 0.0), 0.0
+    last, most, known = (0.0, 0.0), 0.0, "first"
     for retain, forget in points:
         if retain > budget:
             share = (budget - last[0]) / (retain - last[0])
-            return last[1] + share * (forget - last[1]), True
-        last, most = (retain, forget), max(most, forget)
-    return most, False
+            return last[1] + share * (forget - last[1]), known
+        last, most, known = (retain, forget), max(most, forget), "between"
+    return most, "end"
 
 
 @contextlib.contextmanager
@@ -209,6 +211,14 @@ def _weights(case: Case, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
             for name, weight in weights.items():
                 own[name].copy_(weight)
         yield
+
+
+def marked(text: str, *known: str) -> str:
+    """A drop at a budget with its mark: in brackets where no state is within the budget, with ≥
+    where the curve ends before."""
+    if "first" in known:
+        return f"({text})"
+    return f"≥ {text}" if "end" in known else text
 
 
 def line(name: str, row: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runner import BUDGET, BUDGETS
+from .runner import BUDGET, BUDGETS, marked
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -19,11 +19,13 @@ RANKING = ("recall", "mrr", "ndcg")
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, the value of a method in one file (None where it has none), digits."""
+    """A column: its heading, the value of a method in one file (None where it has none), digits,
+    and how a drop at a budget is known (see ``runner.at_budget``)."""
 
     heading: str
     value: Callable[[Document, Row], float | None]
     digits: int = 1
+    known: Callable[[Row], str] = lambda _: ""
 
 
 def load(paths: Iterable[Path], holding: str = "methods") -> list[Document]:
@@ -63,7 +65,10 @@ def _at(budget: float) -> Column:
     def value(_: Document, row: Row) -> float | None:
         return row.get("at_budget", {}).get(f"{budget:g}", [None])[0]
 
-    return Column(f"f@{budget:g}", value)
+    def known(row: Row) -> str:
+        return row.get("at_budget", {}).get(f"{budget:g}", [None, ""])[1]
+
+    return Column(f"f@{budget:g}", value, known=known)
 
 
 def _metric(heading: str, name: str, digits: int) -> Column:
@@ -126,7 +131,13 @@ def table(documents: Sequence[Document], columns: Sequence[Column]) -> list[str]
     for name in methods_of(documents):
         rows = [(d, d["methods"][name]) for d in documents if name in d["methods"]]
         errors = [row["error"] for _, row in rows if "error" in row]
-        cells = [_cell([column.value(d, row) for d, row in rows], column) for column in columns]
+        cells = [
+            marked(
+                _cell([column.value(d, row) for d, row in rows], column),
+                *(column.known(row) for _, row in rows),
+            )
+            for column in columns
+        ]
         note = f" ({len(errors)} of {len(rows)} failed: {errors[0]})" if errors else ""
         lines.append(f"| {name}{note} | " + " | ".join(cells) + " |")
     return lines
@@ -152,18 +163,22 @@ def heading(documents: Sequence[Document]) -> str:
     first = documents[0]
     seeds = ", ".join(str(document["seed"]) for document in documents)
     counts = ", ".join(f"{document['interactions']['forget']:,}" for document in documents)
-    return f"{first['data_set']}, {first['title']} ({counts} interactions; seed {seeds})"
+    how = "; coarse" if first["coarse"] else ""
+    return f"{first['data_set']}, {first['title']} ({counts} interactions; seed {seeds}{how})"
 
 
 LEGEND = (
     "f@b: drop of Recall@10 on deleted training interactions (%) where the method's curve reaches "
-    "a drop of b % on retained ones, of users that nothing was tuned on (the largest on the curve "
-    "where it ends before). The other columns belong to the strongest state whose drop on "
+    "a drop of b % on retained ones, of users that nothing was tuned on; in brackets where the "
+    "method's first state is beyond it already (a straight line from the original), with ≥ where "
+    "the curve ends before. The other columns belong to the strongest state whose drop on "
     f"calibration users is at most {BUDGET:g} %. Time: from the request to that state, on one "
-    "thread, tuning and measuring aside, sums of a bank at hand. Shift: share of positions with "
-    "another best item. T@10: forget drop minus retain drop, means over Recall, MRR and NDCG; "
+    "thread, tuning and measuring aside, sums of a bank at hand. Peak: growth of resident memory. "
+    "KL, shift and perplexity: on at most 8 batches of the forget set. Shift: share of positions "
+    "with another best item. T@10: forget drop minus retain drop, means over Recall, MRR and NDCG; "
     "strict has both on training interactions, paper the retain side held out. MIA AUC: loss "
-    "attack, deleted sequences against never-seen ones (0.5: cannot be told apart). Every model is "
+    "attack, deleted sequences against never-seen ones of the same kind (0.5: cannot be told "
+    "apart). Coarse: every other state of a curve, two settings of a baseline. Every model is "
     "ranked on whole histories. A retrained one has learned histories without the deleted items: "
     "where those are single interactions (genre, interactions) it loses on retained ones too."
 )

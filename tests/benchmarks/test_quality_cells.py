@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from benchmarks.quality import recommender as module
 from benchmarks.quality.case import lora_weights
 from benchmarks.quality.cell import attacks
 from benchmarks.quality.recommender import make_case, make_request
+from ucan_fast import UcanError
 
 from .quality_toy import TOY, toy
 
 __all__ = ["toy"]
+ENDS = ("", "/low", "/high")
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +42,12 @@ def test_a_cell_writes_what_tables_read(tmp_path):
     assert set(found["bank_seconds"]) == {"moments", "factors"}
     assert {"excess", "noise", "all"} == set(found["scores"]["contrast"])
     # The command under the table makes the same file.
-    words = found["command"].split()
+    words = shlex.split(found["command"])
     assert words[:3] == ["python", "-m", "benchmarks.quality.cell"]
-    again = cell.parser().parse_args([w.strip("'") for w in words[3:5]])
-    assert again.data_set == "toy"
-    assert "--coarse" in words
+    asked = vars(
+        cell.parser().parse_args([*options, "--methods", methods, "--out", "build/toy.json"])
+    )
+    assert vars(cell.parser().parse_args(words[3:])) == asked
     lines = tables.table([found], tables.COLUMNS)
     assert len(lines) == 3 + 4
 
@@ -54,13 +58,32 @@ def test_without_a_scenario_a_cell_only_trains(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_attacks_compare_like_with_like(toy):
+def test_a_scenario_needs_a_file_and_a_share_of_users(tmp_path):
+    options = ["--data-set", "toy", "--scenario", "users"]
+    for wrong in (
+        [],
+        ["--out", str(tmp_path / "x"), "--share", "0"],
+        ["--out", "x", "--share", "2"],
+    ):
+        with pytest.raises(SystemExit) as error:
+            cell.main([*options, *wrong])
+        assert error.value.code == 2
+
+
+def test_attacks_on_enough_sequences(toy, monkeypatch):
     model = toy.model()
-    found = attacks(make_case(toy, make_request(toy, "genre"), model))
-    # Too few never-seen users for a figure, or all four attacks.
-    assert set(found) in (set(), {f"mia/{a}" for a in ("loss", "min-k", "min-k++", "zlib")})
-    one = attacks(make_case(toy, make_request(toy, "one-user"), model))
-    assert one == {}
+    monkeypatch.setattr(cell, "MIN_SEQUENCES", 2)
+    monkeypatch.setattr("ucan_fast.membership.MIN_SEQUENCES", 2)
+    case = make_case(toy, make_request(toy, "genre"), model)
+    found = attacks(case)
+    names = [f"mia/{a}{end}" for a in ("loss", "min-k", "min-k++", "zlib") for end in ENDS]
+    assert list(found) == names
+    assert found["mia/loss/low"] <= found["mia/loss"] <= found["mia/loss/high"]
+    assert attacks(make_case(toy, make_request(toy, "one-user"), model)) == {}
+    # Other errors are not taken for too few sequences.
+    case.holdout[0]["input_ids"] = case.holdout[0]["input_ids"][:, :-1]
+    with pytest.raises(UcanError):
+        attacks(case)
 
 
 def test_presets_as_delivered(toy, tmp_path, capsys):

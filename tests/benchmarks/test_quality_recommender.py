@@ -50,6 +50,10 @@ def test_what_each_scenario_deletes(toy):
         assert len(users_of(toy, requests[scenario].forget_train)) == 1
     assert (requests["genre"].forget_train == (tuned & horror)).all()
     assert (requests["genre"].like_it == horror).all()
+    assert requests["users"].like_it.all()
+    alike = requests["interactions"].like_it
+    assert (requests["interactions"].forget_train == (tuned & alike)).all()
+    assert 0.15 < alike.mean() < 0.35
     # Of every user, everything is deleted, where users are.
     for scenario in ("users", "one-user", "taste"):
         rows = requests[scenario].forget_train
@@ -88,9 +92,31 @@ def test_the_sides_of_a_case(toy, scenario):
     assert int((marked == 1).sum()) == kept.sum()
     forget = torch.cat([b["token_groups"].flatten() for b in case.forget])
     assert int((forget == 0).sum()) == request.forget_train.sum()
-    held = sum(len(b["input_ids"]) for b in case.holdout)
-    assert 0 < held <= len(toy.never_seen)
+    # What an attacker compares with: never-seen users, the same kind of rows.
+    held = torch.cat([b["token_groups"].flatten() for b in case.holdout])
+    alike = request.like_it & np.isin(train.user, toy.never_seen)
+    assert 0 < int((held == 0).sum()) == alike.sum()
     measured = case.measure()
+    assert measured["forget_train/cases"] == request.forget_train.sum()
+
+
+def test_nothing_that_was_tuned_on_is_judged(toy, monkeypatch):
+    """Not in the curves, not in the full metrics, also of who has deleted and retained items."""
+    request = make_request(toy, "interactions")
+    seen = []
+    scored = module._sided
+
+    def spy(recommender, request, users):
+        seen.append(users)
+        return scored(recommender, request, users)
+
+    monkeypatch.setattr(module, "_sided", spy)
+    measured = make_case(toy, request, toy.model()).measure()
+    (users,) = seen
+    train = toy.data.train
+    judged = np.isin(train.user, toy.data.tuned_users) & ~request.forget_train
+    judged &= ~np.isin(train.user, users["calibration"])
+    assert measured["retain_train/cases"] == judged.sum() > 0
     assert measured["forget_train/cases"] == request.forget_train.sum()
 
 

@@ -32,7 +32,7 @@ def row(forget: float, retain: float = 2.0, **more):
         "setting": {},
         "best": 0,
         "curves": [[[1.0, 0.5, {"forget": forget, "retain": retain, "calibration": retain}]]],
-        "at_budget": {"0.5": [forget / 10, True], "1": [forget / 5, True], "5": [forget, False]},
+        "at_budget": {b: [forget / n, "between"] for b, n in (("0.5", 10), ("1", 5), ("5", 1))},
         "peak_memory_bytes": 3 * 2**20,
         "value": 1.0,
         "seconds": 0.25,
@@ -61,6 +61,8 @@ def document(seed: int = 0, scenario: str = "genre", data_set: str = "ml-100k"):
         "data_set": data_set,
         "scenario": scenario,
         "seed": seed,
+        "coarse": True,
+        "share": 0.6,
         "title": "all Horror films",
         "interactions": {"forget": 1234, "users": 9},
         "before": {"forget/nll": 1.0, "retain_train/recall@10": 0.5},
@@ -96,6 +98,11 @@ def test_every_method_has_its_row_and_failures_say_why(documents):
     assert first[headings.index("peak, MiB")] == "3 [3, 3]"
     assert first[headings.index("PPL")] == "-"
     assert cells(lines, "before")[headings.index("KL")] == "-"
+    documents[1]["methods"]["NPO"]["at_budget"]["5"][1] = "first"
+    documents[0]["methods"]["gates"]["at_budget"]["5"][1] = "end"
+    lines = tables.table(documents[:2], tables.COLUMNS)
+    assert cells(lines, "NPO")[headings.index("f@5")].startswith("(")
+    assert cells(lines, "gates")[headings.index("f@5")].startswith("≥ ")
     assert cells(tables.table(documents[:1], tables.COLUMNS), "retraining")[3] == "10.0"
 
 
@@ -209,6 +216,12 @@ def test_cells_that_are_there_are_kept(tmp_path, monkeypatch, capsys):
     jobs.clear()
     command.main([*options, "--data-sets", "ml-100k", "--workers", "1", "--again"])
     assert len(jobs[1]) == 4
+    # What was measured in another way, or with fewer methods, does not stand in.
+    for changes in ({"coarse": False}, {"share": 1.0}, {"methods": {"NPO": row(1.0)}}):
+        kept.write_text(json.dumps(document() | changes))
+        jobs.clear()
+        command.main([*options, "--data-sets", "ml-100k", "--workers", "1"])
+        assert len(jobs[1]) == 4, changes
 
 
 def test_a_failing_cell_fails_the_run(tmp_path, capsys):

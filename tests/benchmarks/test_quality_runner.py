@@ -10,7 +10,7 @@ import torch
 from benchmarks.quality import runner
 from benchmarks.quality.case import Method, State, as_before, lora_weights
 from benchmarks.quality.recommender import make_case, make_request
-from benchmarks.quality.runner import at_budget, run_case
+from benchmarks.quality.runner import at_budget, marked, run_case
 from ucan_fast.report import json_values
 
 from .quality_toy import toy
@@ -21,18 +21,25 @@ __all__ = ["toy"]
 @pytest.mark.parametrize(
     ("points", "budget", "wanted"),
     [
-        ([(1, 10), (3, 30)], 2, (20.0, True)),
-        ([(4, 8)], 1, (2.0, True)),  # from (0, 0)
-        ([(1, 10), (2, 20)], 5, (20.0, False)),  # ends before
-        ([(1, 30), (2, 20)], 5, (30.0, False)),
-        ([(-3, 10), (1, 20)], 0, (17.5, True)),
-        ([], 5, (0.0, False)),
+        ([(1, 10), (3, 30)], 2, (20.0, "between")),
+        ([(4, 8)], 1, (2.0, "first")),  # from (0, 0)
+        ([(1, 10), (2, 20)], 5, (20.0, "end")),
+        ([(1, 30), (2, 20)], 5, (30.0, "end")),
+        ([(-3, 10), (1, 20)], 0, (17.5, "between")),
+        ([], 5, (0.0, "end")),
         # The first crossing counts, not a later return.
-        ([(10, 10), (1, 50), (9, 60)], 5, (5.0, True)),
+        ([(10, 10), (1, 50), (9, 60)], 5, (5.0, "first")),
     ],
 )
 def test_reading_a_curve_off(points, budget, wanted):
-    assert at_budget(points, budget) == pytest.approx(wanted)
+    value, known = at_budget(points, budget)
+    assert (pytest.approx(value), known) == wanted
+
+
+def test_marks_of_what_is_not_between_two_states():
+    assert marked("2.0", "between", "between") == "2.0"
+    assert marked("2.0", "between", "end") == "≥ 2.0"
+    assert marked("2.0", "end", "first") == "(2.0)"
 
 
 @pytest.fixture
@@ -139,5 +146,5 @@ def nothing(case):
 
 def test_a_method_without_states(case):
     row = run_case(case, [Method("nothing", nothing)], say=lambda _: None)["methods"]["nothing"]
-    assert row["at_budget"] == {"0.5": (0.0, False), "1": (0.0, False), "5": (0.0, False)}
+    assert row["at_budget"] == dict.fromkeys(("0.5", "1", "5"), (0.0, "end"))
     assert "metrics" not in row
