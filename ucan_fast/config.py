@@ -41,7 +41,7 @@ _COUNTS = ("influence_rank", "influence_blocks")
 #: Named choices: what differs from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # 1 % of retain loss costs rankings about as much as 5 % of Recall@10 (docs/quality.md).
+    # 5 % of retain loss cost 20 % of retained rankings in the comparison, 1 % about 4 %.
     "best": {"method": "influence", "max_retain_loss_increase": 0.01},
 }
 
@@ -185,9 +185,10 @@ class UcanConfig:
 
         Args:
             name: ``"paper"``, U-CAN as we read the paper (the defaults): soft attenuation, forward
-                passes only. ``"best"``, what forgets most per retained recommendation in our
-                comparison (``docs/quality.md``): the influence step, within 1 % of retain loss;
-                one backward pass over the forget set, and a bank of factors.
+                passes only. ``"best"``, what forgets most per retained recommendation on the small
+                recommenders of our comparison (``docs/quality.md``; not in every case on a real
+                language model): the influence step, within 1 % of retain loss; one backward pass
+                over the forget set, and a bank of factors.
             changes: fields on top of it.
 
         Raises:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import platform
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +30,7 @@ from ucan_fast import recsys
 from ucan_fast.files import atomic_write
 from ucan_fast.metrics import drop, ranking_metrics
 
+from ..measure import describe_environment, hardware
 from ..model.models import cache_folder
 from .text_case import (
     PROFILES,
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--genre", default="Thriller")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    environment = describe_environment()
     warnings.simplefilter("ignore", uf.UcanWarning)
     transformers.utils.logging.disable_progress_bar()
     recommender = text_recommender(
@@ -268,14 +270,26 @@ def main() -> None:
         device=options.device,
     )
     kept = Kept(recommender)
+
+    def words(scenario: str) -> list[str]:
+        """What makes the case's file again; where data lie is the reader's own."""
+        asked = ["--scenarios", scenario, "--families", *options.families, "--seed"]
+        asked += [str(options.seed), "--data-set", options.data_set, "--profile", options.profile]
+        asked += ["--recipe", options.recipe, "--genre", options.genre]
+        return asked + (["--quantise", options.quantise] if options.quantise else [])
+
     for scenario in options.scenarios:
         request = make_request(recommender, scenario, genre=options.genre, seed=options.seed)
         case = make_case(recommender, request, cache=options.cache, seed=options.seed)
         found = {
             "case": case.name,
             "request": request.title,
-            "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+            "hardware": f"{hardware()}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}",
+            "environment": environment,
+            "command": shlex.join(
+                ["python", "-m", "benchmarks.quality.text_curves", *words(scenario)]
+            ),
             "before": case.measure(),
             "bank_seconds": kept.seconds,
             "factor_bytes": uf.factor_memory(case.model),
