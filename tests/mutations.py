@@ -675,6 +675,16 @@ MUTATIONS: list[Mutation] = [
             "spans[i - 1].end <= spans[i].first",
             "spans[i - 1].end <= spans[i].first + 4",
         ),
+        (
+            "factors may lie in a weight",
+            "span.end <= factors || factors + count * sizeof(float) <= span.first || count == 0,",
+            "true,",
+        ),
+        (
+            "factors of one byte",
+            "factors + count * sizeof(float) <= span.first",
+            "factors + count <= span.first",
+        ),
         ("spans unsorted", "std::sort(spans.begin(), spans.end(), earlier);", ""),
         (
             "interleaved lines do not overlap",
@@ -889,7 +899,12 @@ MUTATIONS: list[Mutation] = [
             '    backend = choose("attenuate_", factors.device)\n    _check(weights, factors, offsets, axes)\n',
             '    backend = choose("attenuate_", factors.device)\n',
         ),
-        ("overlaps are not looked for", "    _check_overlap(weights)\n\n", "\n"),
+        ("overlaps are not looked for", "    _check_overlap(weights, factors)\n\n", "\n"),
+        (
+            "factors may lie in a weight",
+            "        if factors_start < end and start < factors_end:",
+            "        if False:",
+        ),
         (
             "the reference instead of the kernel",
             "    launch(weights, factors, offsets, axes)\n",
