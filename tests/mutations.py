@@ -890,6 +890,7 @@ MUTATIONS: list[Mutation] = [
             'choose("contrastive_scores", moments.device) == "never"',
         ),
         ("any threshold", "if not math.isfinite(threshold):", "if False:"),
+        ("any score", "    if bad:\n", "    if False:\n"),
     ),
     *_mutations(
         "ucan_fast/ops/attenuate.py",
