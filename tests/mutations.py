@@ -811,6 +811,11 @@ MUTATIONS: list[Mutation] = [
             '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if _backend(x, a, dtype) == "never":',
         ),
         (
+            "moments under autograd",
+            '    check_not_recorded("shrink", x=x, A=a)\n    _check_moments',
+            "    _check_moments",
+        ),
+        (
             "moments of z from x",
             "add_moments_(z, groups, only_group, rank_moments)",
             "add_moments_(z * 2, groups, only_group, rank_moments)",
@@ -835,6 +840,11 @@ MUTATIONS: list[Mutation] = [
             '    sums = (groups, only_group, delta_moments)\n    if backend == "never":',
         ),
         ("narrow products in one pass", "z.dtype == wide and ", ""),
+        (
+            "moments under autograd",
+            "bias=bias)\n    _check(base_out, z, b, bias)\n    check_moments",
+            "bias=None)\n    _check(base_out, z, b, bias)\n    check_moments",
+        ),
         (
             "moments not scaled",
             "return delta if scaling == 1.0 else delta * scaling",
@@ -869,7 +879,16 @@ MUTATIONS: list[Mutation] = [
             "group = -1 if only_group is None else only_group\n        totals",
             "group = -1\n        totals",
         ),
-        ("sums under autocast", "with without_autocast(h.device.type):", "if True:"),
+        (
+            "sums under autocast",
+            "with torch.no_grad(), without_autocast(h.device.type):",
+            "with torch.no_grad():",
+        ),
+        (
+            "the graph grows into the totals",
+            "with torch.no_grad(), without_autocast(h.device.type):",
+            "with without_autocast(h.device.type):",
+        ),
     ),
     *_mutations(
         "ucan_fast/ops/scores.py",

@@ -110,6 +110,29 @@ def test_refuses_arguments_that_do_not_fit():
         run(t, delta_moments=sums, groups=torch.zeros(3, dtype=torch.int8))
 
 
+@pytest.mark.parametrize("of", ["x", "weight", "z", "b", "bias", "lora_bias"])
+def test_moments_are_refused_while_a_gradient_is_recorded(backend, of):
+    t = make()
+    t[of].requires_grad_()
+    options = {
+        "groups": torch.zeros(10, dtype=torch.int8),
+        "delta_moments": torch.zeros(2, 2, 24, dtype=torch.float64),
+    }
+    operator = torch.ops.ucan_fast.fused_linear.moments
+    arguments = [t[key] for key in ("x", "weight", "z", "b")]
+    biases = (S, t["bias"], t["lora_bias"])
+    for call in (
+        lambda: run(t, **options),
+        lambda: operator(*arguments, *biases, options["groups"], None, options["delta_moments"]),
+    ):
+        with pytest.raises(UcanError, match=r"fused_linear: .* requires a gradient, .*no_grad"):
+            call()
+        assert not options["delta_moments"].any()
+    with torch.no_grad():
+        assert not run(t, **options).requires_grad
+    assert options["delta_moments"].any()
+
+
 # ------------------------------------------------------------------ who uses it
 
 

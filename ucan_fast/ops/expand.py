@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import UcanError
 from .backend import LIBRARY, cast, choose, is_unobserved, runs_directly, without_autocast
-from .checks import check_device, check_dtypes
+from .checks import check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_moments
 
 # From this many rows on C++ is faster without moments too: it brings B into another order first.
@@ -48,10 +48,11 @@ def expand(
     Returns:
         y, ``[..., N]`` in ``base_out``'s dtype, contiguous; a new tensor unless ``overwrite``.
 
-    Differentiable while no moments are asked for.
+    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
+            is recorded.
     """
     eager = not torch.compiler.is_compiling()
     if delta_moments is None:
@@ -63,6 +64,7 @@ def expand(
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
+    check_not_recorded("expand", base_out=base_out, z=z, B=b, bias=bias)
     sums = (groups, only_group, delta_moments)
     if eager and runs_directly("triton", base_out, z, b, bias, groups, delta_moments):
         return _expand_moments(base_out, z, b, scaling, bias, *sums, overwrite)
@@ -273,6 +275,7 @@ def _expand_moments(
     delta_moments: torch.Tensor,
     overwrite: bool = False,
 ) -> torch.Tensor:
+    check_not_recorded("expand", base_out=base_out, z=z, B=b, bias=bias)
     _check(base_out, z, b, bias)
     check_moments(base_out, groups, delta_moments, only_group)
     sums = (groups, only_group, delta_moments)
