@@ -833,13 +833,19 @@ MUTATIONS: list[Mutation] = [
     ),
     *_mutations(
         "ucan_fast/ops/expand.py",
-        "tests/ops/test_shrink_expand.py tests/ops/test_checks.py tests/test_triton_path.py",
+        "tests/ops/test_shrink_expand.py tests/ops/test_native_expand.py tests/ops/test_checks.py "
+        "tests/test_triton_path.py",
         (
             "a silent fallback",
             '    sums = (groups, only_group, delta_moments)\n    if backend == "triton":',
             '    sums = (groups, only_group, delta_moments)\n    if backend == "never":',
         ),
-        ("narrow products in one pass", "z.dtype == wide and ", ""),
+        ("narrow products in one pass", "if z.dtype != wide or n == 0", "if n == 0"),
+        (
+            "native by name for many rows alone",
+            ' or requested_backend() == "native"',
+            "",
+        ),
         (
             "moments under autograd",
             "bias=bias)\n    _check(base_out, z, b, bias)\n    check_moments",
@@ -981,6 +987,11 @@ MUTATIONS: list[Mutation] = [
         ),
         ("any name", "    if name not in BACKENDS:", "    if False:"),
         ("fp64 to the kernels", "if dtype not in _TRITON_DTYPES), None)", "if False), None)"),
+        (
+            "a GPU without TMA is taken",
+            "torch.cuda.get_device_capability(device) < kernels.TMA_CAPABILITY",
+            "False",
+        ),
     ),
 ]
 

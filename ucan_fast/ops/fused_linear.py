@@ -62,7 +62,8 @@ def fused_linear(
     """The base layer and the second half of a LoRA layer, in one product.
 
     Accumulated in fp32 and rounded once to x's dtype. Where the kernel cannot take the arguments
-    (strides or sizes that TMA refuses, no Triton), the product is cuBLAS's and the rest expand's.
+    (strides or sizes that TMA refuses, no Triton), the product is torch's and the rest expand's,
+    also under ``triton`` by name (see :mod:`ucan_fast.ops.backend`).
 
     Args:
         x: ``[..., K]``.
