@@ -118,6 +118,13 @@ inline void check_disjoint(std::vector<Span>& spans) {
   }
 }
 
+// Factors in a weight's memory would change while they are applied, in an order that nobody knows.
+inline void check_apart(const Span& span, uintptr_t factors, int64_t count) {
+  STD_TORCH_CHECK(
+      span.end <= factors || factors + count * sizeof(float) <= span.first || count == 0,
+      "_attenuate_native_: weight ", span.weight, " and the factors overlap in memory");
+}
+
 // The non-empty matrices. `factors` and all weights must be on one device; the dispatcher has
 // already chosen the CPU or CUDA kernel by it.
 inline std::vector<Matrix> checked_matrices(const Arguments& arguments) {
@@ -190,6 +197,7 @@ inline std::vector<Matrix> checked_matrices(const Arguments& arguments) {
     const auto first = reinterpret_cast<uintptr_t>(data);
     const int64_t last = (rows - 1) * row_stride + (cols - 1) * col_stride;
     spans.push_back({first, first + (last + 1) * element_size(dtype), i});
+    check_apart(spans.back(), reinterpret_cast<uintptr_t>(first_factor), available);
   }
   check_disjoint(spans);
   return matrices;

@@ -29,10 +29,13 @@ import importlib.util
 import os
 import sys
 
-__all__ = ["SHIPPED", "availability", "fused_linear_wins", "obstacle"]
+__all__ = ["SHIPPED", "TMA_CAPABILITY", "availability", "fused_linear_wins", "obstacle"]
 
 #: The kernels' files.
 SHIPPED: tuple[str, ...] = ("moments", "shrink", "expand", "fused_linear", "scores", "attenuate")
+
+#: The compute capability from which on a GPU has TMA, which ``fused_linear`` is built on: Hopper.
+TMA_CAPABILITY = (9, 0)
 
 _OLDEST = (3, 6)
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import TMA_CAPABILITY
 from .common import (
     CAST_DOT,
     INTERPRET,
@@ -45,8 +46,6 @@ _CONFIGS = {
 _ROW_BLOCKS = 8
 #: Programs where there is no GPU to ask: few, so that each has several tiles.
 _PROGRAMS = 3
-#: The oldest GPU with TMA.
-_CAPABILITY = (9, 0)
 
 
 @triton.jit
@@ -190,7 +189,7 @@ def obstacle(
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if k == 0:
         return "K is 0"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < _CAPABILITY:
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < TMA_CAPABILITY:
         return "TMA needs compute capability 9.0 (Hopper) or later"
     rows = _rows_view(x)
     if rows is None:

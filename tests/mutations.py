@@ -675,6 +675,16 @@ MUTATIONS: list[Mutation] = [
             "spans[i - 1].end <= spans[i].first",
             "spans[i - 1].end <= spans[i].first + 4",
         ),
+        (
+            "factors may lie in a weight",
+            "span.end <= factors || factors + count * sizeof(float) <= span.first || count == 0,",
+            "true,",
+        ),
+        (
+            "factors of one byte",
+            "factors + count * sizeof(float) <= span.first",
+            "factors + count <= span.first",
+        ),
         ("spans unsorted", "std::sort(spans.begin(), spans.end(), earlier);", ""),
         (
             "interleaved lines do not overlap",
@@ -801,6 +811,11 @@ MUTATIONS: list[Mutation] = [
             '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if _backend(x, a, dtype) == "never":',
         ),
         (
+            "moments under autograd",
+            '    check_not_recorded("shrink", x=x, A=a)\n    _check_moments',
+            "    _check_moments",
+        ),
+        (
             "moments of z from x",
             "add_moments_(z, groups, only_group, rank_moments)",
             "add_moments_(z * 2, groups, only_group, rank_moments)",
@@ -818,13 +833,24 @@ MUTATIONS: list[Mutation] = [
     ),
     *_mutations(
         "ucan_fast/ops/expand.py",
-        "tests/ops/test_shrink_expand.py tests/ops/test_checks.py tests/test_triton_path.py",
+        "tests/ops/test_shrink_expand.py tests/ops/test_native_expand.py tests/ops/test_checks.py "
+        "tests/test_triton_path.py",
         (
             "a silent fallback",
             '    sums = (groups, only_group, delta_moments)\n    if backend == "triton":',
             '    sums = (groups, only_group, delta_moments)\n    if backend == "never":',
         ),
-        ("narrow products in one pass", "z.dtype == wide and ", ""),
+        ("narrow products in one pass", "if z.dtype != wide or n == 0", "if n == 0"),
+        (
+            "native by name for many rows alone",
+            ' or requested_backend() == "native"',
+            "",
+        ),
+        (
+            "moments under autograd",
+            "bias=bias)\n    _check(base_out, z, b, bias)\n    check_moments",
+            "bias=None)\n    _check(base_out, z, b, bias)\n    check_moments",
+        ),
         (
             "moments not scaled",
             "return delta if scaling == 1.0 else delta * scaling",
@@ -859,7 +885,16 @@ MUTATIONS: list[Mutation] = [
             "group = -1 if only_group is None else only_group\n        totals",
             "group = -1\n        totals",
         ),
-        ("sums under autocast", "with without_autocast(h.device.type):", "if True:"),
+        (
+            "sums under autocast",
+            "with torch.no_grad(), without_autocast(h.device.type):",
+            "with torch.no_grad():",
+        ),
+        (
+            "the graph grows into the totals",
+            "with torch.no_grad(), without_autocast(h.device.type):",
+            "with without_autocast(h.device.type):",
+        ),
     ),
     *_mutations(
         "ucan_fast/ops/scores.py",
@@ -880,6 +915,7 @@ MUTATIONS: list[Mutation] = [
             'choose("contrastive_scores", moments.device) == "never"',
         ),
         ("any threshold", "if not math.isfinite(threshold):", "if False:"),
+        ("any score", "    if bad:\n", "    if False:\n"),
     ),
     *_mutations(
         "ucan_fast/ops/attenuate.py",
@@ -889,7 +925,12 @@ MUTATIONS: list[Mutation] = [
             '    backend = choose("attenuate_", factors.device)\n    _check(weights, factors, offsets, axes)\n',
             '    backend = choose("attenuate_", factors.device)\n',
         ),
-        ("overlaps are not looked for", "    _check_overlap(weights)\n\n", "\n"),
+        ("overlaps are not looked for", "    _check_overlap(weights, factors)\n\n", "\n"),
+        (
+            "factors may lie in a weight",
+            "        if factors_start < end and start < factors_end:",
+            "        if False:",
+        ),
         (
             "the reference instead of the kernel",
             "    launch(weights, factors, offsets, axes)\n",
@@ -946,6 +987,11 @@ MUTATIONS: list[Mutation] = [
         ),
         ("any name", "    if name not in BACKENDS:", "    if False:"),
         ("fp64 to the kernels", "if dtype not in _TRITON_DTYPES), None)", "if False), None)"),
+        (
+            "a GPU without TMA is taken",
+            "torch.cuda.get_device_capability(device) < kernels.TMA_CAPABILITY",
+            "False",
+        ),
     ),
 ]
 

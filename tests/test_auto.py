@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import helpers_models as hm
@@ -187,6 +188,54 @@ def unusual():
     )
     assert fused(other) == 0
     logits(other)
+
+
+def test_says_once_per_model_why_layers_are_not_fused():
+    alone(reasons)
+
+
+def said(action: Callable) -> tuple[object, list[str]]:
+    """What the action returns, and its warnings of ours."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = action()
+    return result, [str(w.message) for w in caught if issubclass(w.category, uf.UcanWarning)]
+
+
+def reasons():
+    dora = hm.lora(hm.llama(layers=1), targets=["o_proj", "up_proj"], use_dora=True)
+    plain = hm.lora(hm.llama(layers=1))
+
+    def enable():
+        import ucan_fast.auto
+
+        return ucan_fast.auto.enable()  # the second time, which has nothing more to say
+
+    _, messages = said(enable)
+    first = str(uf.accelerate(dora))
+    # Models of other tests, still alive in this process, may have said something too.
+    assert messages.count(first) == 1
+    assert first.startswith("ucan_fast: 0 of 2 LoRA layers fused.\n")
+    assert "PEFT's forward kept on 2: adapter variant DoraLinearVariant" in first
+    assert "layers.0.self_attn.o_proj" in first
+    assert fused_calls(plain) == 7
+
+    later, messages = said(lambda: hm.lora(hm.llama(layers=1)))
+    assert fused_calls(later) == 7
+    assert not messages
+    targets = ["embed_tokens", "q_proj"]
+    mixed, (only,) = said(lambda: hm.lora(hm.llama(layers=1), targets=targets))
+    assert only.startswith("ucan_fast: 1 of 2 LoRA layers fused.\n")
+    assert "Embedding" in only
+    another = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
+    _, messages = said(lambda: mixed.add_adapter("plain", another))
+    assert not messages
+    variant = peft.LoraConfig(r=2, target_modules=["o_proj"], use_dora=True)
+    _, (grown,) = said(lambda: mixed.add_adapter("variant", variant))
+    assert grown.startswith("ucan_fast: 2 of 4 LoRA layers fused.\n")
+    assert "DoraLinearVariant" in grown
+    _, (again,) = said(lambda: hm.lora(hm.llama(layers=1), targets=targets))
+    assert again == only
 
 
 def test_living_models_of_other_kinds_are_not_disturbed():

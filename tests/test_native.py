@@ -171,6 +171,17 @@ def test_refuses_and_changes_nothing(change, message):
 
 
 @needs_library
+def test_refuses_factors_in_a_weights_memory():
+    buffer = torch.full((6,), 0.5)
+    for factors in (buffer[:4], buffer[:3], buffer[3:]):
+        with pytest.raises(RuntimeError, match="weight 0 and the factors overlap in memory"):
+            run([buffer[:4].view(2, 2)], factors, [0], [0])
+    assert torch.equal(buffer, torch.full((6,), 0.5))
+    run([buffer[:4].view(2, 2)], buffer[4:], [0], [0])
+    assert buffer.tolist() == [0.25] * 4 + [0.5] * 2
+
+
+@needs_library
 def test_interleaved_columns_without_overlap_are_accepted():
     base = torch.randn(12)
     view = base.as_strided((2, 3), (3, 2))  # 0 2 4 / 3 5 7: no element twice

@@ -55,7 +55,7 @@ class Packed(nn.Module):
         return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scale.to(x.dtype), bias)
 
 
-def nf4(dense: nn.Linear) -> nn.Module:
+def nf4(dense: nn.Linear, device: str = "cpu") -> nn.Module:
     import bitsandbytes
 
     layer = bitsandbytes.nn.Linear4bit(
@@ -69,10 +69,10 @@ def nf4(dense: nn.Linear) -> nn.Module:
         dense.weight.detach(), requires_grad=False, quant_type="nf4"
     )
     layer.bias = dense.bias
-    return layer.to("cpu")
+    return layer.to(device)
 
 
-def int8(dense: nn.Linear) -> nn.Module:
+def int8(dense: nn.Linear, device: str = "cpu") -> nn.Module:
     import bitsandbytes
 
     layer = bitsandbytes.nn.Linear8bitLt(
@@ -85,7 +85,7 @@ def int8(dense: nn.Linear) -> nn.Module:
         dense.weight.detach(), requires_grad=False, has_fp16_weights=False
     )
     layer.bias = dense.bias
-    return layer.to("cpu")
+    return layer.to(device)
 
 
 # kind -> (how the base is quantised, PEFT's layer class over it, the class of ours)
@@ -545,6 +545,72 @@ def test_a_deletion_over_a_quantised_base(kind):
     assert (factors[0] < 1).sum() > 10
     # A score near the threshold may fall on either side of it.
     assert ((factors[0] - factors[1]).abs() > 0.02).sum() <= 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("kind", BNB_KINDS)
+def test_outputs_gradients_and_statistics_are_pefts_on_each_device(
+    kind, dtype, device, fused_calls
+):
+    """One layer, quantised by and for this device."""
+    torch.manual_seed(5)
+    base = KINDS[kind][0](nn.Linear(K, N).to(dtype), device)
+    # Packed for the CPU, NF4 weights would pass no gradient.
+    base.support_avx512bf16_for_cpu = False
+    body = nn.Sequential(base)
+    model = hm.Wrapped(body, K).to(device, dtype)
+    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    model.config = {"model_type": "own"}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=9, target_modules=["0"]))
+    hm.randomise(model)
+    model.to(device).eval()
+    (plain_layer,) = (m for m in model.modules() if isinstance(m, peft_lora.LoraLayer))
+    assert type(plain_layer).__name__ == KINDS[kind][1]
+    assert all(p.device.type == device for p in model.parameters())
+    fused = copy.deepcopy(model)
+    assert len(uf.accelerate(fused).fused) == 1
+    (fused_layer,) = (m for m in fused.modules() if is_fused(m))
+
+    x = make_x(2, 9, K, dtype=dtype).to(device)
+    with torch.no_grad():
+        got, pefts = fused_layer(x), plain_layer(x)
+        assert len(fused_calls) == 1
+        a, b = (m["default"].weight.double() for m in (plain_layer.lora_A, plain_layer.lora_B))
+        scaling = plain_layer.scaling["default"]
+        want = plain_layer.base_layer(x).double() + x.double() @ a.t() @ b.t() * scaling
+    assert_no_worse(got, pefts, want, "outputs")
+
+    upstream = make_x(2, 9, N, dtype=dtype, seed=8).to(device)
+    gradients_of = []
+    for layer in (fused_layer, plain_layer):
+        leaf = x.clone().requires_grad_()
+        (layer(leaf) * upstream).sum().backward()
+        weights = [m["default"].weight.grad for m in (layer.lora_A, layer.lora_B)]
+        gradients_of.append([leaf.grad, *weights])
+    rows, up = (t.reshape(-1, t.shape[-1]).double() for t in (x, upstream))
+    through = x.clone().requires_grad_()
+    (plain_layer.base_layer(through) * upstream).sum().backward()
+    truth = [
+        through.grad.double() + (upstream.double() @ b @ a) * scaling,
+        (up @ b).t() @ rows * scaling,
+        up.t() @ (rows @ a.t()) * scaling,
+    ]
+    for what, mine, theirs, exactly in zip("xAB", *gradients_of, truth, strict=True):
+        assert_no_worse(mine, theirs, exactly, f"gradient of {what}")
+
+    plain_sums, fused_sums = (uf.collect(m, MIXED, sites=SITES) for m in (model, fused))
+    for name, sites in plain_sums.layers.items():
+        for site, want in sites.items():
+            got = fused_sums.layers[name][site]
+            assert torch.equal(got.count, want.count)
+            # y is rounded once where PEFT rounds twice; products on a GPU differ in their order.
+            rel = 2e-2 if site == "layer" or dtype != FP32 else 1e-3
+            for part in ("abs_sum", "sq_sum"):
+                assert want.count.sum() > 0
+                assert_relative(
+                    getattr(got, part), getattr(want, part), rel, f"{site} {part}", to_mean=True
+                )
 
 
 # Gradients and factors of the influence step.

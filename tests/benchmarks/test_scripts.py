@@ -121,6 +121,41 @@ def test_a_step_that_runs_over_is_stopped_and_the_next_one_goes_on(tmp_path):
     assert "LIMIT_BENCH must be a whole number of seconds, not '0'" in ran.stdout
 
 
+#: Stands in for compute-sanitizer: notes the allocator's setting, lists what would run.
+_SANITIZER = """#!/bin/bash
+echo "$2: caching off: ${PYTORCH_NO_CUDA_MEMORY_CACHING:-no}"
+shift 6
+exec "$@" --collect-only -q
+"""
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="ci/gpu.sh needs timeout")
+def test_memcheck_runs_without_the_caching_allocator_and_without_graphs(tmp_path):
+    """An overrun inside one of its blocks is none to memcheck; a capture needs it."""
+    (tmp_path / "tools").mkdir()
+    sanitizer = tmp_path / "tools" / "compute-sanitizer"
+    sanitizer.write_text(_SANITIZER)
+    sanitizer.chmod(0o755)
+    limits = {"LIMIT_MEMCHECK": "120", "LIMIT_RACECHECK": "120"}
+    ran = _run(tmp_path, "memcheck", "racecheck", **limits)
+    assert ran.stdout.count("memcheck leaves out the tests of CUDA graphs") == 1
+    memcheck, racecheck = (
+        (tmp_path / f"{tool}.log").read_text() for tool in ("memcheck", "racecheck")
+    )
+    assert "memcheck: caching off: 1" in memcheck
+    assert "racecheck: caching off: no" in racecheck
+
+    def listed(log: str) -> set[str]:
+        return {line for line in log.splitlines() if "::test_" in line}
+
+    left_out = listed(racecheck) - listed(memcheck)
+    assert [name.split("::")[1] for name in left_out] == ["test_cuda_graph_of_attenuate"]
+    assert not listed(memcheck) - listed(racecheck)
+    for kernel in ("attenuate_equals", "small_kernels", "small_fused_linear", "small_scores"):
+        assert f"::test_{kernel}" in memcheck
+    assert "memcheck leaves out" not in _run(tmp_path, "racecheck", **limits).stdout
+
+
 def test_all_default_steps_end_within_ten_minutes():
     script = (m.ROOT / "ci" / "gpu.sh").read_text()
     limits = {name: int(value) for name, value in re.findall(r"\[(\w+)\]=(\d+)", script)}

@@ -277,6 +277,38 @@ def test_refuses_weights_that_overlap(backend, dtype):
     refused("weights 0 and 1 overlap", [line[:, :4], line[:, 3:]])  # by one element
 
 
+def test_refuses_factors_in_a_weights_memory(backend):
+    """They would change while they are applied: the result would be the backend's order."""
+    flat = torch.full((4,), 0.5)
+    for factors in (flat, flat[1:3], flat[2:]):
+        refused("weight 1 and the factors overlap", [torch.ones(1, 1), flat.view(2, 2)], factors)
+    wide = torch.full((2, 2), 0.5, dtype=torch.float64)
+    refused("weight 0 and the factors overlap", [wide], wide.view(torch.float32).flatten())
+    # Half a factor, at its end.
+    narrow = torch.full((9,), 0.5, dtype=torch.bfloat16)
+    refused(
+        "weight 0 and the factors overlap",
+        [narrow[3:].view(2, 3)],
+        narrow[:4].view(torch.float32),
+    )
+
+
+def test_factors_beside_a_weight_in_one_buffer_are_taken(backend):
+    for weight, factors in ((slice(0, 4), slice(4, 6)), (slice(2, 6), slice(0, 2))):
+        buffer = torch.full((6,), 0.5)
+        ops.attenuate_([buffer[weight].view(2, 2)], buffer[factors], [0], [0])
+        assert buffer[weight].tolist() == [0.25] * 4
+        assert buffer[factors].tolist() == [0.5] * 2
+    # Strided factors are copied first, so that it does not matter where they lie.
+    buffer = torch.full((2, 3), 0.5)
+    ops.attenuate_([buffer], buffer[:, 0], [0], [0])
+    assert (buffer == 0.25).all()
+    # Nothing lies in an empty weight or an empty list of factors.
+    buffer = torch.full((4,), 0.5)
+    ops.attenuate_([buffer[:0].view(0, 2)], buffer, [0], [1])
+    ops.attenuate_([], buffer[:0], [], [])
+
+
 def test_refuses_weights_that_overlap_themselves(backend):
     refused("weight 0 overlaps itself", [torch.ones(1, 3).expand(4, 3)])
     refused("weight 0 overlaps itself", [torch.ones(3, 1).expand(3, 4)])

@@ -214,6 +214,24 @@ def test_triton_refuses_what_it_cannot_run(monkeypatch):
                 function()
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
+def test_fused_linear_by_name_is_refused_on_a_gpu_without_tma(monkeypatch, capability):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert choose("expand", cuda, torch.bfloat16) == "triton"
+    if capability >= (9, 0):
+        for name in ("auto", "triton"):
+            with ops.use_backend(name):
+                assert choose("fused_linear", cuda, torch.bfloat16) == "triton"
+        return
+    with ops.use_backend("auto"):
+        assert choose("fused_linear", cuda, torch.bfloat16) == "reference"
+    with ops.use_backend("triton"), pytest.raises(UcanError, match=r"TMA needs .* 9\.0"):
+        choose("fused_linear", cuda, torch.bfloat16)
+
+
 def test_use_backend_wins_over_the_variable_and_ends(monkeypatch, missing, spy):
     monkeypatch.setenv("UCAN_FAST_BACKEND", "native")
     with ops.use_backend("reference"):

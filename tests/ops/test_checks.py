@@ -242,6 +242,13 @@ def test_attenuate_itself_refuses_overlapping_weights():
     assert (weight == 1).all()
 
 
+def test_attenuate_itself_refuses_factors_in_a_weights_memory():
+    factors = torch.full((4,), 0.5)
+    with pytest.raises(UcanError, match="weight 0 and the factors overlap"):
+        O.attenuate_([factors.view(2, 2)], factors, [0], [0])
+    assert (factors == 0.5).all()
+
+
 def test_attenuate_itself_takes_strided_factors():
     weight = ones(4, 4)
     O.attenuate_([weight], torch.tensor([0.5, 9.0] * 4)[::2], [0], [0])

@@ -66,6 +66,34 @@ def test_values_and_moments(backend, k, n, dtype, biases):
         torch.testing.assert_close(sums[1, group], (want**2).sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(kernels.obstacle("cpu") is not None, reason=str(kernels.obstacle("cpu")))
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_what_tma_refuses_still_runs_on_triton(monkeypatch, with_moments):
+    """By its definition, as backend.py says: the base's product, then Triton's expand."""
+    from ucan_fast.kernels import expand as expand_kernel
+    from ucan_fast.kernels import fused_linear as fused_kernel
+
+    launched = []
+
+    def note(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: launched.append(name) or real(*args))
+
+    note(expand_kernel, "expand")
+    note(fused_kernel, "fused_linear")
+    sums = {}
+    if with_moments:
+        groups = torch.tensor([0, 1, -1, 1, 0, 0, 1, 1, -1, 0], dtype=torch.int8)
+        sums = {"groups": groups, "delta_moments": torch.zeros(2, 2, 23, dtype=torch.float64)}
+    whole, odd = make(), make((2, 5, 15), 23)
+    with ops.use_backend("triton"):
+        run(whole)
+        y = run(odd, **sums)
+    assert launched == ["fused_linear", "expand"]
+    torch.testing.assert_close(y, plain(odd), rtol=1e-5, atol=1e-5)
+    assert "16 bytes" in fused_kernel.obstacle(odd["x"], odd["weight"], odd["z"], odd["b"])
+
+
 def test_gradients_are_autograds(backend):
     t = make()
     leaves = {key: value.requires_grad_() for key, value in t.items()}
@@ -108,6 +136,29 @@ def test_refuses_arguments_that_do_not_fit():
         run(t, delta_moments=sums)
     with pytest.raises(UcanError, match="10 tokens"):
         run(t, delta_moments=sums, groups=torch.zeros(3, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("of", ["x", "weight", "z", "b", "bias", "lora_bias"])
+def test_moments_are_refused_while_a_gradient_is_recorded(backend, of):
+    t = make()
+    t[of].requires_grad_()
+    options = {
+        "groups": torch.zeros(10, dtype=torch.int8),
+        "delta_moments": torch.zeros(2, 2, 24, dtype=torch.float64),
+    }
+    operator = torch.ops.ucan_fast.fused_linear.moments
+    arguments = [t[key] for key in ("x", "weight", "z", "b")]
+    biases = (S, t["bias"], t["lora_bias"])
+    for call in (
+        lambda: run(t, **options),
+        lambda: operator(*arguments, *biases, options["groups"], None, options["delta_moments"]),
+    ):
+        with pytest.raises(UcanError, match=r"fused_linear: .* requires a gradient, .*no_grad"):
+            call()
+        assert not options["delta_moments"].any()
+    with torch.no_grad():
+        assert not run(t, **options).requires_grad
+    assert options["delta_moments"].any()
 
 
 # ------------------------------------------------------------------ who uses it

@@ -239,3 +239,12 @@ def test_refuses_arguments_that_do_not_fit(kind):
     assert word in str(error.value)
     if moments.device.type != "meta":
         assert torch.equal(moments, before)
+
+
+def test_no_gradient_flows_into_the_totals(backend):
+    h = torch.randn(5, 4).requires_grad_()
+    sums = torch.zeros(2, 2, 4, dtype=torch.float64)
+    ops.accumulate_moments(h * 2, torch.tensor([0, 1, 0, -1, 1]), sums)
+    assert sums.any()
+    assert not sums.requires_grad
+    assert sums.is_leaf

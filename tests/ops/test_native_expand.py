@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -345,6 +346,46 @@ def test_few_rows_have_the_same_bits_with_and_without_moments():
         base, z, b = torch.randn(rows, 24), torch.randn(rows, 16), torch.randn(24, 16)
         counted = ops.expand(base, z, b, 1.5, groups=random_groups(rows), delta_moments=totals(24))
         assert torch.equal(counted, ops.expand(base, z, b, 1.5))
+
+
+@pytest.mark.parametrize("with_moments", [False, True])
+@pytest.mark.parametrize("rows", [1, 31, 32])
+def test_native_by_name_takes_every_call_that_it_can(monkeypatch, rows, with_moments):
+    """As backend.py says; the others are part of the definition and keep its bits."""
+    native_calls = []
+    module = importlib.import_module("ucan_fast.ops.expand")
+    real = module._expand_native
+
+    def noting(*args):
+        native_calls.append(args[1].dtype)
+        return real(*args)
+
+    monkeypatch.setattr(module, "_expand_native", noting)
+
+    def call(base, z, b):
+        if not with_moments:
+            return ops.expand(base, z, b, 1.5)
+        sums = (random_groups(rows), totals(24))
+        return ops.expand(base, z, b, 1.5, groups=sums[0], delta_moments=sums[1])
+
+    base, z, b = torch.randn(rows, 24), torch.randn(rows, 16), torch.randn(24, 16)
+    for name, wanted in (("native", 1), ("auto", int(rows >= 32)), ("reference", 0)):
+        native_calls.clear()
+        with ops.use_backend(name):
+            y = call(base, z, b)
+        assert len(native_calls) == wanted, name
+        torch.testing.assert_close(y, expand_reference(base, z, b, 1.5, None))
+    native_calls.clear()
+    with ops.use_backend("native"):
+        narrow = [t.bfloat16() for t in (base, z, b)]
+        assert torch.equal(call(*narrow), expand_reference(*narrow, 1.5, None))
+        if not with_moments:
+            leaf = b.clone().requires_grad_()
+            y = call(base, z, leaf)
+            assert torch.equal(y, expand_reference(base, z, b, 1.5, None))
+            y.sum().backward()
+            assert leaf.grad.any()
+    assert not native_calls
 
 
 def test_gradients_both_ways_and_transforms_go_through_the_reference(layer):

@@ -6,6 +6,8 @@ implementation).
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -155,6 +157,17 @@ def test_refuses_other_dtypes(part):
     arguments[part] = arguments[part].float()
     with pytest.raises(UcanError, match="must be float64"):
         ops.contrastive_scores(*arguments, **DEFAULTS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_refuses_scores_that_are_not_finite(backend, value, decay):
+    score = torch.linspace(0, 1, 11, dtype=torch.float64)
+    score[2] = score[9] = value
+    kept = score.clone()
+    with pytest.raises(UcanError, match="2 of 11 scores are NaN or infinite"):
+        ops.attenuation_factors(score, 0.5, decay=decay, strength=3.0, floor=0.0)
+    assert torch.equal(score.view(torch.int64), kept.view(torch.int64))
 
 
 def test_factors_are_one_fp32_number_per_neuron():

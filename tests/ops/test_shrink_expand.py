@@ -324,6 +324,63 @@ def test_opcheck(backend, dtype, grad, layout):
     torch.library.opcheck(expand, (base, z, b, S, bias))
 
 
+@pytest.mark.parametrize("of", ["x", "A"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_shrink_with_moments_is_refused_while_a_gradient_is_recorded(of, direct):
+    """On every backend: the reference's result had a gradient, the kernels' had none."""
+    x, a, *_ = make((6, 12))
+    {"x": x, "A": a}[of].requires_grad_()
+    sums = totals(12)
+
+    def call():
+        if direct:
+            return torch.ops.ucan_fast.shrink.moments(x, a, x.dtype, groups_of(x), None, sums, None)
+        return ops.shrink(x, a, groups=groups_of(x), input_moments=sums)
+
+    with pytest.raises(UcanError, match=f"shrink: {of} requires a gradient, .*no_grad"):
+        call()
+    assert not sums.any()
+    with torch.no_grad():
+        z = call()
+    assert not z.requires_grad
+    assert sums.any()
+
+
+@pytest.mark.parametrize("of", ["base_out", "z", "B", "bias"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_expand_with_moments_is_refused_while_a_gradient_is_recorded(of, direct):
+    x, a, b, base, bias = make((40, 12))  # enough rows for C++
+    z, sums = x @ a.t(), totals(10)
+    {"base_out": base, "z": z, "B": b, "bias": bias}[of].requires_grad_()
+
+    def call():
+        if direct:
+            expand = torch.ops.ucan_fast.expand.moments
+            return expand(base, z, b, S, bias, groups_of(x), None, sums)
+        return ops.expand(base, z, b, S, bias=bias, groups=groups_of(x), delta_moments=sums)
+
+    with pytest.raises(UcanError, match=f"expand: {of} requires a gradient, .*no_grad"):
+        call()
+    assert not sums.any()
+    with torch.no_grad():
+        y = call()
+    assert not y.requires_grad
+    assert sums.any()
+
+
+def test_a_compiled_call_with_moments_is_refused_while_a_gradient_is_recorded():
+    x, a, *_ = make((6, 12))
+    a.requires_grad_()
+    groups, sums = groups_of(x), totals(12)
+
+    def call():
+        return ops.shrink(x, a, groups=groups, input_moments=sums)
+
+    with pytest.raises(Exception, match="requires a gradient"):
+        torch.compile(call, backend="aot_eager")()
+    assert not sums.any()
+
+
 @pytest.mark.parametrize(
     ("which", "dtype"),
     [

@@ -27,13 +27,15 @@ def attenuate_(
 
     Args:
         weights: matrices ``[rows, cols]`` of fp32, bf16, fp16 or fp64, on one device.
-        factors: the factors of all matrices in one flat fp32 tensor, on the same device.
+        factors: the factors of all matrices in one flat fp32 tensor, on the same device; memory
+            of their own.
         offsets: where the factors of each weight begin; several weights may share a range.
         axes: 0 or 1 per weight.
 
     Raises:
-        UcanError: a wrong shape, dtype or device, an offset out of range, weights that overlap in
-            memory, or gradients being recorded. No weight was changed.
+        UcanError: a wrong shape, dtype or device, an offset out of range, weights that overlap
+            each other or the factors in memory, or gradients being recorded. No weight was
+            changed.
     """
     weights, offsets, axes = list(weights), list(offsets), list(axes)
     if torch.compiler.is_compiling():
@@ -80,7 +82,7 @@ def _check(
                     f"attenuate_: weight {index} requires a gradient; "
                     "call attenuate_ under torch.no_grad()."
                 )
-    _check_overlap(weights)
+    _check_overlap(weights, factors)
 
 
 def _check_arguments(
@@ -117,10 +119,13 @@ def _check_arguments(
             )
 
 
-def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
+def _check_overlap(weights: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
     # Sorted by address, two weights overlap exactly if some neighbours do. Interleaved views
     # (two column ranges of one matrix) span each other without sharing an element: those are
     # refused as well, since telling them apart costs more than it is worth.
+    # Strided factors are copied before a weight is written.
+    factors_start = factors.data_ptr()
+    factors_end = factors_start + 4 * factors.numel() if factors.is_contiguous() else factors_start
     spans = []
     for index, weight in enumerate(weights):
         if weight.numel() == 0:
@@ -129,7 +134,13 @@ def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
             raise UcanError(f"attenuate_: weight {index} overlaps itself (an expanded tensor?).")
         last = sum((s - 1) * abs(t) for s, t in zip(weight.shape, weight.stride(), strict=True))
         start = weight.data_ptr()
-        spans.append((start, start + (last + 1) * weight.element_size(), index))
+        end = start + (last + 1) * weight.element_size()
+        if factors_start < end and start < factors_end:
+            raise UcanError(
+                f"attenuate_: weight {index} and the factors overlap in memory, so factors would "
+                "change while they are applied; pass factors.clone()."
+            )
+        spans.append((start, end, index))
     spans.sort()
     for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:

@@ -27,6 +27,18 @@ operator                     ``triton``   C++ (CPU)    CUDA extension
 
 A backend named by the user is an error, never a silent fallback, where it has the operator and
 cannot run it; operators that it does not have go as under ``auto``. An unknown name is an error.
+
+Two operators have calls that another way is part of their definition for, under a named backend
+too, since an error would end whole models for one layer or one call of theirs:
+
+- ``fused_linear`` under ``triton``: what TMA refuses (sizes, strides or addresses that are not
+  whole 16 bytes; ``kernels.fused_linear.obstacle`` says which) is torch's product of the base and
+  then Triton's ``expand``, as in a layer without the opt-in. Addresses change from call to call,
+  and nobody knows them while ``torch.compile`` traces. A GPU without TMA is an error.
+- ``expand`` under ``native``: C++ keeps the product in fp32 or fp64 and has no derivative. Narrower
+  z, whose product the definition rounds, and calls that autograd, ``torch.func`` or a dispatch mode
+  watches are computed by the reference. ``auto`` also leaves calls of few rows to it, for speed.
+
 ``ucan-fast doctor`` shows what each operator runs on, and why not on the others.
 """
 
@@ -200,6 +212,9 @@ def triton_obstacle(operator: str, device: torch.device, *dtypes: torch.dtype) -
     if reason is None and operator in _ACTIVATIONS:
         odd = next((dtype for dtype in dtypes if dtype not in _TRITON_DTYPES), None)
         reason = None if odd is None else f"the kernel takes fp32, bf16 and fp16, not {odd}"
+    if reason is None and operator == "fused_linear" and _lacks_tma(device):
+        major, minor = kernels.TMA_CAPABILITY
+        reason = f"TMA needs compute capability {major}.{minor} (Hopper) or later"
     return reason
 
 
@@ -219,6 +234,14 @@ def native_obstacle(operator: str, device: torch.device) -> str | None:
             "pip install --no-build-isolation --no-deps --force-reinstall ."
         )
     return None
+
+
+def _lacks_tma(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device) < kernels.TMA_CAPABILITY
+    )
 
 
 def _fastest(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:

@@ -39,3 +39,22 @@ def check_device(operator: str, **tensors: torch.Tensor | None) -> None:
         devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise UcanError(f"{operator}: {listed}; they must share one device.")
+
+
+def check_not_recorded(operator: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse to take moments where a gradient is recorded; None stands for nothing given.
+
+    The kernels that take moments have no derivative: what they return would be cut off silently,
+    and the reference's would not.
+
+    Raises:
+        UcanError: a tensor requires a gradient while gradients are being recorded.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise UcanError(
+                f"{operator}: {name} requires a gradient, and none flows through a call that takes "
+                "moments; call it under torch.no_grad(), or without moments."
+            )

@@ -6,12 +6,21 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, cast, choose, is_unobserved, runs_directly, without_autocast
-from .checks import check_device, check_dtypes
+from .backend import (
+    LIBRARY,
+    cast,
+    choose,
+    is_unobserved,
+    requested_backend,
+    runs_directly,
+    without_autocast,
+)
+from .checks import check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_moments
 
 # From this many rows on C++ is faster without moments too: it brings B into another order first.
-# With moments the rule is the same, so that y has the same bits whatever is measured.
+# Fewer go there only where it was asked for by name. With moments the rule is the same, so that y
+# has the same bits whatever is measured.
 _NATIVE_ROWS = 32
 
 
@@ -30,7 +39,8 @@ def expand(
     """The second half of a LoRA layer, added to what the base layer returned.
 
     The product is taken in z's dtype, the sum in fp32 (fp64 for fp64), rounded once to
-    ``base_out``'s dtype.
+    ``base_out``'s dtype. What C++ does not compute as this says goes to the reference, also under
+    ``native`` by name (see :mod:`ucan_fast.ops.backend`).
 
     Args:
         base_out: ``[..., N]``, what the base layer returned.
@@ -48,10 +58,11 @@ def expand(
     Returns:
         y, ``[..., N]`` in ``base_out``'s dtype, contiguous; a new tensor unless ``overwrite``.
 
-    Differentiable while no moments are asked for.
+    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
+            is recorded.
     """
     eager = not torch.compiler.is_compiling()
     if delta_moments is None:
@@ -63,6 +74,7 @@ def expand(
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
+    check_not_recorded("expand", base_out=base_out, z=z, B=b, bias=bias)
     sums = (groups, only_group, delta_moments)
     if eager and runs_directly("triton", base_out, z, b, bias, groups, delta_moments):
         return _expand_moments(base_out, z, b, scaling, bias, *sums, overwrite)
@@ -181,7 +193,9 @@ def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bo
     # Narrow products are rounded before they are added; the C++ code never rounds them.
     wide = torch.promote_types(base_out.dtype, delta_dtype(z, b))
     n, r = b.shape
-    return z.dtype == wide and n > 0 and r > 0 and z.numel() >= _NATIVE_ROWS * r
+    if z.dtype != wide or n == 0 or r == 0:
+        return False
+    return z.numel() >= _NATIVE_ROWS * r or requested_backend() == "native"
 
 
 def _expand_native(
@@ -273,6 +287,7 @@ def _expand_moments(
     delta_moments: torch.Tensor,
     overwrite: bool = False,
 ) -> torch.Tensor:
+    check_not_recorded("expand", base_out=base_out, z=z, B=b, bias=bias)
     _check(base_out, z, b, bias)
     check_moments(base_out, groups, delta_moments, only_group)
     sums = (groups, only_group, delta_moments)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .. import kernels
 from ..errors import UcanError
 from .backend import LIBRARY, choose
-from .checks import check_device, check_dtypes
+from .checks import check_device, check_dtypes, check_not_recorded
 from .expand import lora_gradients, run_expand, run_expand_moments
 from .moments import check_totals
 
@@ -62,7 +62,8 @@ def fused_linear(
     """The base layer and the second half of a LoRA layer, in one product.
 
     Accumulated in fp32 and rounded once to x's dtype. Where the kernel cannot take the arguments
-    (strides or sizes that TMA refuses, no Triton), the product is cuBLAS's and the rest expand's.
+    (strides or sizes that TMA refuses, no Triton), the product is torch's and the rest expand's,
+    also under ``triton`` by name (see :mod:`ucan_fast.ops.backend`).
 
     Args:
         x: ``[..., K]``.
@@ -77,15 +78,18 @@ def fused_linear(
     Returns:
         y, ``[..., N]`` in x's dtype.
 
-    Differentiable while no moments are asked for.
+    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
+            is recorded.
     """
     if delta_moments is None:
         return torch.ops.ucan_fast.fused_linear(x, weight, z, b, scaling, bias, lora_bias)
     if groups is None:
         raise UcanError("fused_linear: moments need groups, one integer per token.")
+    recorded = {"x": x, "W": weight, "z": z, "B": b, "bias": bias, "lora_bias": lora_bias}
+    check_not_recorded("fused_linear", **recorded)
     return torch.ops.ucan_fast.fused_linear.moments(
         x, weight, z, b, scaling, bias, lora_bias, groups, only_group, delta_moments
     )
@@ -188,6 +192,8 @@ def _fused_linear_moments(
     only_group: int | None,
     delta_moments: torch.Tensor,
 ) -> torch.Tensor:
+    recorded = {"x": x, "W": weight, "z": z, "B": b, "bias": bias, "lora_bias": lora_bias}
+    check_not_recorded("fused_linear", **recorded)
     _check_moments(x, weight, z, b, bias, lora_bias, groups, only_group, delta_moments)
     launch = _kernel(x, weight, z, b, bias, lora_bias)
     sums = (groups, only_group, delta_moments)

@@ -30,7 +30,7 @@ def accumulate_moments(
     *,
     only_group: int | None = None,
 ) -> None:
-    """Add the moments of ``h`` to ``moments``, in place.
+    """Add the moments of ``h`` to ``moments``, in place. No gradient flows into them.
 
     Args:
         h: activations ``[..., n]``, any floating dtype, any strides.
@@ -136,7 +136,7 @@ def add_moments_(
             moments.copy_(totals)
     else:
         # Autocast would turn the sums into bf16 products.
-        with without_autocast(h.device.type):
+        with torch.no_grad(), without_autocast(h.device.type):
             moments += moments_reference(h, groups, only_group)
 
 

@@ -87,7 +87,8 @@ def attenuation_factors(
         fp32 ``[n]``.
 
     Raises:
-        UcanError: a score of another dtype or shape, an unknown decay, or a number out of range.
+        UcanError: a score of another dtype or shape or one that is not finite (not asked while a
+            CUDA graph is captured), an unknown decay, or a number out of range.
     """
     return torch.ops.ucan_fast.attenuation_factors(score, threshold, decay, strength, floor)
 
@@ -164,6 +165,18 @@ def _check_factors(
         raise UcanError(f"scores: strength must be a number >= 0, not {strength}.")
     if not 0 <= floor <= 1:
         raise UcanError(f"scores: floor must be in [0, 1], not {floor}.")
+
+
+def _check_finite(score: torch.Tensor) -> None:
+    if score.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a CUDA graph cannot wait for them
+    # A NaN would not be selected, but S_max would be NaN, and every selected factor with it.
+    bad = int((~score.isfinite()).sum())
+    if bad:
+        raise UcanError(
+            f"scores: {bad} of {score.numel()} scores are NaN or infinite; collect again from "
+            "finite activations and weights."
+        )
 
 
 def scores_reference(
@@ -260,6 +273,7 @@ def _scores(
 
 def _factors(score: torch.Tensor, *options) -> torch.Tensor:
     _check_factors(score, *options)
+    _check_finite(score)
     if not score.numel():
         return torch.empty_like(score, dtype=torch.float32)
     if choose("attenuation_factors", score.device) == "triton":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..errors import UcanError
 from .backend import LIBRARY, cast, choose, runs_directly, without_autocast
-from .checks import check_device, check_dtypes
+from .checks import check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_totals
 
 
@@ -37,10 +37,11 @@ def shrink(
     Returns:
         z, ``[..., r]`` in ``dtype``.
 
-    Differentiable while no moments are asked for.
+    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
+            is recorded.
     """
     dtype = dtype or a.dtype
     if input_moments is None and rank_moments is None:
@@ -52,6 +53,7 @@ def shrink(
         return torch.ops.ucan_fast.shrink(x, a, dtype)
     if groups is None:
         raise UcanError("shrink: moments need groups, one integer per token.")
+    check_not_recorded("shrink", x=x, A=a)
     tensors = (x, a, groups, input_moments, rank_moments)
     direct = not torch.compiler.is_compiling() and runs_directly("triton", *tensors)
     run = _shrink_moments if direct else torch.ops.ucan_fast.shrink.moments
@@ -116,6 +118,7 @@ def _shrink_moments(
     input_moments: torch.Tensor | None,
     rank_moments: torch.Tensor | None,
 ) -> torch.Tensor:
+    check_not_recorded("shrink", x=x, A=a)
     _check_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)
     if _backend(x, a, dtype) == "triton":
         from ..kernels.shrink import shrink as launch
