@@ -356,13 +356,12 @@ def _shrink_cases() -> Iterator[CompileCase]:
                 types |= {"groups": "*i64" if odd else "*i8", "slots": "*fp32"} if moments else {}
                 sizes = ["m", "k", "r", "chunk", "stride_m", "only_group"]
                 divisible = [*types, "k", "r", "chunk", "stride_m"]
-                unknown = ("r", "groups") if odd else ()
+                unknown, ships = ("r", "groups") if odd else (), capabilities
                 if rows == "ragged":
                     sizes.append("stride_k")
                     unknown = RAGGED
                 else:
                     constants["stride_k"] = 1
-                ships = capabilities
                 if odd and dtypes == _DTYPES[0] and (rank, rows) == (128, "many"):
                     # Known: r 65 to 127, no multiple of 16, spills 8 bytes on sm_80.
                     ships = tuple(arch for arch in ships if arch != 80)
