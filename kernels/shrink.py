@@ -159,6 +159,13 @@ def finish_kernel(
         store_sums(slots, block, rank, r, a_f, a_r, s_f, s_r, BOTH)
 
 
+#: What nothing is known of where rows are not :func:`aligned`; the rest is allocated here.
+RAGGED = ["x", "a", "groups", "m", "k", "r", "stride_m", "stride_k", "only_group"]
+#: The same kernel for operands that are not :func:`aligned`. It is told nothing of them, so that
+#: every odd size, stride and pointer runs the one machine code that the gate has seen.
+shrink_ragged = triton.jit(shrink_kernel.fn, do_not_specialize=RAGGED)
+
+
 def chunks(m: int, k: int, r: int, block_m: int, block_k: int) -> tuple[int, int]:
     """How x is cut along K: the number of chunks, and the columns of one (whole blocks).
 
@@ -193,6 +200,17 @@ def dots(x: torch.dtype, operand: torch.dtype, split_a: bool) -> str:
     return "16-bit" if max(x.itemsize, operand.itemsize) == 2 else "32-bit"
 
 
+def aligned(x: torch.Tensor, a: torch.Tensor) -> bool:
+    """Whether all rows of x ``[M, K]`` and A ``[r, K]`` can be read in 16-byte pieces.
+
+    Triton knows that only of pointers that are multiples of 16 bytes, and of sizes and strides
+    that are multiples of 16 elements. Other rows ("ragged") are read element by element in blocks
+    of 32 or 16 rows: four or eight times the slots, and A from L2 as many times more often.
+    """
+    numbers = (x.data_ptr(), a.data_ptr(), x.shape[1], x.stride(0))
+    return x.stride(1) == 1 and not any(number % 16 for number in numbers)
+
+
 def pad_rank(r: int) -> int:
     """The smallest rank that a dot can have and that holds r."""
     return max(16, triton.next_power_of_2(r))
@@ -210,7 +228,9 @@ def shrink(
     """``z = x Aᵀ``, with the moments of x as given and of z as stored added in place.
 
     Args:
-        x: ``[..., K]``, fp32, bf16 or fp16, any strides.
+        x: ``[..., K]``, fp32, bf16 or fp16, any strides. Where x or A is not :func:`aligned` it
+            is read element by element, in small tiles; x whose columns are not adjacent in
+            memory is slower still.
         a: ``[r, K]``, fp32, bf16 or fp16. Above rank 256 x is read once for every 256 rows.
         dtype: of the product: operands are rounded to it, sums are fp32, z has it.
         groups: integers ``[tokens]``: 0 forget, 1 retain, else ignored; needed for moments.
@@ -235,7 +255,9 @@ def shrink(
     x, a = rows_of(x), a.contiguous()
     m, r_pad, size = x.shape[0], pad_rank(r), "few" if x.shape[0] <= FEW_ROWS else "many"
     operand, split_a = dot_mode(x.dtype, a.dtype, dtype)
-    tile = tuning.config("shrink", (r_pad, dots(x.dtype, operand, split_a), size), x.device)
+    smooth = aligned(x, a)
+    key = (r_pad, dots(x.dtype, operand, split_a), size if smooth else "ragged")
+    tile = tuning.config("shrink", key, x.device)
     row_blocks = triton.cdiv(m, tile["BLOCK_M"])
     splits, chunk = chunks(m, k, r, tile["BLOCK_M"], tile["BLOCK_K"])
     at_once = splits == 1 and rank_moments is None
@@ -247,8 +269,9 @@ def shrink(
     slots = None
     if input_moments is not None:
         slots = new_slots(row_blocks, k, only_group, x.device)
+    sums_kernel = shrink_kernel if smooth else shrink_ragged
     with on_device(x):
-        shrink_kernel[row_blocks, splits](
+        sums_kernel[row_blocks, splits](
             x,
             a,
             out,
@@ -306,6 +329,7 @@ _DTYPES = (
     ("fp16", "fp16", "fp16"),
     ("fp16", "fp32", "fp32"),
     ("fp32", "fp32", "fp16"),
+    ("fp16", "fp32", "fp16"),
 )
 _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -323,33 +347,60 @@ def _shrink_cases() -> Iterator[CompileCase]:
             operand, split_a = dot_mode(*(_NAMES[name] for name in dtypes))
             if dots(_NAMES[x], operand, split_a) != kind_of_dots:
                 continue
-            # What is stored, whether moments are taken, and whether of both groups.
-            kinds = [("fp32", True, True)]
-            if dtypes in _DTYPES[:3]:
-                kinds += [("fp32", True, False), ("fp32", False, True)]
-            if dtypes == _DTYPES[0]:
-                kinds += [(product, True, True)]
-            for out, moments, both in kinds:
+            for out, moments, both, odd in _kinds(dtypes, rank, rows):
                 none = dict.fromkeys(() if moments else ("groups", "slots"))
                 what = ("both groups" if both else "one group") if moments else "no moments"
-                constants = {"stride_k": 1, "OPERAND": TRITON_DTYPES[operand], "SPLIT_A": split_a}
+                constants = {"OPERAND": TRITON_DTYPES[operand], "SPLIT_A": split_a}
                 constants |= {"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank}
                 types = {"x": f"*{x}", "a": f"*{a}", "out": f"*{out}"}
-                types |= {"groups": "*i8", "slots": "*fp32"} if moments else {}
-                sizes = ("m", "k", "r", "chunk", "stride_m", "only_group")
+                types |= {"groups": "*i64" if odd else "*i8", "slots": "*fp32"} if moments else {}
+                sizes = ["m", "k", "r", "chunk", "stride_m", "only_group"]
+                divisible = [*types, "k", "r", "chunk", "stride_m"]
+                unknown, ships = ("r", "groups") if odd else (), capabilities
+                if rows == "ragged":
+                    sizes.append("stride_k")
+                    unknown = RAGGED
+                else:
+                    constants["stride_k"] = 1
+                if odd and dtypes == _DTYPES[0] and (rank, rows) == (128, "many"):
+                    # Known: r 65 to 127, no multiple of 16, spills 8 bytes on sm_80.
+                    ships = tuple(arch for arch in ships if arch != 80)
                 yield CompileCase(
                     name=f"{x} x, {a} A{' in three parts' if split_a else ''}, {product} product, "
-                    f"{out} out, r {rank}, {rows} rows, {what}, {gpu}",
-                    kernel=shrink_kernel,
+                    f"{out} out, r {rank}{' odd' if 'r' in unknown else ''}, {rows} rows, "
+                    f"{what}{' of 64 bits' if odd else ''}, {gpu}",
+                    kernel=shrink_ragged if rows == "ragged" else shrink_kernel,
                     signature=dict.fromkeys(shrink_kernel.arg_names, "constexpr")
                     | types
                     | dict.fromkeys(sizes, "i32"),
                     constants=none | constants | tile,
-                    divisible=(*types, "k", "r", "chunk", "stride_m"),
+                    divisible=tuple(name for name in divisible if name not in unknown),
                     dot=True,
-                    capabilities=capabilities,
+                    wide_loads=rows != "ragged",
+                    capabilities=ships,
                     **options,
                 )
+
+
+def _kinds(
+    dtypes: tuple[str, str, str], rank: int, rows: str
+) -> Iterator[tuple[str, bool, bool, bool]]:
+    """What is stored, whether moments are taken, whether of both groups, and whether r is no
+    multiple of 16 and the groups are int64 that begin anywhere."""
+    product, main = dtypes[2], dtypes in _DTYPES[:3]
+    # fp16 takes bf16's registers: where nothing is aligned, one rank shows that it compiles.
+    if rows == "ragged" and "fp16" in dtypes and rank != 16:
+        return
+    yield "fp32", True, True, False
+    if main:
+        yield "fp32", True, False, False
+        yield "fp32", False, True, False
+        yield "fp32", True, True, True
+    # One chunk of K and no moments of z: the first kernel rounds.
+    if product != "fp32" and (main or rows == "many"):
+        yield product, False, True, False
+    if dtypes == _DTYPES[0]:
+        yield product, True, True, False
 
 
 def _finish_cases() -> Iterator[CompileCase]:

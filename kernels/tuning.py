@@ -81,6 +81,20 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for rank in (16, 32, 64, 128, 256)
         for dots in ("16-bit", "three", "32-bit")
         for rows in ("few", "many")
+    }
+    # "ragged" instead: x or A cannot be read in 16-byte pieces (shrink.aligned), few rows or many.
+    # Every element then takes registers for an address of its own: 128 rows spill at rank 16, and
+    # 64 columns at rank 32.
+    | {
+        ("default", (rank, dots, "ragged")): {
+            # 32 rows spill there, on sm_80 or sm_90.
+            "BLOCK_M": 16 if (rank, dots) in ((32, "three"), (256, "32-bit")) else 32,
+            "BLOCK_K": 32,
+            "num_warps": 4 if rank <= 32 else 8,
+            "num_stages": 2,
+        }
+        for rank in (16, 32, 64, 128, 256)
+        for dots in ("16-bit", "three", "32-bit")
     },
     # (padded rank, few or many rows); few rows come with many chunks.
     "shrink_finish": {

@@ -274,6 +274,8 @@ MUTATIONS: list[Mutation] = [
             "        if slots is not None:\n            fold_(slots, rank_moments, only_group)\n",
             "",
         ),
+        ("odd rows take the tiles of aligned ones", "smooth = aligned(x, a)", "smooth = True"),
+        ("A that begins anywhere is aligned", "a.data_ptr(), x.shape", "x.shape"),
         ("only the first 256 rows of A", "range(0, r, MAX_RANK)", "range(0, MAX_RANK, MAX_RANK)"),
         (
             "x counted once per part of a wide A",

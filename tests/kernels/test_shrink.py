@@ -120,14 +120,16 @@ def check(x, a, dtype, only=None):
 
 
 @pytest.mark.parametrize("dtypes", ALL, ids=name_of)
-def test_every_mix_of_dtypes(dtypes):
-    check(randn(37, 150, dtype=dtypes[0]), randn(3, 150, dtype=dtypes[1], seed=1), dtypes[2])
+@pytest.mark.parametrize("k", [144, 150])
+def test_every_mix_of_dtypes(dtypes, k):
+    check(randn(37, k, dtype=dtypes[0]), randn(3, k, dtype=dtypes[1], seed=1), dtypes[2])
 
 
 @pytest.mark.parametrize("dtypes", MAIN, ids=name_of)
 @pytest.mark.parametrize("r", [1, 3, 8, 16, 48, 64, 100, 256])
-def test_ranks(dtypes, r):
-    x, a = randn(33, 77, dtype=dtypes[0]), randn(r, 77, dtype=dtypes[1], seed=1)
+@pytest.mark.parametrize("k", [77, 80])
+def test_ranks(dtypes, r, k):
+    x, a = randn(33, k, dtype=dtypes[0]), randn(r, k, dtype=dtypes[1], seed=1)
     check(x, a, dtypes[2])
     check(x[:2], a, dtypes[2])
 
@@ -139,7 +141,7 @@ def test_more_ranks_than_one_launch_takes(only):
 
 @pytest.mark.parametrize("dtypes", MAIN, ids=name_of)
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize(("m", "k"), [(1, 45), (7, 150), (33, 64), (129, 31), (130, 200)])
+@pytest.mark.parametrize(("m", "k"), [(1, 45), (7, 150), (7, 80), (33, 64), (129, 31), (130, 208)])
 def test_sizes(dtypes, way, m, k):
     check(randn(m, k, dtype=dtypes[0]), randn(5, k, dtype=dtypes[1], seed=1), dtypes[2])
 
@@ -192,13 +194,31 @@ STRIDED = {
     "one row repeated": lambda: randn(1, 70).expand(9, 70),
     "permuted 3-D": lambda: randn(4, 70, 5).permute(2, 0, 1),
     "a slice of a wider row": lambda: randn(3, 4, 100)[..., 7:77],
+    # Columns enough for 16-byte pieces, but not in their places.
+    "one element late": lambda: randn(40 * 80 + 1)[1:].view(40, 80),
+    "rows of odd length": lambda: randn(40, 81)[:, :80],
+    "every other column of 80": lambda: randn(40, 160)[:, ::2],
+    "aligned rows, wide apart": lambda: randn(40, 160)[:, 16:96],
 }
 
 
 @pytest.mark.parametrize("name", STRIDED)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_strides_of_x(name, dtype):
-    check(STRIDED[name]().to(dtype), randn(5, 70, seed=1), FP32)
+    plain = STRIDED[name]()
+    x = torch.empty(0, dtype=dtype, device=DEVICE)
+    # The same strides and offset in the other dtype, which a conversion would not keep.
+    storage = torch.empty(0, device=DEVICE).set_(plain.untyped_storage()).to(dtype)
+    x.set_(storage.untyped_storage(), plain.storage_offset(), plain.shape, plain.stride())
+    assert torch.equal(x, plain.to(dtype))
+    check(x, randn(5, x.shape[-1], seed=1), FP32)
+
+
+@pytest.mark.parametrize("m", [7, 70])
+def test_a_begins_at_an_odd_place(m):
+    x, a = randn(m, 80, dtype=BF16), randn(5 * 80 + 1, seed=1)[1:].view(5, 80)
+    assert not module.aligned(x, a)
+    check(x, a, FP32)
 
 
 def test_strides_of_a():
@@ -285,7 +305,7 @@ def test_chunks_fill_the_gpu():
     assert chunks(8192, 1 << 20, 16, 128, 64)[0] == 4
 
 
-def test_few_rows_and_many_take_their_own_tiles(monkeypatch):
+def test_few_many_and_ragged_rows_take_their_own_tiles(monkeypatch):
     seen = []
     config = tuning.config
     monkeypatch.setattr(tuning, "config", lambda *args: seen.append(args[:2]) or config(*args))
@@ -295,13 +315,137 @@ def test_few_rows_and_many_take_their_own_tiles(monkeypatch):
         (1, FP32, BF16, BF16),
         (1, FP16, FP32, FP32),
     ):
+        shrink(randn(m, 32, dtype=x), randn(48, 32, dtype=a), dtype)
         shrink(randn(m, 20, dtype=x), randn(48, 20, dtype=a), dtype)
     assert [key for kernel, key in seen if kernel == "shrink"] == [
         (64, "16-bit", "few"),
+        (64, "16-bit", "ragged"),
         (64, "three", "many"),
+        (64, "three", "ragged"),
         (64, "32-bit", "few"),
+        (64, "32-bit", "ragged"),
         (64, "32-bit", "few"),
+        (64, "32-bit", "ragged"),
     ]
+
+
+def test_aligned():
+    x, a = randn(8, 160, dtype=BF16), randn(3, 80, dtype=BF16)
+    odd = randn(3 * 80 + 1, dtype=BF16)[1:].view(3, 80)
+    assert module.aligned(x[:, :80], a)
+    assert module.aligned(x[:, 8:88], a)  # 16 bytes on
+    assert not module.aligned(x[:, 4:84], a)
+    assert not module.aligned(x[:, :80], odd)
+    assert not module.aligned(x[:, ::2], a)
+    assert not module.aligned(x[:, :72], a[:, :72])
+    assert not module.aligned(randn(8, 88, dtype=BF16)[:, :80], a)
+    assert not module.aligned(randn(80, 16, dtype=BF16).t(), a)
+
+
+def left_alone(kernel) -> set[str]:
+    """The arguments that Triton compiles for any value, from the interpreter or the compiler."""
+    if hasattr(kernel, "params"):
+        return {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    return set(kernel.kwargs["do_not_specialize"])
+
+
+def test_what_is_launched_is_what_is_compiled(monkeypatch):
+    """Every launch has an ahead-of-time case with its types, constants, options and alignment.
+
+    What Triton would compile is worked out from the arguments by its own rules: pointers and
+    integers that are multiples of 16, integers that are 1, and what it is told to leave alone.
+    """
+    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int8: "i8", torch.int64: "i64"}
+    launched = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append((self.kernel, args, kwargs))
+
+    kernels = {name: getattr(module, name) for name in ("shrink_kernel", "shrink_ragged")}
+    arguments = kernels["shrink_kernel"].arg_names
+    alone = {name: left_alone(kernel) for name, kernel in kernels.items()}
+    assert alone["shrink_ragged"] == set(module.RAGGED)
+    compiled = {}
+    for case in compile_cases():
+        if case.kernel in kernels.values():
+            constants = {k: v for k, v in case.constants.items() if k != "CAST_DOT"}
+            types = {k: v for k, v in case.signature.items() if v != "constexpr"}
+            options = (case.num_warps, case.num_stages, case.options["enable_fp_fusion"])
+            name = next(name for name, kernel in kernels.items() if kernel is case.kernel)
+            what = (name, constants, types, set(case.divisible), options)
+            compiled.setdefault((name, types["x"], types["a"], constants["R_PAD"]), []).append(what)
+
+    for name in kernels:
+        monkeypatch.setattr(module, name, Recorder(name))
+    monkeypatch.setattr(module, "fold_", lambda *args: None)
+    monkeypatch.setattr(module, "finish_kernel", Recorder("finish"))
+
+    def check_launch(x, a, product, moments, only=None, groups=torch.int8, of_z=True):
+        groups = torch.zeros(x.shape[0] + 16, dtype=groups, device=DEVICE)
+        if groups.dtype == torch.int64:
+            groups = groups[1:]
+        sums = zeros(x.shape[1]) if moments else None
+        z_sums = zeros(a.shape[0]) if moments and of_z else None
+        shrink(x, a, product, groups[: x.shape[0]], only, sums, z_sums)
+        name, args, kwargs = launched[0]
+        launched.clear()
+        given = dict(zip(arguments, args, strict=False)) | kwargs
+        options = tuple(given.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion"))
+        del given["CAST_DOT"]
+        constants, types, divisible = {}, {}, set()
+        for key, value in given.items():
+            if key.isupper() or value is None:
+                constants[key] = value
+            elif isinstance(value, torch.Tensor):
+                types[key] = f"*{names[value.dtype]}"
+                if key not in alone[name] and value.data_ptr() % 16 == 0:
+                    divisible.add(key)
+            elif key not in alone[name] and value == 1:
+                constants[key] = 1
+            else:
+                types[key] = "i32"
+                if key not in alone[name] and value % 16 == 0:
+                    divisible.add(key)
+        what = (name, constants, types, divisible, options)
+        cases = compiled[name, types["x"], types["a"], constants["R_PAD"]]
+        assert what in cases, (x.shape, x.stride(), x.dtype, a.shape, a.dtype, product, what)
+        return name
+
+    # One chunk without moments writes z itself: half of the launches below.
+    for one in (False, True):
+        if one:
+            monkeypatch.setattr(module, "chunks", lambda m, k, r, block_m, block_k: (1, 256))
+        for dtypes, r, m in itertools.product(module._DTYPES, (16, 32, 64, 128, 256), (4, 64)):
+            x, a, product = (module._NAMES[name] for name in dtypes)
+            main, many = dtypes in module._DTYPES[:3], m > module.FEW_ROWS
+            regular = randn(m, 256, dtype=x), randn(r, 256, dtype=a)
+            odd = [
+                (randn(m, 255, dtype=x), randn(r, 255, dtype=a)),
+                (randn(m, 512, dtype=x)[:, ::2], regular[1]),
+                (randn(256, m, dtype=x).t(), regular[1]),
+                (randn(m * 256 + 1, dtype=x)[1:].view(m, 256), regular[1]),
+                (regular[0], randn(r * 256 + 1, dtype=a)[1:].view(r, 256)),
+                (randn(m, 257, dtype=x)[:, :256], regular[1]),
+                (randn(m, 1, dtype=x), randn(r, 1, dtype=a)),
+            ]
+            if r > 16 and "fp16" in dtypes:
+                odd = []
+            for operands in (regular, *odd):
+                ragged = operands is not regular
+                kernel = check_launch(*operands, product, True)
+                assert kernel == ("shrink_ragged" if ragged else "shrink_kernel")
+                if main:
+                    check_launch(*operands, product, True, only=1)
+                    narrow = operands[1][:-3]
+                    check_launch(operands[0], narrow, product, True, groups=torch.int64)
+                if main or (one and product != FP32 and many and not ragged):
+                    check_launch(*operands, product, False)
+                if dtypes == module._DTYPES[0]:
+                    check_launch(*operands, product, True, of_z=False)
 
 
 def test_dot_modes():
@@ -321,10 +465,11 @@ def test_pad_rank():
 
 def test_table_has_every_class_and_falls_back(monkeypatch):
     for rank, kind, rows in itertools.product(
-        (16, 32, 64, 128, 256), ("16-bit", "three", "32-bit"), ("few", "many")
+        (16, 32, 64, 128, 256), ("16-bit", "three", "32-bit"), ("few", "many", "ragged")
     ):
         assert tuning.config("shrink", (rank, kind, rows))["BLOCK_M"] <= 128
-        assert tuning.config("shrink_finish", (rank, rows))["ROWS"] <= 128
+        if rows != "ragged":
+            assert tuning.config("shrink_finish", (rank, rows))["ROWS"] <= 128
     key = (16, "16-bit", "many")
     default = tuning.config("shrink", key)
     other = {**default, "num_warps": 16}
