@@ -205,10 +205,12 @@ def aligned(x: torch.Tensor, a: torch.Tensor) -> bool:
 
     Triton knows that only of pointers that are multiples of 16 bytes, and of sizes and strides
     that are multiples of 16 elements. Other rows ("ragged") are read element by element in blocks
-    of 32 or 16 rows: four or eight times the slots, and A from L2 as many times more often.
+    of 32 or 16 rows: four or eight times the slots, and A from L2 as many times more often. So are
+    ranks above 64 that are no multiple of 16, which spill on sm_80 in the larger tiles.
     """
     numbers = (x.data_ptr(), a.data_ptr(), x.shape[1], x.stride(0))
-    return x.stride(1) == 1 and not any(number % 16 for number in numbers)
+    odd_rank = a.shape[0] > 64 and a.shape[0] % 16
+    return x.stride(1) == 1 and not odd_rank and not any(number % 16 for number in numbers)
 
 
 def pad_rank(r: int) -> int:
@@ -356,15 +358,13 @@ def _shrink_cases() -> Iterator[CompileCase]:
                 types |= {"groups": "*i64" if odd else "*i8", "slots": "*fp32"} if moments else {}
                 sizes = ["m", "k", "r", "chunk", "stride_m", "only_group"]
                 divisible = [*types, "k", "r", "chunk", "stride_m"]
-                unknown, ships = ("r", "groups") if odd else (), capabilities
+                # Odd ranks above 64 are launched as ragged rows, see `aligned`.
+                unknown = (("groups",) if rank > 64 else ("r", "groups")) if odd else ()
                 if rows == "ragged":
                     sizes.append("stride_k")
                     unknown = RAGGED
                 else:
                     constants["stride_k"] = 1
-                if odd and dtypes == _DTYPES[0] and (rank, rows) == (128, "many"):
-                    # Known: r 65 to 127, no multiple of 16, spills 8 bytes on sm_80.
-                    ships = tuple(arch for arch in ships if arch != 80)
                 yield CompileCase(
                     name=f"{x} x, {a} A{' in three parts' if split_a else ''}, {product} product, "
                     f"{out} out, r {rank}{' odd' if 'r' in unknown else ''}, {rows} rows, "
@@ -377,7 +377,7 @@ def _shrink_cases() -> Iterator[CompileCase]:
                     divisible=tuple(name for name in divisible if name not in unknown),
                     dot=True,
                     wide_loads=rows != "ragged",
-                    capabilities=ships,
+                    capabilities=capabilities,
                     **options,
                 )
 

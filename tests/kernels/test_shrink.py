@@ -340,6 +340,8 @@ def test_aligned():
     assert not module.aligned(x[:, :72], a[:, :72])
     assert not module.aligned(randn(8, 88, dtype=BF16)[:, :80], a)
     assert not module.aligned(randn(80, 16, dtype=BF16).t(), a)
+    for rank, whole in ((64, True), (60, True), (100, False), (112, True), (250, False)):
+        assert module.aligned(x[:, :80], randn(rank, 80, dtype=BF16)) == whole, rank
 
 
 def left_alone(kernel) -> set[str]:
