@@ -30,6 +30,7 @@ _SPILL_WITH_THREE = (
     (64, "16-bit", "many"),
     (64, "32-bit", "many"),
     (128, "16-bit", "few"),
+    (128, "16-bit", "many"),
     (128, "32-bit", "many"),
 )
 
