@@ -3,7 +3,7 @@
     python -m benchmarks.check_plans                        reference against triton
     python -m benchmarks.check_plans --backends reference auto --device cuda
 
-Without a GPU the Triton kernels run in Triton's interpreter: some minutes instead of seconds. The
+Without a GPU the Triton kernels run in Triton's interpreter: half an hour of one core and more. The
 demo's recommender is trained first if it is not in the cache (see examples/movielens.py).
 
 Prints one line per request and site, lists every neuron that one plan selects and the other does
