@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from .marks import clear_mark, is_attenuated, mark_attenuated
 from .weights import ParameterEdit
 
 
-class ReversiblePlan:
+class ReversiblePlan(ABC):
     """What plans have in common, whatever they write.
 
     Attributes:
@@ -24,13 +26,13 @@ class ReversiblePlan:
     applied_fingerprint: str | None
     originals: dict[str, torch.Tensor] | None
 
+    @abstractmethod
     def _edit(self, model: nn.Module, adapter: str) -> ParameterEdit:
         """The parameters that the plan writes, checked to be those it was made for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write(self, edit: ParameterEdit) -> None:
         """Write them; on any error all are the originals again."""
-        raise NotImplementedError
 
     def apply(self, model: nn.Module, adapter: str | None = None) -> None:
         """Write the plan's weights in place: all of them, or none.
