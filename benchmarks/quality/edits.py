@@ -139,14 +139,15 @@ def attenuation(case: Case, **fields: Any) -> Iterator[State]:
             plan = _plan(case, stats, config.replace(strength=1.0))
     hard = config.decay == "hard"
     for value in ladder(case, FRACTIONS if hard else STRENGTHS):
-        with clock:
+        edit = Clock(clock.seconds)
+        with edit:
             if hard:
                 changed = _plan(case, stats, config.replace(strength=1.0, fraction=value))
             else:
                 changed = plan.with_strength(value)
             changed.apply(case.model)
         try:
-            yield State(value, clock.seconds)
+            yield State(value, edit.seconds)
         finally:
             changed.undo(case.model)
 
@@ -177,11 +178,12 @@ def gates(case: Case) -> Iterator[State]:
     with clock:
         plan = uf.make_gates_plan(case.model, *sums)
     for value in ladder(case, NATS):
-        with clock:
+        edit = Clock(clock.seconds)
+        with edit:
             changed = plan.with_strength(value)
             changed.apply(case.model)
         try:
-            yield State(value, clock.seconds)
+            yield State(value, edit.seconds)
         finally:
             changed.undo(case.model)
 
@@ -214,10 +216,12 @@ def _steps(case: Case, plan: uf.InfluencePlan, clock: Clock) -> Iterator[State]:
     with clock:
         edit = plan.edit(case.model, case.model.active_adapter)
     for value in ladder(case, NATS):
-        with clock:
+        # Each state is written on the original weights: the ones before it cost it nothing.
+        written = Clock(clock.seconds)
+        with written:
             edit.write(value)
         try:
-            yield State(value, clock.seconds)
+            yield State(value, written.seconds)
         finally:
             edit.restore()
 
