@@ -37,6 +37,7 @@ class Case:
             of :func:`lora_weights`, and the seconds.
         seed: of everything that is drawn.
         coarse: whether every other point of a curve, and two settings, are enough.
+        metric: of ``ranking_metrics``, what drops are drops of.
         prepared: sums that are there before the request comes in (a bank), by name.
         seconds: what it took to make those, by the same names.
     """
@@ -52,6 +53,7 @@ class Case:
     retrain: Callable[[], tuple[dict[str, torch.Tensor], float]]
     seed: int
     coarse: bool = False
+    metric: str = "recall@10"
     prepared: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

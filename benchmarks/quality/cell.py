@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,39 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.cell", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--data-set", required=True, choices=sorted(DATA_SETS))
+    add_common(parser, DATA_SETS, SCENARIOS)
+    parser.add_argument("--share", type=float, default=1.0, help="of the users to measure on")
+    return parser
+
+
+def add_common(
+    parser: argparse.ArgumentParser, data_sets: Iterable[str], scenarios: Iterable[str]
+) -> None:
+    """What cells of all models are asked for."""
+    parser.add_argument("--data-set", required=True, choices=sorted(data_sets))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenario", choices=SCENARIOS)
+    parser.add_argument("--scenario", choices=scenarios)
     parser.add_argument("--data", type=Path, help="folder that holds the data sets' folders")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--methods", default="", help="regular expression; default: all")
     parser.add_argument(
         "--coarse", action="store_true", help="half the points of every curve, two settings"
     )
-    parser.add_argument("--share", type=float, default=1.0, help="of the users to measure on")
-    return parser
+
+
+def compare(case: Case, methods: str) -> dict[str, Any]:
+    """All methods whose names match, with the sums of a bank that they need."""
+    chosen = [method for method in METHODS if re.search(methods, method.name)]
+    prepare(case, dict.fromkeys(name for method in chosen for name in method.needs))
+    prepare(case, {"moments"} - case.prepared.keys())
+    found = {"scores": scores(case)}
+    return found | run_case(case, chosen, say=lambda text: print(text, flush=True), extra=attacks)
+
+
+def write(found: Mapping[str, Any], out: Path) -> None:
+    """A result file; what is not a number becomes null."""
+    text = json.dumps(json_values(found), indent=1, allow_nan=False)
+    atomic_write(out, text.encode())
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -62,14 +84,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     case = make_case(
         recommender, request, recommender.model(), coarse=options.coarse, share=options.share
     )
-    chosen = [method for method in METHODS if re.search(options.methods, method.name)]
-    prepare(case, dict.fromkeys(name for method in chosen for name in method.needs))
-    prepare(case, {"moments"} - case.prepared.keys())
-    found = {"scores": scores(case)}
-    found |= run_case(case, chosen, say=lambda text: print(text, flush=True), extra=attacks)
+    found = compare(case, options.methods)
     return {
         "environment": environment,
-        "command": shlex.join(["python", "-m", "benchmarks.quality.cell", *_arguments(options)]),
+        "command": shlex.join(["python", "-m", "benchmarks.quality.cell", *_words(options)]),
         "data_set": options.data_set,
         "scenario": options.scenario,
         "title": request.title,
@@ -105,15 +123,18 @@ def attacks(case: Case) -> dict[str, float]:
     return values
 
 
-def _arguments(options: argparse.Namespace) -> list[str]:
-    """What reproduces the file; where data lie is the reader's own."""
+def common_words(options: argparse.Namespace) -> list[str]:
+    """The arguments of :func:`add_common` that reproduce a file; where data lie is the reader's."""
     words = ["--data-set", options.data_set, "--seed", str(options.seed)]
     words += ["--scenario", options.scenario, "--out", f"build/{options.out.name}"]
     if options.methods:
         words += ["--methods", options.methods]
-    if options.share != 1:
-        words += ["--share", f"{options.share:g}"]
     return [*words, *(["--coarse"] if options.coarse else [])]
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    share = ["--share", f"{options.share:g}"] if options.share != 1 else []
+    return common_words(options) + share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,8 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if found is not None:
-        text = json.dumps(json_values(found), indent=1, allow_nan=False)
-        atomic_write(options.out, text.encode())
+        write(found, options.out)
     return 0
 
 

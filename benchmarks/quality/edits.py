@@ -153,10 +153,15 @@ def attenuation(case: Case, **fields: Any) -> Iterator[State]:
 
 
 def scores(case: Case) -> dict[str, dict[str, float]]:
-    """The distribution of U-CAN's scores by site: what a report's guidance goes by."""
+    """The distribution of U-CAN's scores by site: what a report's guidance goes by.
+
+    A site that the adapter has no layers for (``mlp`` of a q/v adapter) is left out.
+    """
     stats, _ = request_moments(case)
     found = {}
     for site in ("input", "mlp"):
+        if site == "mlp" and not any(".mlp." in name for name in stats.layers):
+            continue
         score = _plan(case, stats, uf.UcanConfig(site=site, strength=1.0)).flat_score.double()
         found[site] = {f"{q:g}": float(score.quantile(q)) for q in QUANTILES}
         found[site]["share above 0.05"] = float((score > 0.05).double().mean())

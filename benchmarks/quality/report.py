@@ -10,7 +10,6 @@ in the section is written by hand, and no row is left out of docs/quality.md bec
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from .tables import (
     mean,
     table,
 )
-from .text_curves import at_budget as text_at_budget
 
 MARKERS = ("<!-- quality:begin -->", "<!-- quality:end -->")
 PAGE = "docs/quality.md"
@@ -103,12 +101,13 @@ def section(results: Results) -> str:
     return "\n".join(parts)
 
 
-def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
+def _overview(title: str, together: Mapping[str, Sequence[Document]]) -> str:
+    """One row per method, scenarios side by side."""
     scenarios = list(together)
     seeds = {s: ", ".join(str(d["seed"]) for d in found) for s, found in together.items()}
     first = next(iter(together.values()))[0]
     lines = [
-        f"**{data_set}** (seeds: "
+        f"**{title}** (seeds: "
         + "; ".join(f"{s} {seeds[s]}" for s in scenarios)
         + f"; {first['environment']['hardware']}{', coarse curves' if first['coarse'] else ''})\n"
     ]
@@ -151,34 +150,29 @@ def _overview(data_set: str, together: Mapping[str, Sequence[Document]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text_section(cases: Sequence[Document]) -> str:
-    """SmolLM2 on text prompts: one row per method, all cases side by side."""
-    if not cases:
-        return ""
-    first = cases[0]
-    names = list(dict.fromkeys(name for case in cases for name in case["curves"]))
-    lines = [
-        "**SmolLM2-135M at its real width**, LlamaRec's text prompts, much reduced for a CPU (see "
-        f"`text_case.py`; {first['hardware']}; "
-        + ", ".join(f"`{case['command']}`" for case in cases)
-        + "). Drop of MRR on deleted prompts, in %, at 1 % / 5 % on retained ones:\n",
-        "| | " + " | ".join(_text_title(case) for case in cases) + " |",
-        "|---|" + "---|" * len(cases),
+def text_section(texts: Sequence[Document]) -> str:
+    """SmolLM2 on text prompts, as :func:`_overview` has the others."""
+    parts = [
+        _overview(title, {document["scenario"]: [document] for document in together})
+        for title, together in _by_model(texts).items()
     ]
-    for name in names:
-        cells = []
-        for case in cases:
-            points = {float(value): p for value, p in case["curves"].get(name, {}).items()}
-            at = [text_at_budget(points, "mrr", budget) for budget in (1.0, 5.0)]
-            shown = ["-" if value is None else f"{value:.1f}" for value in at]
-            cells.append(" / ".join(shown) if points else "not run")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n-: the retained side does not drop that far.\n"
+    if parts:
+        parts.append(
+            "On text prompts the drops are of MRR@10 among each prompt's candidates. Sizes are "
+            "those of `benchmarks/quality/text_case.py`.\n"
+        )
+    return "\n".join(parts)
 
 
-def _text_title(case: Document) -> str:
-    count = int(case["before"]["forget_train/cases"])
-    return f"{case['request']} ({count} prompts)"
+def _by_model(texts: Sequence[Document]) -> dict[str, list[Document]]:
+    found: dict[str, list[Document]] = {}
+    for text in texts:
+        title = (
+            f"{text['model']}; {text['recipe']['profile']['name']} text prompts of "
+            f"{text['data_set']}"
+        )
+        found.setdefault(title, []).append(text)
+    return found
 
 
 def _at(documents: Sequence[Document], name: str, budget: float) -> tuple[float | None, list[str]]:
@@ -211,7 +205,8 @@ def page(results: Results) -> str:
         "## Text prompts\n",
         text_section(results.texts),
     ]
-    for together in groups(documents).values():
+    cases = [*groups(documents).values(), *([text] for text in results.texts)]
+    for together in cases:
         parts.append(f"## {heading(together)}\n")
         parts.append("\n".join(table(together, COLUMNS)) + "\n")
         bank = _bank(together)
@@ -304,7 +299,7 @@ def read(folder: Path) -> Results:
     return Results(
         load((folder / "quality").glob("*.json")),
         load((folder / "delivered").glob("*.json"), holding="presets"),
-        [json.loads(path.read_text()) for path in sorted((folder / "text").glob("*.json"))],
+        load((folder / "text").glob("*.json")),
     )
 
 

@@ -17,20 +17,19 @@ from ..model.resources import peak_memory
 from .case import Case, Method, as_before, lora_weights
 from .edits import FORGET, only
 
-#: Drops of retained Recall@10, in %, that forgetting is read off at.
+#: Drops of the case's metric on the retain side, in %, that forgetting is read off at.
 BUDGETS = (0.5, 1.0, 5.0)
 #: The one that settings are chosen at, and that the state measured in full stays within.
 BUDGET = 5.0
 #: A curve ends where calibration has dropped this far.
 FAR_ENOUGH = 8.0
-METRIC = "recall@10"
 #: Batches of the forget set that KL divergence and perplexity are measured on, evenly spread.
 MOST_BATCHES = 8
 
 
 @dataclass
 class Point:
-    """One state on a curve: drops of Recall@10 in % by side."""
+    """One state on a curve: drops of the case's metric in % by side."""
 
     value: float
     seconds: float
@@ -61,7 +60,8 @@ def run_case(
         "case": case.name,
         "seed": case.seed,
         "cases": judge.cases,
-        "recall@10": judge.before,
+        "metric": case.metric,
+        case.metric: judge.before,
         "before": judge.measured,
         "bank_seconds": case.seconds,
         "methods": {},
@@ -82,13 +82,13 @@ class Judge:
     def __init__(self, case: Case, extra: Extra) -> None:
         self.case, self.extra = case, extra
         self.forget = only(case.forget, FORGET)[:: -(-len(case.forget) // MOST_BATCHES)]
-        self.before, self.cases = self._recalls()
+        self.before, self.cases = self._sides()
         self.ranking = case.measure()
         self.measured = self.ranking | dict(extra(case)) | self._loss()
 
     def drops(self) -> dict[str, float]:
         """Of the model as it is, by side, in %."""
-        now, _ = self._recalls()
+        now, _ = self._sides()
         return {side: drop(self.before[side], now[side]) for side in now}
 
     def full(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -99,10 +99,10 @@ class Judge:
         metrics = now | extra | self._shift(weights)
         return {"metrics": metrics, "trade_off": trade_offs(self.ranking, now)}
 
-    def _recalls(self) -> tuple[dict[str, float], dict[str, int]]:
+    def _sides(self) -> tuple[dict[str, float], dict[str, int]]:
         ranks = {side: found for side, found in self.case.ranks().items() if len(found)}
-        recalls = {side: ranking_metrics(found)[METRIC] for side, found in ranks.items()}
-        return recalls, {side: len(found) for side, found in ranks.items()}
+        values = {side: ranking_metrics(found)[self.case.metric] for side, found in ranks.items()}
+        return values, {side: len(found) for side, found in ranks.items()}
 
     def _loss(self) -> dict[str, float]:
         losses = {

@@ -164,12 +164,14 @@ def heading(documents: Sequence[Document]) -> str:
     seeds = ", ".join(str(document["seed"]) for document in documents)
     counts = ", ".join(f"{document['interactions']['forget']:,}" for document in documents)
     how = "; coarse" if first["coarse"] else ""
-    return f"{first['data_set']}, {first['title']} ({counts} interactions; seed {seeds}{how})"
+    where = f"{first['model']}, {first['data_set']}" if "model" in first else first["data_set"]
+    return f"{where}, {first['title']} ({counts} interactions; seed {seeds}{how})"
 
 
 LEGEND = (
-    "f@b: drop of Recall@10 on deleted training interactions (%) where the method's curve reaches "
-    "a drop of b % on retained ones, of users that nothing was tuned on; in brackets where the "
+    "f@b: drop of Recall@10 (text prompts: MRR@10) on deleted training interactions (%) where the "
+    "method's curve reaches a drop of b % on retained ones, of users that nothing was tuned on; "
+    "in brackets where the "
     "method's first state is beyond it already (a straight line from the original), with ≥ where "
     "the curve ends before. The other columns belong to the strongest state whose drop on "
     f"calibration users is at most {BUDGET:g} %. Time: from the request to that state, on one "

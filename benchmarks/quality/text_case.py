@@ -685,6 +685,8 @@ def make_case(
         measure=measure,
         retrain=lambda: retrain(recommender, request, cache),
         seed=recommender.recipe.seed,
+        # Of few candidates: Recall@10 is 1 of ten, whatever a method does.
+        metric=f"mrr@{KS[-1]}",
         recommender=recommender,
         request=request,
         sides=sides,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import ucan_fast as uf
-from benchmarks.quality import text_case, text_curves
+from benchmarks.quality import tables, text_case, text_cell
 from benchmarks.quality.case import lora_weights
+from benchmarks.quality.edits import prepare, scores
 from benchmarks.quality.text_case import (
     SCENARIOS,
     Profile,
@@ -503,34 +505,50 @@ def test_what_cannot_be_trained_is_refused(build, tmp_path):
         build(tmp_path, quantise="int8")
 
 
-# ------------------------------------------------------------------------------------ curves
+# -------------------------------------------------------------------------------------- cells
 
 
-def point(retain: float, forget: float) -> dict:
-    return {side: {"mrr": drop} for side, drop in (("retain", retain), ("forget", forget))}
+def test_a_cell_writes_what_tables_read(recommender, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(text_cell, "load_log", lambda *_: None)
+    monkeypatch.setattr(
+        text_cell,
+        "text_recommender",
+        lambda name, log, **options: asked.update(options) or recommender,
+    )
+    out = tmp_path / "tiny.json"
+    options = ["--data-set", "ml-100k", "--scenario", "genre", "--coarse", "--genre", "Horror"]
+    options += ["--methods", "retraining|uniform|influence$|U-CAN, input$|^SSD|Eraser|GradDiff$"]
+    monkeypatch.setenv("UCAN_FAST_CACHE", str(tmp_path))
+    before = {n: w.detach().clone() for n, w in lora_weights(recommender.model).items()}
+    assert text_cell.main([*options, "--out", str(out)]) == 0
+    after = lora_weights(recommender.model)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert (asked["recipe"], asked["profile"].name) == ("all", "reduced")
+    (found,) = tables.load([out])
+    assert found["metric"] == "mrr@10"
+    assert 0 < found["mrr@10"]["retain"] <= 1
+    assert {name: row.get("error") for name, row in found["methods"].items()} == dict.fromkeys(
+        [
+            *("retraining", "uniform shrink (control)", "U-CAN, input", "influence", "GradDiff"),
+            *("SSD", "LLM-Eraser-style (adapter)"),
+        ]
+    )
+    # The command under the table asks for the same.
+    words = shlex.split(found["command"])
+    assert words[:3] == ["python", "-m", "benchmarks.quality.text_cell"]
+    mine = vars(text_cell.parser().parse_args([*options, "--out", "build/tiny.json"]))
+    assert vars(text_cell.parser().parse_args(words[3:])) == mine
 
 
-def test_the_forget_drop_at_a_budget_lies_on_the_line_between_two_points():
-    points = {0.1: point(0.5, 4.0), 0.2: point(2.5, 8.0)}
-    assert text_curves.at_budget(points, "mrr", 1.0) == pytest.approx(5.0)
-    assert text_curves.at_budget(points, "mrr", 0.25) == pytest.approx(2.0)
-    assert text_curves.at_budget(points, "mrr", 5.0) is None
+def test_a_cell_without_data_says_where_it_is_from(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("UCAN_FAST_CACHE", str(tmp_path))
+    assert text_cell.main(["--data-set", "pantry"]) == 1
+    assert "pantry" in capsys.readouterr().err
 
 
-def test_bisection_measures_both_neighbours_of_each_budget(monkeypatch):
-    ranking = object.__new__(text_curves.Ranking)
-    now = []
-    # The retained side drops by ten times the strength.
-    monkeypatch.setattr(ranking, "point", lambda: point(10 * now[-1], now[-1]), raising=False)
-
-    class State:
-        def __init__(self, strength):
-            now.append(strength)
-
-        __enter__ = __exit__ = lambda *_: None
-
-    grid = [0.05 * i for i in range(1, 21)]
-    found = ranking.curve(State, grid)
-    assert len(now) == len(set(now)) < len(grid)
-    for budget in text_curves.BUDGETS:
-        assert text_curves.at_budget(found, "mrr", budget) == pytest.approx(budget / 10)
+def test_a_q_v_adapter_has_scores_of_its_sites(build, cache):
+    made = build(cache, recipe="q/v")
+    case = make_case(made, make_request(made, "genre", genre="Horror"), cache=cache)
+    prepare(case, ["moments"])
+    assert set(scores(case)) == {"input", "contrast"}

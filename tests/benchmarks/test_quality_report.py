@@ -131,28 +131,22 @@ def test_the_section_marks_the_best_and_shows_the_gold_standard(documents):
     assert set(STYLES) <= {m.name for m in METHODS}
 
 
-def test_text_cases_stand_side_by_side(documents):
-    def point(retain: float, forget: float):
-        return {"retain": {"mrr": retain}, "forget": {"mrr": forget}}
+def text(scenario: str, recipe: str):
+    sizes = {"profile": {"name": "reduced"}}
+    return document(scenario=scenario) | {"model": f"SmolLM2, {recipe}", "recipe": sizes}
 
-    cases = [
-        {
-            "request": request,
-            "hardware": "a machine",
-            "command": f"python -m benchmarks.quality.text_curves --scenarios {request}",
-            "before": {"forget_train/cases": 43.0},
-            "curves": curves,
-        }
-        for request, curves in (
-            ("genre", {"influence": {"1.0": point(2.0, 30.0), "2.0": point(8.0, 60.0)}, "x": {}}),
-            ("users", {"influence": {"0.5": point(0.5, 10.0)}}),
-        )
-    ]
-    lines = section(Results(documents, texts=cases)).splitlines()
-    assert "| | genre (43 prompts) | users (43 prompts) |" in lines
-    assert "| influence | 15.0 / 45.0 | - / - |" in lines
-    assert "| x | not run | not run |" in lines
-    assert any("--scenarios genre`, `" in line for line in lines)
+
+def test_text_cases_stand_side_by_side_by_model(documents):
+    cases = [text("genre", "all"), text("users", "all"), text("genre", "q/v")]
+    cases[0]["methods"]["influence"]["at_budget"]["5"] = [61.0, "between"]
+    results = Results(documents, texts=cases)
+    lines = section(results).splitlines()
+    start = next(i for i, line in enumerate(lines) if "SmolLM2, all; reduced text" in line)
+    assert lines[start + 2] == "| | genre | users |"
+    assert lines[start + 4].split(" | ")[1].endswith("/ 61.0**")
+    assert sum("SmolLM2, q/v; reduced text" in line for line in lines) == 1
+    headings = [line for line in page(results).splitlines() if line.startswith("## SmolLM2")]
+    assert len(headings) == 3
 
 
 def test_the_page_names_how_to_reproduce_every_row(documents):
