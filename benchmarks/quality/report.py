@@ -21,7 +21,7 @@ from matplotlib.figure import Figure as Canvas
 from ..figures import Figure
 from ..measure import ROOT
 from ..report import replaced
-from . import advice
+from . import advice, goals
 from .runner import marked
 from .tables import (
     COLUMNS,
@@ -96,6 +96,7 @@ def section(results: Results) -> str:
         f"protocols, spreads, times and memory: [{PAGE}]({PAGE}).\n"
     )
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
+    parts.append(goals.section(documents))
     parts.append(advice.section(results.delivered, documents))
     parts.append(text_section(results.texts))
     return "\n".join(parts)

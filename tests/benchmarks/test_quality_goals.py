@@ -1,0 +1,85 @@
+"""Goals against results: what counts as reached."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.quality import goals
+
+
+def row(at_5=1.0, at_half=1.0, seconds=0.5, forget=30.0, curves=()):
+    return {
+        "at_budget": {"0.5": [at_half, "between"], "5": [at_5, "between"]},
+        "seconds": seconds,
+        "drops": {"forget": forget},
+        "curves": curves,
+    }
+
+
+def case(scenario="genre", data_set="ml-100k", seed=0, **methods):
+    return {
+        "data_set": data_set,
+        "scenario": scenario,
+        "seed": seed,
+        "methods": {
+            goals.SHRINKING: row(2.0),
+            "U-CAN, input": row(3.2),
+            "U-CAN, mlp": row(3.9),
+            goals.BEST: row(20.0),
+            goals.DESCENT: row(curves=[[[1, 0.2, {"forget": 10.0}], [2, 0.6, {"forget": 31.0}]]]),
+            **methods,
+        },
+    }
+
+
+def cells(documents):
+    lines = goals.section(documents).splitlines()[2:]
+    assert len(lines) == len(goals.GOALS)
+    return [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
+
+
+def test_reached_and_missed():
+    found = cells([case(), case("one-user")])
+    assert [cell for (cell,) in found] == [
+        "1.6 (3.2 / 2.0 %)",
+        "**missed:** 1.9 (3.9 / 2.0 %)",
+        "10.0 (20.0 / 2.0 %)",
+        "0.50 s / 0.60 s",
+        "**missed:** 1 %",
+        "0.50 s",
+    ]
+
+
+def test_ratios_are_of_the_means_over_seeds():
+    documents = [case(), case(seed=1, **{goals.SHRINKING: row(0.1), "U-CAN, input": row(1.0)})]
+    assert cells(documents)[0] == ["2.0 (2.1 / 1.1 %)"]
+
+
+def test_no_gain_by_shrinking_is_no_division_by_zero():
+    found = cells([case(**{goals.SHRINKING: row(-0.5)})])
+    assert found[0] == ["inf (3.2 / -0.5 %)"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "seconds", "there"), [(10.0, 0.2, True), (10.1, 0.4, True), (50.0, 0.9, False)]
+)
+def test_the_time_of_gradient_descent_is_that_of_its_fastest_setting(wanted, seconds, there):
+    slow = [[1, 0.2, {"forget": 10.0}], [2, 0.6, {"forget": 31.0}]]
+    fast = [[1, 0.4, {"forget": 12.0}], [2, 0.9, {"forget": 20.0}]]
+    document = case(**{goals.DESCENT: row(curves=[slow, fast])})
+    assert goals.descents_time(document, wanted) == (seconds, there)
+
+
+def test_the_slowest_seed_decides_against_gradient_descent():
+    late = case(seed=1, **{goals.BEST: row(20.0, seconds=0.7)})
+    assert cells([case(), late])[3] == ["**missed:** 0.50 s / 0.60 s; 0.70 s / 0.60 s"]
+
+
+def test_what_was_not_run_says_so():
+    bare = case(data_set="bare")
+    del bare["methods"][goals.DESCENT], bare["methods"]["U-CAN, mlp"]
+    found = cells([case(), case("users", "pantry"), bare])
+    assert [row[1] for row in found] == ["not run"] * 6
+    missing = [row[2] == "not run" for row in found]
+    assert missing == [False, True, False, True, True, True]
+    assert goals.section([]) == ""
