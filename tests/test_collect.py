@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import weakref
 from typing import ClassVar
 
 import helpers_models as hm
@@ -489,6 +490,29 @@ def test_companions_by_name_that_read_inputs_of_another_width(way):
 
     model = toy(Odd(), target_modules=["q_proj", "k_proj"])
     assert_equals_hooks(collect(way, model, MIXED), expected_sums(way, model, MIXED))
+
+
+def test_an_input_is_not_kept_for_layers_that_may_read_it_next(way):
+    """Held by us, its memory could not be had by the activations that follow."""
+    alive = []
+
+    class Frees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(8, 8)
+
+        def forward(self, h):
+            x = h * 2
+            known = weakref.ref(x)
+            y = self.q_proj(x)
+            del x
+            alive.append(known() is not None)
+            return y
+
+    model = toy(Frees(), target_modules=["q_proj"])
+    collect(way, model, MIXED)
+    assert alive
+    assert not any(alive)
 
 
 def test_a_shared_input_is_known_by_itself_its_version_and_its_role():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -404,14 +405,17 @@ class _SharedInput:
     """
 
     def __init__(self, x: torch.Tensor, role: str, moments: torch.Tensor | None) -> None:
-        self.x, self.role, self.moments = x, role, moments
+        # Weakly: the layers' caller holds it as long as another may read it, and what is held
+        # longer is memory that the next activations cannot have.
+        self._x = weakref.ref(x)
+        self.role, self.moments = role, moments
         # Tensors of inference mode have no version: their changes in place would go unnoticed.
         self.version = -1 if x.is_inference() else x._version
         self.ready: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def is_for(self, x: torch.Tensor, role: str) -> bool:
         """Whether this is about that very tensor, unchanged."""
-        if self.x is not x or self.role != role or x.is_inference():
+        if self._x() is not x or self.role != role or x.is_inference():
             return False
         return self.version == x._version
 
