@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,9 +33,12 @@ from .timing import Run, Whole, measure_whole
 
 GROUP = "collect"
 BASELINE = "peft, plain forward"
+#: Less than any candidate must do: what is left of a target is read off against it.
+FLOOR = "adapter off (floor)"
 CANDIDATES = (
     BASELINE,
     "peft, plain forward, all logits",
+    FLOOR,
     "peft + hooks, boolean index",
     "peft + hooks, mask matmul",
     "ucan_fast",
@@ -243,6 +247,13 @@ def candidates(
     return [
         *plain,
         Whole(
+            FLOOR,
+            adapter_off(model, options),
+            tokens,
+            reference=logits_reference(model, exact=exact, adapter=False),
+            extra=said,
+        ),
+        Whole(
             "peft + hooks, boolean index",
             _hooked(model, peers.BooleanIndex, options),
             tokens,
@@ -277,6 +288,17 @@ def plain_pass(model: PeftModel, options: dict[str, Any]) -> Callable[..., Run]:
                 return [_forward(model, b, options).logits[:, -1].clone() for b in batches]
 
         return Run(run)
+
+    return bind
+
+
+def adapter_off(model: PeftModel, options: dict[str, Any]) -> Callable[..., Run]:
+    """:func:`plain_pass` of the base alone, the LoRA layers still around it."""
+    plain = plain_pass(model, options)
+
+    def bind(batches: list[Batch]) -> Run:
+        layers = model.base_model
+        return Run(plain(batches).run, layers.disable_adapter_layers, layers.enable_adapter_layers)
 
     return bind
 
@@ -434,8 +456,13 @@ def _reference(model: PeftModel, *, exact: bool) -> Callable[..., dict[str, torc
     return reference
 
 
-def logits_reference(model: PeftModel, *, exact: bool) -> Callable[..., list[torch.Tensor]]:
-    """The logits of :func:`plain_pass`, from an fp64 copy of the model where ``exact``."""
+def logits_reference(
+    model: PeftModel, *, exact: bool, adapter: bool = True
+) -> Callable[..., list[torch.Tensor]]:
+    """The logits of :func:`plain_pass`, from an fp64 copy of the model where ``exact``.
+
+    ``adapter=False``: those of :func:`adapter_off`.
+    """
     # Without collect's options: what they skip must not change what remains. Both plain forwards
     # are compared with it, on the same batches: it is computed once.
     known: list[tuple[list[Batch], list[torch.Tensor]]] = []
@@ -443,7 +470,8 @@ def logits_reference(model: PeftModel, *, exact: bool) -> Callable[..., list[tor
     def reference(batches: list[Batch]) -> list[torch.Tensor]:
         if not known or known[0][0] is not batches:
             right = exact_model(model, exact=exact)
-            with torch.no_grad():
+            off = contextlib.nullcontext() if adapter else right.disable_adapter()
+            with torch.no_grad(), off:
                 options = {"use_cache": False}
                 logits = [_forward(right, b, options).logits[:, -1].clone() for b in batches]
             known[:] = [(batches, logits)]
