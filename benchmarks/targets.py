@@ -50,6 +50,7 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     stretch: float | None = None
+    floor: str = ""
     only_if_faster_than: str = ""
 
     def __post_init__(self) -> None:
@@ -62,6 +63,8 @@ class Target:
             problem = "give either at_least or at_most"
         elif (self.figure in ("speedup", "time")) != bool(self.against):
             problem = "against belongs to speedup and time, and to nothing else"
+        elif self.floor and not self.against:
+            problem = "floor belongs to speedup and time, and to nothing else"
         elif (self.figure == "launches") != bool(self.kernels):
             problem = "kernels belongs to launches, and to nothing else"
         if problem:
@@ -223,7 +226,15 @@ def _judge(target: Target, document: Mapping[str, Any]) -> Row | None:
         if gain.median <= 1:
             return Row(target, "not used", measured, f"slower than {rival}")
     result = "pass" if target.holds(measured.median) else "FAIL"
-    return Row(target, result, measured)
+    return Row(target, result, measured, _room(target, by_name))
+
+
+def _room(target: Target, by_name: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figure of what every candidate must do at least: what is left above it is ours."""
+    if target.floor not in by_name:
+        return ""
+    floor, _ = _figure(target, by_name[target.floor], by_name[target.against], {})
+    return f"{target.floor}: {target.text(floor.median)}"
 
 
 def per_round(numerator: Mapping[str, Any], denominator: Mapping[str, Any]) -> Spread:

@@ -36,6 +36,8 @@ GROUP = "deletion"
 BASELINE = "ucan_fast, both sets"
 #: Less work than any answer, but a peer's: what ours is measured by in :func:`against_forward`.
 FORWARD = "peft, plain forward, both sets"
+#: One pass over the request's own tokens, which every answer but a lookup starts with.
+FLOOR = "peft, plain forward, forget set"
 CANDIDATES = (
     BASELINE,
     "ucan_fast, bank",
@@ -43,6 +45,7 @@ CANDIDATES = (
     "GradDiff, 1 epoch",
     "retrain the adapter",
     FORWARD,
+    FLOOR,
 )
 #: A fixed strength, so that nothing is searched; something is selected whatever the data are.
 CONFIG = uf.UcanConfig(strength=2.0, min_score=0.0)
@@ -245,6 +248,13 @@ def candidates(model: PeftModel, task: Task) -> list[Whole]:
             lambda t: plain_pass(model, options)(_both(t)),
             forget + retain,
             reference=lambda t: logits(_both(t)),
+            extra={"forward_options": options},
+        ),
+        Whole(
+            FLOOR,
+            lambda t: plain_pass(model, options)(t.forget),
+            forget,
+            reference=lambda t: logits(t.forget),
             extra={"forward_options": options},
         ),
     ]

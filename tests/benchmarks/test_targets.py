@@ -7,6 +7,7 @@ import pytest
 from benchmarks import measure as m
 from benchmarks import targets as t
 from benchmarks.kernels import suite
+from benchmarks.model import deletion, passes
 
 from .synthetic import case, document
 
@@ -45,6 +46,19 @@ def test_a_speedup_is_paired_within_each_round(tmp_path):
     assert _judge(slower, found).measured.median == 0.25
     assert _judge(slower, found).result == "pass"
     assert _judge(_target(figure="time", at_least=None, at_most=0.24), found).result == "FAIL"
+
+
+def test_the_figure_of_the_floor_stands_beside(tmp_path):
+    times = {"peer": [4.0, 4.0], "mine": [2.0, 2.0], "less": [1.0, 1.0]}
+    found = document(tmp_path / "a.json", case("g", SHAPE, times))
+    row = _judge(_target(floor="less", at_least=2.5), found)
+    assert (row.result, row.note) == ("FAIL", "less: 4.00x")
+    share = _target(floor="less", figure="time", at_least=None, at_most=1.0)
+    assert _judge(share, found).note == "less: 0.25x"
+    # Results of before the candidate was there.
+    assert _judge(_target(floor="nobody"), found).note == ""
+    with pytest.raises(ValueError, match="floor belongs to"):
+        _target(figure="launches", against=None, kernels="k", floor="less")
 
 
 def test_bandwidth_is_a_share_of_the_files_own_ceiling(tmp_path):
@@ -221,7 +235,8 @@ def test_every_gpu_target_is_a_case_of_the_suite_with_its_candidates():
         ]
         assert len(mine) == 1, target.name
         names = {candidate.name for candidate in mine[0].candidates}
-        for name in (target.candidate, target.against, target.only_if_faster_than):
+        named = (target.candidate, target.against, target.only_if_faster_than, target.floor)
+        for name in named:
             assert not name or name in names, (target.name, name)
         if target.figure == "launches":
             (one,) = [c for c in mine[0].candidates if c.name == target.candidate]
@@ -229,6 +244,15 @@ def test_every_gpu_target_is_a_case_of_the_suite_with_its_candidates():
         if target.figure == "bandwidth":
             (one,) = [c for c in mine[0].candidates if c.name == target.candidate]
             assert one.bytes
+
+
+def test_the_whole_passes_have_the_candidates_that_targets_name():
+    known = {passes.GROUP: passes.CANDIDATES, deletion.GROUP: deletion.CANDIDATES}
+    targets = [target for target in t.load_targets() if target.group in known]
+    assert {target.group for target in targets} == set(known)
+    for target in targets:
+        for name in (*target.candidates, *filter(None, [target.floor])):
+            assert name in known[target.group], (target.name, name)
 
 
 def test_the_table_and_the_exit_code(tmp_path, monkeypatch, capsys):
