@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ucan_fast as uf
+from ucan_fast import adapter
 from ucan_fast.adapter import fingerprint
 from ucan_fast.files import read_safetensors, write_safetensors
 from ucan_fast.stats import FORMAT, FORMAT_VERSION
@@ -507,9 +508,21 @@ def test_thirty_million_tokens_through_collect():
 # ------------------------------------------------------------------ fingerprint
 
 
-def test_fingerprint_changes_with_every_value_and_the_scaling():
+@pytest.mark.parametrize("remembered", [None, 1 << 28, 0], ids=["alone", "compared", "too large"])
+def test_fingerprint_changes_with_every_value_and_the_scaling(remembered, monkeypatch):
+    """Also where what was hashed last is remembered: writes to .data leave no other trace."""
     model = hm.lora(hm.llama(layers=1))
-    origin = fingerprint(model, "default")
+    alone = fingerprint(model, "default")
+    if remembered is None:
+        check_every_value_and_the_scaling(model, alone)
+        return
+    monkeypatch.setattr(adapter, "_REMEMBERED_BYTES", remembered)
+    with adapter.one_walk(model):
+        check_every_value_and_the_scaling(model, alone)
+
+
+def check_every_value_and_the_scaling(model: nn.Module, origin: str) -> None:
+    assert fingerprint(model, "default") == origin
     assert fingerprint(model, "default") == origin
     seen = {origin}
     for name, parameter in model.named_parameters():
@@ -526,6 +539,31 @@ def test_fingerprint_changes_with_every_value_and_the_scaling():
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     layer.scaling["default"] *= 1.0001
     assert fingerprint(model, "default") not in seen
+
+
+def test_fingerprint_hashes_the_same_bytes_once_in_one_walk(monkeypatch):
+    model = hm.lora(hm.llama(layers=1))
+    hashed = []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(
+        adapter.hashlib, "sha256", lambda *args: hashed.append(args) or sha256(*args)
+    )
+    with adapter.one_walk(model):
+        origin = fingerprint(model, "default")
+        assert fingerprint(model, "default") == origin
+        assert len(hashed) == 1
+    assert fingerprint(model, "default") == origin
+    assert len(hashed) == 2
+
+
+def test_fingerprint_of_two_adapters_in_one_walk():
+    model = hm.lora(hm.llama(layers=1))
+    model.add_adapter("other", model.peft_config["default"])
+    alone = [fingerprint(model, name) for name in ("default", "other")]
+    assert alone[0] != alone[1]
+    with adapter.one_walk(model):
+        for _ in range(2):
+            assert [fingerprint(model, name) for name in ("default", "other")] == alone
 
 
 def test_fingerprint_sees_swapped_layers():

@@ -443,6 +443,36 @@ def test_progress_is_told_about_every_step():
     assert steps["forget metrics"] == [(i, None) for i in range(n + 1)]
 
 
+@pytest.mark.parametrize("where", ["progress", "batches", "a hook"])
+def test_a_weight_changed_on_the_way_is_noticed(where):
+    """By a write of one bit to .data, which moves no version counter, after it was hashed."""
+    model = trained()
+    name, weight = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    expected = lora_weights(model)
+    value = torch.nextafter(weight.data[-1, -1], torch.tensor(9.0))
+    expected[name] = expected[name].clone()
+    expected[name][-1, -1] = value
+
+    def change(*_) -> None:
+        weight.data[-1, -1] = value
+
+    def changing_batches():
+        yield from forget_batches()
+        change()
+
+    options = {"forget": forget_batches()}
+    bank = uf.collect(model, [*forget_batches(), *retain_batches()])
+    if where == "progress":
+        options["progress"] = change
+    elif where == "batches":
+        options["forget"] = changing_batches()
+    else:
+        model.get_base_model().register_forward_hook(change)
+    with pytest.raises(uf.UcanError, match="this plan was made for an adapter with fingerprint"):
+        uf.unlearn(model, bank=bank, config=FIXED, evaluate=False, **options)
+    assert all(torch.equal(got, expected[name]) for name, got in lora_weights(model).items())
+
+
 def test_twice_gives_the_same():
     results, models = [], []
     for _ in range(2):

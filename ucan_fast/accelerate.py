@@ -42,14 +42,15 @@ class FusedLoraLinear:
             recorder.layer_output(result)
             return result
 
-        whole = self._base_product(x, parts)
+        base = self._modules["base_layer"]
+        whole = self._base_product(x, base, parts)
         if whole is not None:
             return self._one_product(x, *whole, parts[0], recorder)
-        result = self._call_base(x)
+        result = self._call_base(x, base)
         y_dtype = result.dtype
         ours = (
             not torch.compiler.is_compiling()
-            and gives_new_output(self.base_layer)
+            and gives_new_output(base)
             and is_unobserved(x, result)
         )
         if len(parts) > 1:
@@ -88,10 +89,10 @@ class FusedLoraLinear:
             recorder.layer_output(result)
         return result
 
-    def _call_base(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x)
+    def _call_base(self, x: torch.Tensor, base: nn.Module) -> torch.Tensor:
+        return base(x)
 
-    def _base_product(self, x: torch.Tensor, parts: list[tuple]) -> tuple | None:
+    def _base_product(self, x: torch.Tensor, base: nn.Module, parts: list[tuple]) -> tuple | None:
         # The base layer's weight and bias where one product is to do it all.
         return None
 
@@ -105,15 +106,17 @@ class FusedLinear(FusedLoraLinear, lora.Linear):
 
     pefts = lora.Linear
 
-    def _base_product(self, x: torch.Tensor, parts: list[tuple]) -> tuple | None:
+    def _base_product(self, x: torch.Tensor, base: nn.Module, parts: list[tuple]) -> tuple | None:
         if len(parts) > 1:
             return None
-        weight = self._modules["base_layer"]._parameters.get("weight")
+        weight = base._parameters.get("weight")
         if weight is None or not ops.fused_linear_wanted(x, weight):
             return None
-        base = plain_linear(self.base_layer)
+        plain = plain_linear(base)
         narrows = torch.promote_types(x.dtype, parts[0][1].dtype) != parts[0][1].dtype
-        return None if base is None or narrows or torch.is_autocast_enabled(x.device.type) else base
+        if narrows or torch.is_autocast_enabled(x.device.type):
+            return None
+        return plain
 
 
 class _OverBitsandbytes(FusedLoraLinear):
@@ -125,7 +128,7 @@ class _OverBitsandbytes(FusedLoraLinear):
 
 
 class _OverGptq(FusedLoraLinear):
-    def _call_base(self, x: torch.Tensor) -> torch.Tensor:
+    def _call_base(self, x: torch.Tensor, base: nn.Module) -> torch.Tensor:
         return self.quant_linear_module(x)
 
 

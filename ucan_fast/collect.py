@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import random
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -32,6 +33,7 @@ from .batches import Batch, eval_mode, group_index, read_batches
 from .errors import UcanError
 from .marks import check_is_origin
 from .neurons import gated_mlps
+from .ops.backend import decide_once
 from .ops.expand import delta_reference
 from .progress import Progress, track
 from .stats import ActivationStats, Moments
@@ -114,7 +116,7 @@ def collect_at_origin(
     wanted = _measured_sites(model, layers, sites)
     pass_ = _Pass(model, layers, wanted)
     options = _forward_options(model, layers)
-    with _quiet(model), pass_.attached():
+    with _quiet(model), pass_.attached(), decide_once():
         for batch in track(read_batches(model, batches, group), batches, progress, "collect"):
             pass_.begin(batch)
             model(**{**batch.forward_inputs(), **options})
@@ -476,7 +478,9 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
     """No cache, and no full-vocabulary logits where nothing in the head is measured."""
     base = base_model(model)
     try:
-        accepted = inspect.signature(base.forward).parameters
+        # A method's function, so that no model is kept; one put on the instance is asked anew.
+        own = getattr(base.forward, "__func__", None)
+        accepted = _parameters(own) if own else inspect.signature(base.forward).parameters
     except (TypeError, ValueError):
         return {}
     options: dict[str, Any] = {}
@@ -489,6 +493,11 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
         if not inside_head:
             options["logits_to_keep"] = 1
     return options
+
+
+@functools.lru_cache(maxsize=16)
+def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 @contextlib.contextmanager

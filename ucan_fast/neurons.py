@@ -253,6 +253,9 @@ def _sharing(units: list[_Unit]) -> list[list[_Unit]]:
 
 
 def _pool(units: list[_Unit]) -> NeuronGroup:
+    if len(units) == 1 and len(units[0].pieces) == 1:  # the usual case: nothing is shared
+        unit = units[0]
+        return NeuronGroup((unit.name,), unit.n, unit.pieces, [unit.norm])
     if len({unit.n for unit in units}) > 1:
         raise UcanError(
             "these layers share a parameter but differ in neurons: "

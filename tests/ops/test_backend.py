@@ -145,6 +145,51 @@ def test_the_variable_is_read_at_every_call(monkeypatch, missing, spy):
     assert spy == ["reference"]
 
 
+def test_a_pass_decides_once(monkeypatch, spy):
+    """Neither the variable nor the libraries are looked at again, but use_backend is obeyed."""
+    asked = []
+    status = native.status()
+    monkeypatch.setattr(native, "status", lambda: asked.append(None) or status)
+    monkeypatch.setenv("UCAN_FAST_BACKEND", "auto")
+    with backend.decide_once():
+        chosen = [choose("attenuate_", CPU) for _ in range(3)]
+        assert len(asked) == 1
+        monkeypatch.setenv("UCAN_FAST_BACKEND", "reference")
+        assert choose("attenuate_", CPU) == chosen[0] == fastest(status)
+        assert choose("expand", CPU, torch.float32) == fastest(status)
+        assert len(asked) == 2
+        with backend.use_backend("reference"):
+            assert choose("attenuate_", CPU) == "reference"
+        with backend.decide_once():  # one pass inside another
+            assert choose("attenuate_", CPU) == chosen[0]
+        assert len(asked) == 2
+    assert choose("attenuate_", CPU) == "reference"
+
+
+def fastest(status: dict[str, str]) -> str:
+    return "native" if status["_C"] == "available" else "reference"
+
+
+def test_a_pass_decides_for_each_dtype_and_device(monkeypatch):
+    monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
+    monkeypatch.delenv("UCAN_FAST_BACKEND", raising=False)
+    cuda = torch.device("cuda")
+    with backend.decide_once():
+        for _ in range(2):
+            assert choose("shrink", CPU, torch.float32) == "reference"
+            assert choose("shrink", cuda, torch.float32) == "triton"
+            assert choose("shrink", cuda, torch.float64) == "reference"
+            assert choose("contrastive_scores", cuda) == "triton"
+
+
+def test_a_pass_does_not_keep_what_it_could_not_decide(monkeypatch, missing):
+    monkeypatch.setenv("UCAN_FAST_BACKEND", "native")
+    with backend.decide_once():
+        for _ in range(2):
+            with pytest.raises(UcanError, match="cannot run attenuate_"):
+                choose("attenuate_", CPU)
+
+
 def test_native_and_cuda_ask_for_the_library_of_the_tensors(monkeypatch, missing):
     cuda = torch.device("cuda")
     for name in ("native", "cuda"):

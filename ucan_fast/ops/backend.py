@@ -1,7 +1,7 @@
 """Which implementation an operator runs on: the one place that decides.
 
 Asked at every call, in this order: :func:`use_backend` (a with block), ``UCAN_FAST_BACKEND``, else
-``auto``.
+``auto``. Within :func:`decide_once` the environment is read, and each choice made, once.
 
 ============== =================================================================================
 ``auto``       the fastest that works here for these tensors. CUDA: Triton, and for ``attenuate_``
@@ -79,6 +79,10 @@ _NOTHING = contextlib.nullcontext()
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+# What decide_once keeps: environment variables by name, choices by all that they depend on.
+_decided: contextvars.ContextVar[dict[str | tuple, str] | None] = contextvars.ContextVar(
+    "decided", default=None
+)
 
 
 @contextlib.contextmanager
@@ -95,15 +99,37 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@contextlib.contextmanager
+def decide_once() -> Iterator[None]:
+    """Within the with block the environment is read, and each choice made, once.
+
+    For a pass over a model: to ask for every operator of every layer takes as long as some of the
+    operators do on a short sequence. :func:`use_backend` is still obeyed inside.
+    """
+    token = _decided.set({} if (known := _decided.get()) is None else known)
+    try:
+        yield
+    finally:
+        _decided.reset(token)
+
+
+def setting(name: str) -> str:
+    """The environment variable of that name, ``"auto"`` where it is not set or empty."""
+    known = _decided.get()
+    if known is None:
+        return os.environ.get(name) or "auto"
+    if name not in known:
+        known[name] = os.environ.get(name) or "auto"
+    return known[name]
+
+
 def requested_backend() -> str:
     """The backend asked for by :func:`use_backend` or ``UCAN_FAST_BACKEND``.
 
     Raises:
         UcanError: it names no backend.
     """
-    return _chosen.get() or _checked(
-        os.environ.get("UCAN_FAST_BACKEND") or "auto", "UCAN_FAST_BACKEND"
-    )
+    return _chosen.get() or _checked(setting("UCAN_FAST_BACKEND"), "UCAN_FAST_BACKEND")
 
 
 def choose(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -117,7 +143,16 @@ def choose(operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
     Raises:
         UcanError: a backend was asked for by name and cannot serve this call.
     """
-    requested = requested_backend()
+    requested, known = requested_backend(), _decided.get()
+    if known is None:
+        return _choose(requested, operator, device, *dtypes)
+    key = (requested, operator, device, *dtypes)
+    if key not in known:
+        known[key] = _choose(*key)
+    return known[key]
+
+
+def _choose(requested: str, operator: str, device: torch.device, *dtypes: torch.dtype) -> str:
     if requested == "reference":
         return "reference"
     if requested == "triton":
@@ -158,10 +193,11 @@ def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
     subclasses, nor where a kernel's gradient is needed: only the reference has one by itself.
     """
     differentiable = backend != "triton" or not torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in _PLAIN and (differentiable or not t.requires_grad))
-        for t in tensors
-    )
+    # A loop: a generator takes longer than what it asks here.
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or not (differentiable or not t.requires_grad)):
+            return False
+    return True
 
 
 def is_unobserved(*tensors: torch.Tensor | None) -> bool:

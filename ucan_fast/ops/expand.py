@@ -15,7 +15,7 @@ from .backend import (
     runs_directly,
     without_autocast,
 )
-from .checks import check_device, check_dtypes, check_not_recorded
+from .checks import FLOATING, check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_moments
 
 # From this many rows on C++ is faster without moments too: it brings B into another order first.
@@ -98,9 +98,13 @@ def _check(
             f"expand: base_out {tuple(base_out.shape)}, z {tuple(z.shape)}, B {tuple(b.shape)} "
             "must be [..., N], [..., r], [N, r], and a bias [N]."
         )
-    bias_dtype = None if bias is None else bias.dtype
-    check_dtypes("expand", base_out=base_out.dtype, z=z.dtype, B=b.dtype, bias=bias_dtype)
-    check_device("expand", base_out=base_out, z=z, B=b, bias=bias)
+    # All alike is the usual case, and cheaper to see than to look at each.
+    dtype = z.dtype
+    if bias is not None or not base_out.dtype == dtype == b.dtype or dtype not in FLOATING:
+        bias_dtype = None if bias is None else bias.dtype
+        check_dtypes("expand", base_out=base_out.dtype, z=dtype, B=b.dtype, bias=bias_dtype)
+    if bias is not None or not base_out.device == z.device == b.device:
+        check_device("expand", base_out=base_out, z=z, B=b, bias=bias)
 
 
 def delta_dtype(z: torch.Tensor, b: torch.Tensor) -> torch.dtype:
@@ -209,16 +213,16 @@ def _expand_native(
     delta_moments: torch.Tensor | None,
     overwrite: bool,
 ) -> torch.Tensor:
-    n, dtype = b.shape[0], z.dtype
+    (n, r), dtype = b.shape, z.dtype
     in_place = overwrite and base_out.dtype == dtype and base_out.is_contiguous()
     y = base_out if in_place else torch.empty(base_out.shape, dtype=dtype, device=z.device)
     totals = None if delta_moments is None else delta_moments.contiguous()
     torch.ops.ucan_fast._expand_native_(
         None if in_place else base_out.reshape(-1, n),
-        z.reshape(-1, z.shape[-1]),
-        b.to(dtype),
+        z.reshape(-1, r),
+        cast(b, dtype),
         scaling,
-        None if bias is None else bias.to(dtype),
+        None if bias is None else cast(bias, dtype),
         groups,
         -1 if only_group is None else only_group,
         totals,
@@ -226,7 +230,7 @@ def _expand_native(
     )
     if totals is not delta_moments:
         delta_moments.copy_(totals)
-    return y.to(base_out.dtype)
+    return cast(y, base_out.dtype)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -8,7 +8,6 @@ a module and :func:`expand` does the rest.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 
 from .. import kernels
 from ..errors import UcanError
-from .backend import LIBRARY, choose
+from .backend import LIBRARY, choose, setting
 from .checks import check_device, check_dtypes, check_not_recorded
 from .expand import lora_gradients, run_expand, run_expand_moments
 from .moments import check_totals
@@ -30,7 +29,7 @@ def fused_linear_wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
     Raises:
         UcanError: ``UCAN_FAST_FUSED_LINEAR`` is none of 0, 1 and auto.
     """
-    switch = os.environ.get(_SWITCH) or "auto"
+    switch = _switch()
     if switch not in ("0", "1", "auto"):
         raise UcanError(f"{_SWITCH}={switch!r} is unknown; use 0, 1 or auto.")
     if switch == "0" or x.dtype != weight.dtype:
@@ -41,6 +40,11 @@ def fused_linear_wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 # torch.compile asks once, while it traces.
+@torch.compiler.assume_constant_result
+def _switch() -> str:
+    return setting(_SWITCH)
+
+
 @torch.compiler.assume_constant_result
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return choose("fused_linear", device, dtype) == "triton"

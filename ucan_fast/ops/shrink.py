@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..errors import UcanError
 from .backend import LIBRARY, cast, choose, runs_directly, without_autocast
-from .checks import check_device, check_dtypes, check_not_recorded
+from .checks import FLOATING, check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_totals
 
 
@@ -65,8 +65,11 @@ def _check(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> None:
         raise UcanError(
             f"shrink: x {tuple(x.shape)} and A {tuple(a.shape)} must be [..., K] and [r, K]."
         )
-    check_dtypes("shrink", x=x.dtype, A=a.dtype, product=dtype)
-    check_device("shrink", x=x, A=a)
+    # All alike is the usual case, and cheaper to see than to look at each.
+    if not x.dtype == a.dtype == dtype or dtype not in FLOATING:
+        check_dtypes("shrink", x=x.dtype, A=a.dtype, product=dtype)
+    if x.device != a.device:
+        check_device("shrink", x=x, A=a)
 
 
 def _check_moments(
