@@ -181,6 +181,8 @@ def test_nobody_unless_measured_or_asked_for(monkeypatch, calls):
     x, weight = torch.ones(2, 16), torch.ones(24, 16)
     monkeypatch.setattr(kernels, "obstacle", lambda kind: None)
     assert not ops.fused_linear_wanted(x, weight)
+    with ops.use_backend("triton"):
+        assert not ops.fused_linear_wanted(x, weight), "nobody measured that it wins"
     monkeypatch.setattr(kernels, "fused_linear_wins", lambda *args: True)
     assert not ops.fused_linear_wanted(x, weight), "the interpreter is never taken by itself"
     with ops.use_backend("triton"):
