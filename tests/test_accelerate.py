@@ -698,6 +698,53 @@ def test_dropout_in_training_is_pefts_own(fused_calls):
     assert len(fused_calls) == 1
 
 
+def test_dropout_alone_in_training_is_pefts_own(fused_calls):
+    """Monte Carlo dropout: the model is in eval mode, the dropout modules are not."""
+    plain = one_layer(dropout=0.5)
+    fused = accelerated(plain)
+    for model in (plain, fused):
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+    x = torch.randn(3, K)
+    torch.manual_seed(0)
+    expected = plain(x)
+    torch.manual_seed(0)
+    assert torch.equal(fused(x), expected)
+    assert not fused_calls
+
+
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "lora_dropout"])
+def test_a_part_with_a_forward_of_its_own_is_called(where, fused_calls):
+    plain = one_layer(dropout=0.5).eval()
+    fused = accelerated(plain).eval()
+    for model in (plain, fused):
+        part = getattr(layer_of(model), where)["default"]
+        part.forward = lambda x, own=part.forward: 2 * own(x) + 1
+    x = torch.randn(3, K)
+    assert torch.equal(fused(x), plain(x))
+    assert not fused_calls
+
+
+def test_another_module_in_the_place_of_dropout_is_called(fused_calls):
+    plain = one_layer(dropout=0.5).eval()
+    layer_of(plain).lora_dropout["default"] = nn.LayerNorm(K)
+    x = torch.randn(3, K)
+    expected = plain(x)
+    assert torch.equal(accelerated(plain)(x), expected)
+    assert not fused_calls
+
+
+def test_a_scaling_that_is_a_tensor(fused_calls):
+    plain = one_layer()
+    layer_of(plain).scaling["default"] = torch.linspace(0.5, 2, N)
+    x = torch.randn(3, K)
+    expected = plain(x)
+    assert torch.equal(accelerated(plain)(x), expected)
+    assert not fused_calls
+
+
 def test_training_without_dropout_is_fused(fused_calls):
     fused = accelerated(one_layer()).train()
     fused(make_x(3, K))

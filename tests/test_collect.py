@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gc
 import random
+import threading
+import types
 import weakref
 from typing import ClassVar
 
@@ -41,7 +45,11 @@ def way(request):
 
 
 def collect(way: str, model: nn.Module, batches, **options) -> uf.ActivationStats:
-    model = copy.deepcopy(model)
+    return collect_in_place(way, copy.deepcopy(model), batches, **options)
+
+
+def collect_in_place(way: str, model: nn.Module, batches, **options) -> uf.ActivationStats:
+    """On the model itself, where a test's hooks or batches run it too."""
     if way == "accelerated":
         report = uf.accelerate(model)
         assert report.fused, "nothing was accelerated: this would test the plain model twice"
@@ -490,6 +498,84 @@ def test_companions_by_name_that_read_inputs_of_another_width(way):
 
     model = toy(Odd(), target_modules=["q_proj", "k_proj"])
     assert_equals_hooks(collect(way, model, MIXED), expected_sums(way, model, MIXED))
+
+
+def test_calls_of_other_threads_are_not_counted(way):
+    """A server goes on answering; whichever call is in the middle, the sums are the batches'."""
+    model = hm.lora(hm.llama(layers=1))
+    hm.randomise(model)
+    expected = expected_sums(way, model, MIXED)
+    failed = []
+
+    def elsewhere():
+        try:
+            with torch.no_grad():
+                model(**{k: v for k, v in MIXED[0].items() if k != "token_groups"})
+        except Exception as error:
+            failed.append(error)
+
+    main = threading.get_ident()
+
+    def answer(*_):
+        if threading.get_ident() == main:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+
+    attention = model.base_model.model.model.layers[0].self_attn
+    # In the middle of a layer's own call, and between two layers.
+    places = (attention.q_proj.base_layer, attention.o_proj)
+    handles = [place.register_forward_pre_hook(answer) for place in places]
+    try:
+        stats = collect_in_place(way, model, MIXED)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not failed
+    assert_equals_hooks(stats, expected)
+
+
+def test_the_model_may_be_run_between_two_batches(way):
+    model = hm.lora(hm.llama(layers=1))
+    hm.randomise(model)
+    expected = expected_sums(way, model, MIXED)
+
+    def batches():
+        for batch in MIXED:
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, 3, dtype=torch.int64))
+            yield batch
+
+    assert_equals_hooks(collect_in_place(way, model, batches()), expected)
+
+
+def test_a_default_device_changes_nothing(way):
+    """``torch.set_default_device("cuda")``; meta tensors have no values at all."""
+    model = hm.lora(hm.llama(layers=1))
+    hm.randomise(model)
+    expected = expected_sums(way, model, MIXED)
+    with torch.device("meta"):
+        stats = collect(way, model, MIXED)
+        plan = uf.make_plan(model, stats, uf.UcanConfig(strength=1.0, min_score=0.0))
+        assert torch.isfinite(plan.flat_factors).all()
+        rest = stats - stats
+    assert_equals_hooks(stats, expected)
+    assert rest.tokens("forget") == 0
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_no_model_is_kept_alive(way, patched):
+    model = hm.lora(hm.llama(layers=1))
+    base = model.base_model.model
+    if patched:
+        wrapped = functools.partial(lambda own, _, **inputs: own(**inputs), base.forward)
+        base.forward = types.MethodType(wrapped, base)
+        del wrapped
+    collect_in_place(way, model, MIXED)
+    known = weakref.ref(base)
+    del model, base
+    gc.collect()
+    assert known() is None
 
 
 def test_an_input_is_not_kept_for_layers_that_may_read_it_next(way):

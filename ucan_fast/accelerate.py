@@ -33,6 +33,8 @@ class FusedLoraLinear:
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """PEFT's result; by PEFT's own forward wherever :func:`fusable_parts` finds a reason."""
         recorder = self.__dict__.get("_ucan_recorder")
+        if recorder is not None and not recorder.listens():
+            recorder = None
         parts = fusable_parts(self, x, args, kwargs) if is_fused(self) else None
         if parts is None:
             if recorder is None:

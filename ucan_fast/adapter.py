@@ -323,9 +323,9 @@ def fusable_parts(
         # A variant (DoRA), or lora_A or lora_B replaced or parametrised.
         if adapter in variants or type(a) is not nn.Linear or type(b) is not nn.Linear:
             return None
-        if own["training"] and not _is_identity(dropout):
+        if not _is_identity(dropout):
             return None
-        if _has_hooks(a) or _has_hooks(b) or _has_hooks(dropout):
+        if _is_observed(a) or _is_observed(b) or _is_observed(dropout):
             return None
         weight_a, weight_b = a._parameters.get("weight"), b._parameters.get("weight")
         # One type test covers DTensor, and wrappers that took the parameter away. Plain tensors
@@ -336,7 +336,10 @@ def fusable_parts(
             return None
         if weight_a.dtype != weight_b.dtype:
             return None
-        parts.append((adapter, weight_a, weight_b, b._parameters["bias"], own["scaling"][adapter]))
+        scaling = own["scaling"][adapter]
+        if not isinstance(scaling, (int, float)):  # PEFT multiplies by tensors, too
+            return None
+        parts.append((adapter, weight_a, weight_b, b._parameters["bias"], scaling))
     # Without an active adapter the forward is all PEFT's: there is nothing to fuse.
     return parts or None
 
@@ -617,7 +620,15 @@ def _unusual_weight(weight: torch.Tensor, *, packed: bool = False) -> str | None
 
 
 def _is_identity(dropout: nn.Module) -> bool:
-    return isinstance(dropout, nn.Identity) or getattr(dropout, "p", None) == 0.0
+    # By its own mode: for Monte Carlo dropout it alone is in training.
+    if type(dropout) is nn.Dropout:
+        return not dropout.training or dropout.p == 0.0
+    return type(dropout) is nn.Identity
+
+
+def _is_observed(module: nn.Module) -> bool:
+    # Hooks, or a forward of its own on this one instance.
+    return "forward" in module.__dict__ or _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import inspect
 import random
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -139,6 +140,7 @@ class _Pass:
         ]
         self.batches = 0
         self.tokens: dict[str, _Tokens] = {}
+        self.thread = threading.get_ident()
         self.shared: _SharedInput | None = None
         _find_companions(self.recorders)
 
@@ -151,6 +153,11 @@ class _Pass:
     def end(self) -> None:
         self.shared = None
         self.tokens = {}
+
+    def listens(self) -> bool:
+        """Whether this call of a layer belongs to the batch: not if whoever yields the batches
+        runs the model between two of them."""
+        return bool(self.tokens) and _recording(self.thread)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -171,7 +178,7 @@ class _Pass:
 
     def finish(self) -> ActivationStats:
         stats = ActivationStats()
-        counts = torch.tensor([r.count for r in self.recorders], dtype=torch.float64)
+        counts = torch.tensor([r.count for r in self.recorders], dtype=torch.float64, device="cpu")
         for recorder, count in zip(self.recorders, counts.unbind(0), strict=True):
             stats.layers[recorder.layer.name] = {
                 site: Moments(count.clone(), *total.cpu().unbind(0))
@@ -247,9 +254,13 @@ class _Recorder:
             == (theirs.shape[1], theirs.dtype, theirs.device)
         )
 
+    def listens(self) -> bool:
+        """Whether this call counts: see :meth:`_Pass.listens`."""
+        return self.pass_.listens()
+
     def wants(self, adapter: str) -> bool:
-        """Whether this adapter's path is the one being measured, in this call."""
-        return adapter == self.layer.adapter and _recording()
+        """Whether this adapter's path is the one being measured, in a call that counts."""
+        return adapter == self.layer.adapter
 
     def shrink(
         self, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
@@ -310,8 +321,8 @@ class _Recorder:
         return shared
 
     def layer_output(self, y: torch.Tensor) -> None:
-        """The whole output of the layer, for the ``layer`` site."""
-        if "layer" in self.totals and _recording():
+        """The whole output of the layer in a call that counts, for the ``layer`` site."""
+        if "layer" in self.totals:
             with torch.no_grad():
                 self._add(self.totals["layer"], y, self._flat_groups(y))
 
@@ -340,15 +351,17 @@ class _Recorder:
             handle.remove()
 
     def _before(self, _module: nn.Module, _args: tuple) -> None:
-        self.inside = True
+        if self.listens():
+            self.inside = True
 
     def _after(self, _module: nn.Module, _args: tuple, y: torch.Tensor) -> None:
-        self.inside = False
-        self.layer_output(y)
+        if self.listens():
+            self.inside = False
+            self.layer_output(y)
 
     def _after_a(self, _module: nn.Module, args: tuple, z: torch.Tensor) -> None:
         # lora_A may be tied to other layers as a module; their calls are theirs.
-        if not (self.inside and _recording()):
+        if not (self.inside and self.listens()):
             return
         x = args[0]
         if is_weight_probe(self.layer, x):
@@ -446,9 +459,10 @@ def _find_companions(recorders: list[_Recorder]) -> None:
                 recorder.companions.append(other)
 
 
-def _recording() -> bool:
-    # Inside a backward pass we are a checkpoint's recompute: those tokens were counted before.
-    return torch._C._current_graph_task_id() == -1
+def _recording(thread: int) -> bool:
+    # Not in other threads: their calls are no part of the batch. And inside a backward pass we are
+    # a checkpoint's recompute: those tokens were counted before.
+    return threading.get_ident() == thread and torch._C._current_graph_task_id() == -1
 
 
 def _measured_sites(
@@ -478,9 +492,9 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
     """No cache, and no full-vocabulary logits where nothing in the head is measured."""
     base = base_model(model)
     try:
-        # A method's function, so that no model is kept; one put on the instance is asked anew.
-        own = getattr(base.forward, "__func__", None)
-        accepted = _parameters(own) if own else inspect.signature(base.forward).parameters
+        # Kept by class: a forward that was put on the instance may hold the model.
+        own = "forward" in base.__dict__
+        accepted = inspect.signature(base.forward).parameters if own else _parameters(type(base))
     except (TypeError, ValueError):
         return {}
     options: dict[str, Any] = {}
@@ -496,8 +510,8 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
 
 
 @functools.lru_cache(maxsize=16)
-def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.forward).parameters
 
 
 @contextlib.contextmanager

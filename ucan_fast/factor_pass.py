@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -260,6 +261,7 @@ class _Pass:
         self.positions = self.count = self.batches = 0
         # Set while the gradients of drawn labels flow.
         self.summing = False
+        self.thread = threading.get_ident()
         self.tokens: dict[str, _Tokens] = {}
         self.last_input: tuple[torch.Tensor, int, _Recorder] | None = None
 
@@ -439,14 +441,16 @@ class _Recorder:
         return self.sums[which]
 
     def _before(self, _module: nn.Module, _args: tuple) -> None:
-        self.inside = True
+        if _recording(self.pass_.thread):
+            self.inside = True
 
     def _after(self, _module: nn.Module, _args: tuple, _y: torch.Tensor) -> None:
-        self.inside = False
+        if _recording(self.pass_.thread):
+            self.inside = False
 
     # lora_A and lora_B may be tied to other layers as modules; their calls are theirs.
     def _after_a(self, _module: nn.Module, args: tuple, z: torch.Tensor) -> None:
-        if not (self.inside and _recording()):
+        if not (self.inside and _recording(self.pass_.thread)):
             return
         x, tokens = args[0], self._tokens_of(z)
         self._find_owner(x)
@@ -455,7 +459,7 @@ class _Recorder:
             z.register_hook(lambda g: self._add_a(x, g, tokens))
 
     def _after_b(self, _module: nn.Module, args: tuple, y: torch.Tensor) -> None:
-        if self.inside and _recording() and y.requires_grad:
+        if self.inside and _recording(self.pass_.thread) and y.requires_grad:
             z, tokens = args[0].detach(), self._tokens_of(y)
             y.register_hook(lambda h: self._add_b(z, h, tokens))
 

@@ -116,7 +116,7 @@ def score_gates(
         fingerprint=forget.fingerprint,
         groups=[group.names for group in groups],
         sizes=[group.n for group in groups],
-        flat_factors=torch.ones(score.numel()),
+        flat_factors=torch.ones(score.numel(), device="cpu"),
         flat_risk=risk,
         flat_utility=utility,
         flat_score=score,
@@ -152,7 +152,7 @@ def _curvature(
     matrix, across = _matrix(group)
     rows = matrix if across else matrix.T
     at_input = group.pieces[0].which == "A"
-    total = torch.zeros(group.n, dtype=torch.float64)
+    total = torch.zeros(group.n, dtype=torch.float64, device="cpu")
     for name in (name.rpartition(".")[0] for name in group.names):
         if at_input:
             own, inner, scale = retain.factor(name, "c_x"), retain.factor(name, "s_z"), 1.0

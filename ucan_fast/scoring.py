@@ -89,7 +89,7 @@ def score_plan(
     device = device if device.type == "cuda" else torch.device("cpu")
     norms = _weight_norms(groups, device)
     moments, counts = _pooled_moments(groups, stats, moments_site(config))
-    offsets = torch.tensor([0] + [g.n for g in groups]).cumsum(0)
+    offsets = torch.tensor([0] + [g.n for g in groups], device="cpu").cumsum(0)
     risk, utility, score = ops.contrastive_scores(
         moments.to(device),
         counts.to(device),
@@ -108,7 +108,7 @@ def score_plan(
         fingerprint=stats.fingerprint,
         groups=[group.names for group in groups],
         sizes=[group.n for group in groups],
-        flat_factors=torch.ones(score.numel()),
+        flat_factors=torch.ones(score.numel(), device="cpu"),
         flat_risk=risk,
         flat_utility=utility,
         flat_score=score,

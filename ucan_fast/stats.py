@@ -40,8 +40,8 @@ class Moments:
     @classmethod
     def zeros(cls, n: int) -> Moments:
         """No token seen yet, n neurons."""
-        zeros = torch.zeros(2, n, dtype=torch.float64)
-        return cls(torch.zeros(2, dtype=torch.float64), zeros, zeros.clone())
+        zeros = torch.zeros(2, n, dtype=torch.float64, device="cpu")
+        return cls(zeros.new_zeros(2), zeros, zeros.clone())
 
     @property
     def n(self) -> int:
@@ -68,7 +68,7 @@ class Moments:
 
     def group(self, index: int) -> Moments:
         """The same, with the other group emptied."""
-        only = torch.zeros(2, dtype=torch.float64)
+        only = torch.zeros(2, dtype=torch.float64, device="cpu")
         only[index] = 1
         return Moments(
             self.count * only, self.abs_sum * only.unsqueeze(1), self.sq_sum * only.unsqueeze(1)
@@ -342,13 +342,13 @@ class ActivationStats:
             UcanError: the part is no part; the first layer where it is not is named.
         """
         rests, bad = [], []
-        sizes = torch.tensor([m.n for _, _, m in self._items()])
+        sizes = torch.tensor([m.n for _, _, m in self._items()], device="cpu")
         for what, mine, theirs in zip(_SUMS, total.tensors(), part.tensors(), strict=True):
             rest = mine - theirs
             slack = 0.0 if what == _SUMS[0] else _ROUNDING
             short = rest < -slack * mine
             if short.any():
-                ends = sizes.cumsum(0) if slack else torch.arange(1, len(sizes) + 1)
+                ends = sizes.cumsum(0) if slack else torch.arange(1, len(sizes) + 1, device="cpu")
                 first = short.any(0).nonzero()[0]
                 bad.append((int(torch.searchsorted(ends, first, right=True)), what))
             rests.append(rest.clamp_min(0))
