@@ -23,7 +23,8 @@ def should_have_said(document: Document) -> str | None:
         if "5" not in row:
             return None
         at[name] = row["5"][0]
-    if max(at[name] for name in ATTENUATION) >= WORTH * at[SHRINKING]:
+    most = max(at[name] for name in ATTENUATION)
+    if most > 0 and most >= WORTH * at[SHRINKING]:
         return "attenuate"
     return "influence" if at[STEP] >= ENOUGH else "retrain"
 

@@ -231,6 +231,10 @@ def test_a_failing_cell_fails_the_run(tmp_path, capsys):
         ((2.0, 9.0), 6.0, 10.0, "attenuate"),
         ((8.9, 2.0), 6.0, 50.0, "influence"),
         ((8.9, 2.0), 6.0, 49.9, "retrain"),
+        # Neither forgets anything: no reason to attenuate.
+        ((0.0, -5.0), 0.0, 90.0, "influence"),
+        ((0.0, -5.0), -1.0, 10.0, "retrain"),
+        ((0.5, -5.0), -1.0, 10.0, "attenuate"),
     ],
 )
 def test_what_the_curves_bear_out(attenuation, shrinking, step, wanted):
