@@ -17,9 +17,19 @@ from ucan_fast.guidance import separability
 from .case import Batch, Case, Clock, Method, State, as_before
 from .dampening import importance_of_all
 
-STRENGTHS = (0.06, 0.12, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
-FRACTIONS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
-SCALES = (0.995, 0.99, 0.98, 0.97, 0.955, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7)
+# Up to what SmolLM2 takes; a curve ends where calibration has dropped far enough.
+STRENGTHS = (
+    *(0.06, 0.12, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0),
+    *(64.0, 128.0),
+)
+FRACTIONS = (
+    *(0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3),
+    *(0.4, 0.5, 0.6, 0.8),
+)
+SCALES = (
+    *(0.995, 0.99, 0.98, 0.97, 0.955, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7),
+    *(0.6, 0.5, 0.4, 0.3, 0.2),
+)
 #: Predicted rises of the forget NLL.
 NATS = (
     0.005,
@@ -41,6 +51,7 @@ NATS = (
     2.8,
     4.0,
     5.6,
+    8.0,
 )
 QUANTILES = (0.5, 0.85, 0.95, 0.99, 1.0)
 #: Sums over all data that a bank holds.
