@@ -49,6 +49,20 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         }
         for dots in ("16-bit", "split", "fp32")
         for rank in (16, 32, 64, 256)
+    }
+    # "ragged" instead: not everything can be read in 16-byte pieces (expand.variant). With an
+    # address for every element, four warps at rank 64 and 128 columns above it spill in fp32 on
+    # sm_80 and sm_100.
+    | {
+        ("default", (dots, rank, "ragged")): {
+            "BLOCK_M": 32,
+            "BLOCK_N": 64,
+            "BLOCK_R": rank if rank <= 64 else 32,
+            "num_warps": 4 if rank <= 32 else 8,
+            "num_stages": 2 if rank <= 64 else 1,
+        }
+        for dots in ("16-bit", "split", "fp32")
+        for rank in (16, 32, 64, 256)
     },
     # (padded rank, dots, few or many rows). 64 columns of 16 bits and 32 of 32 are rows of 128
     # bytes, one swizzle; wide ranks take smaller tiles for the registers' sake.
