@@ -51,8 +51,8 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for rank in (16, 32, 64, 256)
     }
     # "ragged" instead: not everything can be read in 16-byte pieces (expand.variant). With an
-    # address for every element, four warps at rank 64 and 128 columns above it spill in fp32 on
-    # sm_80 and sm_100.
+    # address for every element, fp32 spills with four warps at rank 64 (sm_100) and with 128
+    # columns above it (all three).
     | {
         ("default", (dots, rank, "ragged")): {
             "BLOCK_M": 32,
