@@ -435,9 +435,9 @@ def test_every_specialisation_that_is_launched_is_compiled(monkeypatch):
     monkeypatch.setattr(module, "_VARIANTS", recorders)
     monkeypatch.setattr(module, "fold_", lambda *args: None)
 
-    def check_launch(base, z, b, bias=None, only=None, moments=True):
-        # Groups that begin anywhere.
-        groups = torch.zeros(base.shape[0] + 1, dtype=torch.int8, device=DEVICE)[1:]
+    def check_launch(base, z, b, bias=None, only=None, moments=True, first_group=0):
+        groups = torch.zeros(base.shape[0] + 1, dtype=torch.int8, device=DEVICE)
+        groups = groups[first_group : first_group + base.shape[0]]
         sums = totals(base.shape[1]) if moments else None
         expand(base, z, b, S, bias, groups, only, sums)
         kind, args, kwargs = launched.pop()
@@ -480,7 +480,7 @@ def test_every_specialisation_that_is_launched_is_compiled(monkeypatch):
             ("ragged", base[:, ::2], z, b[:24]),
         ]
         for kind, *tensors in operands:
-            assert check_launch(*tensors) == kind
+            assert check_launch(*tensors) == check_launch(*tensors, first_group=1) == kind
             if dtypes in main:
                 assert check_launch(*tensors, moments=False) == kind
                 assert check_launch(*tensors, only=1) == kind
