@@ -12,6 +12,8 @@ Not run on a GPU yet.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -124,7 +126,14 @@ def lane_sums(h, group, only_group, BOTH: tl.constexpr, LANES: tl.constexpr):
     return abs_f, abs_r, sq_f, sq_r
 
 
-@triton.jit(do_not_specialize=["m", "rows", "only_group"])
+#: What nothing is known of in any launch, where the ranks are odd, and where the columns are too
+#: (:func:`variant`); ``slots`` and ``y`` are allocated here.
+_NEVER = ["groups", "m", "rows", "only_group"]
+ODD_RANKS = [*_NEVER, "z", "b", "r", "stride_z"]
+RAGGED = [*ODD_RANKS, "base_out", "bias", "n", "stride_m", "stride_n"]
+
+
+@triton.jit(do_not_specialize=_NEVER)
 def expand_kernel(
     base_out,
     z,
@@ -217,6 +226,43 @@ def expand_kernel(
         )
 
 
+#: The same kernel for other operands. It is told nothing of them, so that every odd size, stride
+#: and pointer, and a rank of 1, runs the one machine code that the gate has seen.
+expand_odd_ranks = triton.jit(expand_kernel.fn, do_not_specialize=ODD_RANKS)
+expand_ragged = triton.jit(expand_kernel.fn, do_not_specialize=RAGGED)
+
+
+_VARIANTS = {
+    "regular": (expand_kernel, _NEVER),
+    "odd ranks": (expand_odd_ranks, ODD_RANKS),
+    "ragged": (expand_ragged, RAGGED),
+}
+
+
+def variant(
+    base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
+) -> str:
+    """``"regular"``, ``"odd ranks"`` or ``"ragged"``: what can be read in 16-byte pieces.
+
+    Triton knows that only of pointers that are multiples of 16 bytes, and of sizes and strides
+    that are multiples of 16 elements. With odd ranks (r = 8) z and B are read element by element,
+    ragged operands (32001 columns) all are.
+
+    Args:
+        base_out: ``[M, N]``.
+        z: ``[M, r]``, its columns adjacent.
+        b: ``[N, r]``, contiguous.
+        bias: ``[N]``, contiguous, or None.
+    """
+    wide = [base_out.data_ptr(), base_out.stride(0), b.shape[0]]
+    if bias is not None:
+        wide.append(bias.data_ptr())
+    if base_out.stride(1) != 1 or any(number % 16 for number in wide):
+        return "ragged"
+    ranks = (z.data_ptr(), z.stride(0), b.data_ptr(), b.shape[1])
+    return "odd ranks" if any(number % 16 for number in ranks) else "regular"
+
+
 def expand(
     base_out: torch.Tensor,
     z: torch.Tensor,
@@ -233,7 +279,8 @@ def expand(
     once. The moments are those of z and b as given, without the bias.
 
     Args:
-        base_out: ``[..., N]``, fp32, bf16 or fp16, any strides.
+        base_out: ``[..., N]``, fp32, bf16 or fp16, any strides; slower where not :func:`variant`
+            "regular".
         z: ``[..., r]``, fp32, bf16 or fp16; a slice of a wider z is read in place.
         b: ``[N, r]``, fp32, bf16 or fp16.
         scaling: s.
@@ -259,13 +306,15 @@ def expand(
     (m, n), r = base_out.shape, z.shape[1]
     moments = delta_moments is not None
     rank = rank_class(r)
-    options = config("expand", (_dot_class(z.dtype, b.dtype, moments), rank), y.device)
+    kind = variant(base_out, z, b, bias)
+    options = config("expand", _shape_class(z.dtype, b.dtype, moments, rank, kind), y.device)
     column_tiles = triton.cdiv(n, options["BLOCK_N"])
     rows = rows_per_program(m, column_tiles, options["BLOCK_M"])
     count = triton.cdiv(m, rows)
     slots = new_slots(count, n, only_group, y.device) if moments else None
+    kernel, _ = _VARIANTS[kind]
     with on_device(y):
-        expand_kernel[(count * column_tiles,)](
+        kernel[(count * column_tiles,)](
             base_out,
             z,
             b,
@@ -297,10 +346,18 @@ def rank_class(r: int) -> int:
 
 
 def _dot_class(z_dtype: torch.dtype, b_dtype: torch.dtype, moments: bool) -> str:
-    """Which dots are taken; names the rows of the table of configurations."""
+    """Which dots are taken."""
     if z_dtype == torch.float32:
         return "fp32"
     return "split" if moments and b_dtype != z_dtype else "16-bit"
+
+
+def _shape_class(
+    z_dtype: torch.dtype, b_dtype: torch.dtype, moments: bool, rank: int, kind: str
+) -> tuple[str | int, ...]:
+    """The key of the table of configurations: dots, padded rank, and "ragged" if it is."""
+    key = (_dot_class(z_dtype, b_dtype, moments), rank)
+    return (*key, kind) if kind == "ragged" else key
 
 
 def _flags(
@@ -329,20 +386,21 @@ def _case(
     moments: bool = True,
     both: bool = True,
     bias: bool = False,
-    aligned: bool = True,
-    contiguous: bool = True,
+    kind: str = "regular",
 ) -> list[CompileCase]:
     """One launch as the ahead-of-time gate compiles it, for every row of the table it may use."""
     base_type, z_type, b_type = (_NAMES[dtype] for dtype in dtypes)
     absent = ([] if bias else ["bias"]) + ([] if moments else ["groups", "slots"])
     flags = _flags(dtypes[1], dtypes[2], moments, both, bias, rank)
-    key = (_dot_class(dtypes[1], dtypes[2], moments), rank)
+    key = _shape_class(dtypes[1], dtypes[2], moments, rank, kind)
+    kernel, unknown = _VARIANTS[kind]
     cases = []
     for gpu, row_key, options, capabilities in table_rows("expand"):
         if row_key != key:
             continue
         blocks = {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_R")}
-        constants = dict.fromkeys(absent) | ({"stride_n": 1} if contiguous else {}) | flags | blocks
+        constants = dict.fromkeys(absent) | ({} if kind == "ragged" else {"stride_n": 1})
+        constants |= flags | blocks
         signature = {
             **dict.fromkeys(("base_out", "y"), f"*{base_type}"),
             **dict.fromkeys(("b", "bias"), f"*{b_type}"),
@@ -354,27 +412,30 @@ def _case(
             "only_group": "i32",
             **dict.fromkeys(constants, "constexpr"),
         }
-        divisible = ["base_out", "z", "b", "bias", "groups", "slots", "y", "n", "stride_m"]
-        divisible += ["r", "stride_z"] if aligned else []
+        divisible = ["base_out", "z", "b", "bias", "slots", "y", "n", "stride_m", "r", "stride_z"]
         words = [
             f"{base_type} y, {z_type} z, {b_type} B",
-            ("r > 64" if rank > 64 else f"r <= {rank}") + ("" if aligned else " odd"),
+            ("r > 64" if rank > 64 else f"r <= {rank}") + (" odd" if kind == "odd ranks" else ""),
             ("moments" if both else "moments of one group") if moments else "no moments",
             *(["bias"] if bias else []),
-            *([] if contiguous else ["strided base"]),
+            *(["ragged"] if kind == "ragged" else []),
             *([] if gpu == "default" else [gpu]),
         ]
         cases.append(
             CompileCase(
                 name=", ".join(words),
-                kernel=expand_kernel,
+                kernel=kernel,
                 signature=signature,
                 constants=constants,
-                divisible=tuple(name for name in divisible if signature[name] != "constexpr"),
+                divisible=tuple(
+                    name
+                    for name in divisible
+                    if signature[name] != "constexpr" and name not in unknown
+                ),
                 num_warps=options["num_warps"],
                 num_stages=options["num_stages"],
                 dot=True,
-                wide_loads=contiguous,
+                wide_loads=kind != "ragged",
                 capabilities=capabilities,
             )
         )
@@ -398,11 +459,17 @@ def compile_cases() -> list[CompileCase]:
             cases += _case(dtypes, rank)
             cases += _case(dtypes, rank, both=False)
             cases += _case(dtypes, rank, bias=True)
+            cases += _case(dtypes, rank, kind="odd ranks")
+            cases += _case(dtypes, rank, kind="ragged")
         cases += _case(dtypes, 16, moments=False, bias=True)
-        cases += _case(dtypes, 16, aligned=False)
-        cases += _case(dtypes, 256, aligned=False)
     for dtypes in rare:
         for rank in (16, 32, 64, 256):
             cases += _case(dtypes, rank, moments=False) + _case(dtypes, rank)
-    cases += _case(common[0], 16, contiguous=False)
+    # What models without fp16 bring: every flag where not everything is known, too.
+    for dtypes in (*common[:3], common[-1]):
+        for rank, kind in itertools.product((16, 32, 64, 256), ("odd ranks", "ragged")):
+            cases += _case(dtypes, rank, moments=False, kind=kind)
+            cases += _case(dtypes, rank, both=False, kind=kind)
+            if rank == 64:
+                cases += _case(dtypes, rank, bias=True, kind=kind)
     return cases

@@ -1,19 +1,21 @@
 """shrink: ``z = x Aᵀ`` and the moments of x and of z, in one read of x.
 
 A program owns a block of rows and a chunk of columns of x: at 8192 tokens there are only 64 blocks
-of 128 rows for the 132 SMs of an H100. It loops over its chunk, adds to z in fp32 and writes the
-column sums of every tile into the slot of its block of rows. Partial z go to a workspace; a second
-kernel adds them in a fixed order, rounds once and takes the moments of z. With one chunk and no
-moments of z the first kernel writes z itself.
+of 128 rows, or 128 of 64, for the 132 SMs of an H100. It loops over its chunk, adds to z in fp32
+and writes the column sums of every tile into the slot of its block of rows. Partial z go to a
+workspace; a second kernel adds them in a fixed order, rounds once and takes the moments of z. With
+one chunk and no moments of z the first kernel writes z itself.
 
-Bytes at M tokens, K columns, rank r, S chunks, e bytes per element: M·K·e for x, once; A is read
-from L2 by each of the M/128 blocks of rows; the slots are 4·2·G·K·M/128, written and read by the
-fold (at bf16 and two groups 6 % of x, each way); the partial sums 8·S·M·r (at K = 4096, r = 16 and
-S = 4, 6 % of x in bf16). Operations: 2·M·K·r in the dot (three times that where fp32's digits need
-three products) and about ten a value for the moments of two groups. At bf16, r = 16 and one
-product these are 16 + 5 a byte, against the 240 that an H100's tensor cores would have time for at
-2.9 TB/s, and the about 10 of its fp32 units: bound by bandwidth, 8192 x 4096 takes 23 µs or more
-for x alone. Not run on a GPU yet.
+Bytes at M tokens, K columns, rank r, S chunks, blocks of b rows, e bytes per element: M·K·e for x,
+once; A is read from L2 by each of the M/b blocks of rows; the slots are 4·2·G·K·M/b, written and
+read by the fold; the partial sums 8·S·M·r (at K = 4096, r = 16 and S = 4, 6 % of x in bf16). b is
+128 up to rank 64, but 64 for fp32 at rank 16 and for 16 bits at rank 64, and fewer for wide ranks,
+few rows and ragged ones (kernels/tuning.py). With two groups the slots are 6 % of x, each way, at
+bf16 and 128 rows and at fp32 and 64, and 12 % at bf16 and 64. Operations: 2·M·K·r in the dot
+(three times that where fp32's digits need three products) and about ten a value for the moments of
+two groups. At bf16, r = 16 and one product these are 16 + 5 a byte, against the 240 that an H100's
+tensor cores would have time for at 2.9 TB/s, and the about 10 of its fp32 units: bound by
+bandwidth, 8192 x 4096 takes 23 µs or more for x alone. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -159,6 +161,11 @@ def finish_kernel(
         store_sums(slots, block, rank, r, a_f, a_r, s_f, s_r, BOTH)
 
 
+#: What nothing is known of where r is no multiple of 16.
+ODD_RANK = ["m", "r", "only_group"]
+#: The same kernel for these. Triton would make a rank of 1 a constant, in machine code of its own
+#: that spills where that of r = 8 does not.
+shrink_odd_rank = triton.jit(shrink_kernel.fn, do_not_specialize=ODD_RANK)
 #: What nothing is known of where rows are not :func:`aligned`; the rest is allocated here.
 RAGGED = ["x", "a", "groups", "m", "k", "r", "stride_m", "stride_k", "only_group"]
 #: The same kernel for operands that are not :func:`aligned`. It is told nothing of them, so that
@@ -271,7 +278,9 @@ def shrink(
     slots = None
     if input_moments is not None:
         slots = new_slots(row_blocks, k, only_group, x.device)
-    sums_kernel = shrink_kernel if smooth else shrink_ragged
+    sums_kernel = shrink_ragged
+    if smooth:
+        sums_kernel = shrink_odd_rank if r % 16 else shrink_kernel
     with on_device(x):
         sums_kernel[row_blocks, splits](
             x,
@@ -362,14 +371,15 @@ def _shrink_cases() -> Iterator[CompileCase]:
                 unknown = (("groups",) if rank > 64 else ("r", "groups")) if odd else ()
                 if rows == "ragged":
                     sizes.append("stride_k")
-                    unknown = RAGGED
+                    kernel, unknown = shrink_ragged, RAGGED
                 else:
                     constants["stride_k"] = 1
+                    kernel = shrink_odd_rank if "r" in unknown else shrink_kernel
                 yield CompileCase(
                     name=f"{x} x, {a} A{' in three parts' if split_a else ''}, {product} product, "
                     f"{out} out, r {rank}{' odd' if 'r' in unknown else ''}, {rows} rows, "
                     f"{what}{' of 64 bits' if odd else ''}, {gpu}",
-                    kernel=shrink_ragged if rows == "ragged" else shrink_kernel,
+                    kernel=kernel,
                     signature=dict.fromkeys(shrink_kernel.arg_names, "constexpr")
                     | types
                     | dict.fromkeys(sizes, "i32"),
@@ -401,6 +411,8 @@ def _kinds(
         yield product, False, True, False
     if dtypes == _DTYPES[0]:
         yield product, True, True, False
+        if rows != "ragged":
+            yield product, True, True, True
 
 
 def _finish_cases() -> Iterator[CompileCase]:

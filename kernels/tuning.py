@@ -49,6 +49,20 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         }
         for dots in ("16-bit", "split", "fp32")
         for rank in (16, 32, 64, 256)
+    }
+    # "ragged" instead: not everything can be read in 16-byte pieces (expand.variant). With an
+    # address for every element, fp32 spills with four warps at rank 64 (sm_100) and with 128
+    # columns above it (all three).
+    | {
+        ("default", (dots, rank, "ragged")): {
+            "BLOCK_M": 32,
+            "BLOCK_N": 64,
+            "BLOCK_R": rank if rank <= 64 else 32,
+            "num_warps": 4 if rank <= 32 else 8,
+            "num_stages": 2 if rank <= 64 else 1,
+        }
+        for dots in ("16-bit", "split", "fp32")
+        for rank in (16, 32, 64, 256)
     },
     # (padded rank, dots, few or many rows). 64 columns of 16 bits and 32 of 32 are rows of 128
     # bytes, one swizzle; wide ranks take smaller tiles for the registers' sake.

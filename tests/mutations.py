@@ -276,6 +276,11 @@ MUTATIONS: list[Mutation] = [
         ),
         ("odd rows take the tiles of aligned ones", "smooth = aligned(x, a)", "smooth = True"),
         ("A that begins anywhere is aligned", "a.data_ptr(), x.shape", "x.shape"),
+        (
+            "a rank of 1 becomes a constant",
+            "shrink_odd_rank if r % 16 else shrink_kernel",
+            "shrink_kernel",
+        ),
         ("only the first 256 rows of A", "range(0, r, MAX_RANK)", "range(0, MAX_RANK, MAX_RANK)"),
         (
             "x counted once per part of a wide A",
@@ -324,6 +329,12 @@ MUTATIONS: list[Mutation] = [
             "            if SPLIT:\n                delta += rest",
             "            if False:\n                delta += rest",
         ),
+        (
+            "an odd number of columns is specialised",
+            "base_out.stride(0), b.shape[0]]",
+            "base_out.stride(0)]",
+        ),
+        ("an odd rank is specialised", "b.data_ptr(), b.shape[1])", "b.data_ptr())"),
         (
             "the last part of the rank is skipped",
             "range(0, r, BLOCK_R)",
@@ -828,6 +839,11 @@ MUTATIONS: list[Mutation] = [
             "runs_directly('reference', x, a)",
         ),
         (
+            "a kernel under torch.func",
+            'backend == "triton" and is_transformed(x, a)',
+            'backend == "never" and is_transformed(x, a)',
+        ),
+        (
             "the gradient of A transposed",
             "rows.t() @ x.to(ctx.dtype)",
             "2 * rows.t() @ x.to(ctx.dtype)",
@@ -841,6 +857,11 @@ MUTATIONS: list[Mutation] = [
             "a silent fallback",
             '    sums = (groups, only_group, delta_moments)\n    if backend == "triton":',
             '    sums = (groups, only_group, delta_moments)\n    if backend == "never":',
+        ),
+        (
+            "tangents of the bias are dropped",
+            "is_transformed(base_out, z, b, bias)",
+            "is_transformed(base_out, z, b)",
         ),
         ("narrow products in one pass", "if z.dtype != wide or n == 0", "if n == 0"),
         (
@@ -959,6 +980,11 @@ MUTATIONS: list[Mutation] = [
             "return F.linear(x, weight)",
         ),
         (
+            "tangents are dropped",
+            "not torch.compiler.is_compiling() and is_transformed(*tensors)",
+            "False",
+        ),
+        (
             "the kernel is never taken",
             "return launch if obstacle(x, weight, z, b, bias, lora_bias) is None else None",
             "return None",
@@ -971,7 +997,14 @@ MUTATIONS: list[Mutation] = [
     ),
     *_mutations(
         "ucan_fast/ops/backend.py",
-        "tests/ops/test_backend.py",
+        "tests/ops/test_backend.py tests/ops/test_shrink_expand.py",
+        ("negated views as they lie", "(kernel and t.is_neg())", "False"),
+        ("tangents are not looked for", "if forward_ad._current_level < 0:", "if True:"),
+        (
+            "transforms are not looked for",
+            "    if torch._C._functorch.peek_interpreter_stack() is not None:\n        return True\n",
+            "",
+        ),
         (
             "a named backend falls back",
             '    if reason:\n        raise UcanError(f"backend',

@@ -371,8 +371,126 @@ def test_rank_class():
     assert [rank_class(r) for r in ranks] == [16, 16, 16, 32, 32, 64, 64, 256, 256, 256]
 
 
-def test_what_is_launched_is_what_is_compiled(monkeypatch):
-    """The ahead-of-time cases are the launches: same types, flags and block sizes."""
+def test_variant():
+    """Regular where everything can be read in 16-byte pieces."""
+
+    def of(base, z, b, bias=None):
+        return module.variant(base, z, b, bias)
+
+    base, z, b, bias, _ = make((8, 48), 16, (BF16, BF16, BF16))
+    assert of(base, z, b) == of(base, z, b, bias) == "regular"
+    wide, stacked = torch.zeros(8, 96, dtype=BF16), torch.zeros(8, 24, dtype=BF16)
+    assert of(wide[:, 48:], z, b) == "regular"
+    assert of(base, z[:, :8], b[:, :8].contiguous()) == "odd ranks"
+    assert of(base, z[:, :1], b[:, :1].contiguous()) == "odd ranks"
+    assert of(base, stacked[:, 8:], b) == "odd ranks"  # rows of 24
+    assert of(base, wide[:, 4:20], b) == "odd ranks"  # begins 8 bytes on
+    assert of(base, z, torch.zeros(48 * 16 + 1, dtype=BF16)[1:].view(48, 16)) == "odd ranks"
+    for ragged in (
+        wide[:, :96:2],
+        wide[:, 4:52],
+        torch.zeros(8, 49, dtype=BF16)[:, :48],
+        torch.zeros(48, 8, dtype=BF16).t(),
+    ):
+        assert of(ragged, z, b) == of(ragged, z[:, :8], b[:, :8].contiguous()) == "ragged"
+    assert of(torch.zeros(8, 33, dtype=BF16), z, b[:33]) == "ragged"
+    assert of(base, z, b, torch.zeros(49, dtype=BF16)[1:]) == "ragged"
+
+
+def left_alone(kernel) -> set[str]:
+    """The arguments that Triton compiles for any value, from the interpreter or the compiler."""
+    if hasattr(kernel, "params"):
+        return {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    return set(kernel.kwargs["do_not_specialize"])
+
+
+def test_every_specialisation_that_is_launched_is_compiled(monkeypatch):
+    """Every launch has an ahead-of-time case with its types, constants, options and alignment.
+
+    What Triton would compile is worked out from the arguments by its own rules: pointers and
+    integers that are multiples of 16, integers that are 1, and what it is told to leave alone.
+    """
+    names = {SINGLE: "fp32", BF16: "bf16", HALF: "fp16", torch.int8: "i8"}
+    launched = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append((self.kernel, args, kwargs))
+
+    arguments = module.expand_kernel.arg_names
+    kernels = {kind: kernel for kind, (kernel, _) in module._VARIANTS.items()}
+    alone = {kind: left_alone(kernel) for kind, kernel in kernels.items()}
+    assert alone == {kind: set(unknown) for kind, (_, unknown) in module._VARIANTS.items()}
+    compiled = []
+    for case in module.compile_cases():
+        constants = {k: v for k, v in case.constants.items() if k != "CAST_DOT"}
+        types_ = {k: v for k, v in case.signature.items() if v != "constexpr"}
+        options = (case.num_warps, case.num_stages, case.options["enable_fp_fusion"])
+        (kind,) = (kind for kind, kernel in kernels.items() if kernel is case.kernel)
+        compiled.append((kind, constants, types_, set(case.divisible), options))
+    recorders = {kind: (Recorder(kind), alone[kind]) for kind in kernels}
+    monkeypatch.setattr(module, "_VARIANTS", recorders)
+    monkeypatch.setattr(module, "fold_", lambda *args: None)
+
+    def check_launch(base, z, b, bias=None, only=None, moments=True, first_group=0):
+        groups = torch.zeros(base.shape[0] + 1, dtype=torch.int8, device=DEVICE)
+        groups = groups[first_group : first_group + base.shape[0]]
+        sums = totals(base.shape[1]) if moments else None
+        expand(base, z, b, S, bias, groups, only, sums)
+        kind, args, kwargs = launched.pop()
+        given = dict(zip(arguments, args, strict=False)) | kwargs
+        options = tuple(given.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion"))
+        del given["CAST_DOT"]
+        constants, types_, divisible = {}, {}, set()
+        for key, value in given.items():
+            known = key not in alone[kind]
+            if key.isupper() or value is None:
+                constants[key] = value
+            elif isinstance(value, torch.Tensor):
+                types_[key] = f"*{names[value.dtype]}"
+                if known and value.data_ptr() % 16 == 0:
+                    divisible.add(key)
+            elif isinstance(value, float):
+                types_[key] = "fp32"
+            elif known and value == 1:
+                constants[key] = 1
+            else:
+                types_[key] = "i32"
+                if known and value % 16 == 0:
+                    divisible.add(key)
+        what = (kind, constants, types_, divisible, options)
+        assert what in compiled, (base.shape, base.stride(), z.shape, z.stride(), what)
+        return kind
+
+    main = [(BF16, SINGLE, SINGLE), (BF16, BF16, BF16), (BF16, BF16, SINGLE), (SINGLE,) * 3]
+    fp16 = [(HALF, SINGLE, SINGLE), (HALF, HALF, HALF), (HALF, HALF, SINGLE)]
+    for dtypes, rank in itertools.product(main + fp16, (16, 32, 64, 256)):
+        base, z, b, bias, _ = make((8, 48), rank, dtypes)
+        narrow = [1, 8] if rank == 16 else [rank - 8]
+        operands = [("regular", base, z, b)]
+        operands += [("odd ranks", base, z[:, :r].contiguous(), b[:, :r]) for r in narrow]
+        operands += [
+            ("odd ranks", base, make((8, 48), rank + 8, dtypes)[1][:, 8:], b),
+            ("ragged", base[:, :33].contiguous(), z, b[:33]),
+            ("ragged", base[:, :33], z[:, :1], b[:33, :1]),
+            ("ragged", base[:, :1].contiguous(), z, b[:1]),
+            ("ragged", base[:, ::2], z, b[:24]),
+        ]
+        for kind, *tensors in operands:
+            assert check_launch(*tensors) == check_launch(*tensors, first_group=1) == kind
+            if dtypes in main:
+                assert check_launch(*tensors, moments=False) == kind
+                assert check_launch(*tensors, only=1) == kind
+            if dtypes in main and (kind == "regular" or tensors[1].shape[1] in (56, 64)):
+                n = tensors[2].shape[0]
+                assert check_launch(*tensors, bias[:n].contiguous()) == kind
+
+
+def test_the_cases_are_the_launches_of_every_dtype(monkeypatch):
+    """Types, flags and block sizes, of mixtures of dtypes too."""
     names = {SINGLE: "fp32", BF16: "bf16", HALF: "fp16"}
     launched = []
 
@@ -394,7 +512,7 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
     keys = {(case.constants["BLOCK_R"], case.constants["BLOCK_N"]) for case in cases}
     assert keys == {(row["BLOCK_R"], row["BLOCK_N"]) for row in TABLE["expand"].values()}
 
-    monkeypatch.setattr(module, "expand_kernel", Recorder())
+    monkeypatch.setattr(module, "_VARIANTS", {"regular": (Recorder(), [])})
     monkeypatch.setattr(module, "fold_", lambda *args: None)
     for dtypes, r in itertools.product(DTYPES, (16, 64, 256)):
         base, z, b, _, groups = make((4, 16), r, dtypes)
@@ -414,7 +532,8 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
             matching = [
                 case
                 for case in cases
-                if {k: v for k, v in case.constants.items() if k.isupper()} == flags
+                if case.kernel is module.expand_kernel
+                and {k: v for k, v in case.constants.items() if k.isupper()} == flags
                 and all(case.signature[k] == v for k, v in types_.items())
             ]
             assert matching, (dtypes, r, sums is not None)

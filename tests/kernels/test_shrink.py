@@ -18,6 +18,7 @@ from ucan_fast.kernels.shrink import chunks, compile_cases, dot_mode, pad_rank, 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+I64 = torch.int64
 ALL = list(itertools.product((FP32, BF16, FP16), repeat=3))  # of x, of A, of the product
 MAIN = [(BF16, BF16, BF16), (BF16, FP32, FP32), (FP32, FP32, FP32), (FP32, FP32, BF16)]
 WAYS = ("as chosen", "one chunk", "chunks of two blocks")
@@ -357,7 +358,7 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
     What Triton would compile is worked out from the arguments by its own rules: pointers and
     integers that are multiples of 16, integers that are 1, and what it is told to leave alone.
     """
-    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int8: "i8", torch.int64: "i64"}
+    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int8: "i8", I64: "i64"}
     launched = []
 
     class Recorder:
@@ -367,9 +368,11 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launched.append((self.kernel, args, kwargs))
 
-    kernels = {name: getattr(module, name) for name in ("shrink_kernel", "shrink_ragged")}
+    names_of_kernels = ("shrink_kernel", "shrink_odd_rank", "shrink_ragged")
+    kernels = {name: getattr(module, name) for name in names_of_kernels}
     arguments = kernels["shrink_kernel"].arg_names
     alone = {name: left_alone(kernel) for name, kernel in kernels.items()}
+    assert alone["shrink_odd_rank"] == set(module.ODD_RANK)
     assert alone["shrink_ragged"] == set(module.RAGGED)
     compiled = {}
     for case in compile_cases():
@@ -442,8 +445,15 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
                 assert kernel == ("shrink_ragged" if ragged else "shrink_kernel")
                 if main:
                     check_launch(*operands, product, True, only=1)
-                    narrow = operands[1][:-3]
-                    check_launch(operands[0], narrow, product, True, groups=torch.int64)
+                    # Ranks that are no multiple of 16; 1 would be a constant if it were told.
+                    for few in (-3, 1) if r == 16 else (-3,):
+                        narrow = operands[1][:few]
+                        kernel = check_launch(operands[0], narrow, product, True, groups=I64)
+                        odd_rank = "shrink_ragged" if ragged or r > 64 else "shrink_odd_rank"
+                        assert kernel == odd_rank
+                        if dtypes == module._DTYPES[0] and not ragged and r <= 64:
+                            more = {"groups": I64, "of_z": False}
+                            check_launch(operands[0], narrow, product, True, **more)
                 if main or (one and product != FP32 and many and not ragged):
                     check_launch(*operands, product, False)
                 if dtypes == module._DTYPES[0]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from ucan_fast import UcanError, kernels, native, ops
 from ucan_fast.ops import attenuate as attenuate_module
 from ucan_fast.ops import backend
-from ucan_fast.ops.backend import choose, requested_backend
+from ucan_fast.ops.backend import choose, is_transformed, requested_backend
 
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -348,3 +349,36 @@ def test_obstacles_of_the_kernels(monkeypatch):
 
 def test_import_survives_without_the_library(monkeypatch, missing):
     call_all()
+
+
+@pytest.mark.skipif(kernels.obstacle("cpu") is not None, reason=str(kernels.obstacle("cpu")))
+def test_only_a_tangent_keeps_a_call_from_the_kernels(monkeypatch):
+    """That a level of forward-mode AD is open, or was, says nothing of the arguments."""
+    from ucan_fast.kernels import expand as expand_kernel
+    from ucan_fast.kernels import shrink as shrink_kernel
+
+    launched = []
+
+    def note(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: launched.append(name) or real(*args))
+
+    note(shrink_kernel, "shrink")
+    note(expand_kernel, "expand")
+    x, a, b = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
+
+    def layer(x):
+        return ops.expand(torch.zeros(3, 5), ops.shrink(x, a), b, 1.0)
+
+    with ops.use_backend("triton"):
+        with forward_ad.dual_level():
+            assert not is_transformed(x, None)
+            layer(x)
+            dual = forward_ad.make_dual(x, x)
+            assert is_transformed(None, dual)
+            layer(dual)
+        assert launched == ["shrink", "expand"]
+        assert torch.func.vmap(lambda x: torch.tensor(is_transformed(a)).expand(1))(x).all()
+        assert not is_transformed(dual)
+        layer(x)
+    assert launched == ["shrink", "expand"] * 2

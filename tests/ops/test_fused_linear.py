@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_equals_hooks, hook_sums
+from torch.autograd import forward_ad
 
 import ucan_fast as uf
 from ucan_fast import UcanError, kernels, ops
@@ -104,6 +105,58 @@ def test_gradients_are_autograds(backend):
     (plain(exact) * weight).sum().backward()
     for key, value in exact.items():
         torch.testing.assert_close(got[key].double(), value.grad, rtol=1e-5, atol=1e-5)
+
+
+NAMES = ("x", "weight", "z", "b", "bias", "lora_bias")
+
+
+@pytest.mark.parametrize("of", NAMES)
+def test_forward_mode(backend, of):
+    t = make()
+    tangent = torch.randn_like(t[of])
+
+    def tangents(function):
+        with forward_ad.dual_level():
+            dual = {**t, of: forward_ad.make_dual(t[of], tangent)}
+            return forward_ad.unpack_dual(function(dual)).tangent
+
+    want = tangents(plain)
+    torch.testing.assert_close(tangents(run), want)
+    t = {key: value.requires_grad_() for key, value in t.items()}
+    torch.testing.assert_close(tangents(run), want)
+
+
+def test_torch_func(backend):
+    t = make()
+    tensors = tuple(t[name] for name in NAMES)
+
+    def of(function):
+        return lambda *tensors: function(dict(zip(NAMES, tensors, strict=True))).pow(2).sum()
+
+    for transform in (
+        lambda f: torch.func.grad(f, tuple(range(6))),
+        lambda f: torch.func.vmap(f, (0, None, 0, None, None, None)),
+        lambda f: lambda *t: torch.func.jvp(f, t, t),
+    ):
+        got, want = transform(of(run))(*tensors), transform(of(plain))(*tensors)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    options = {
+        "groups": torch.zeros(10, dtype=torch.int8),
+        "delta_moments": torch.zeros(2, 2, 24, dtype=torch.float64),
+    }
+    with pytest.raises(UcanError, match=r"fused_linear: .*torch\.func transforms"):
+        torch.func.vmap(lambda x: run({**t, "x": x}, **options))(t["x"][None])
+    assert not options["delta_moments"].any()
+    if backend == "triton":
+        with pytest.raises(UcanError, match=r"not torch\.float64"):
+            torch.func.grad(of(run))(*(v.double() for v in tensors))
+
+
+@pytest.mark.parametrize("of", NAMES)
+def test_lazily_negated_tensors(backend, of):
+    t = make()
+    t[of] = torch._neg_view(t[of])
+    torch.testing.assert_close(run(t), plain(t))
 
 
 def test_opcheck(backend):

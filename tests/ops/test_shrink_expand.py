@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from ucan_fast import UcanError, ops
 
@@ -296,6 +297,121 @@ def test_gradients_of_a_bf16_base(adapter):
     want = gradients(plain, *(t.double() for t in tensors))
     for mine, theirs, true in zip(got, peft, want, strict=True):
         assert_no_worse(mine, theirs, true)
+
+
+# ------------------------------------------------------------------ other autograd modes
+
+
+def layer(x, a, b, base, bias):
+    return ops.expand(base, ops.shrink(x, a), b, S, bias=bias)
+
+
+def layer_in_torch(x, a, b, base, bias):
+    return base + S * F.linear(F.linear(x, a), b, bias)
+
+
+def tangents(function, tensors, which, tangent):
+    with forward_ad.dual_level():
+        tensors = list(tensors)
+        tensors[which] = forward_ad.make_dual(tensors[which], tangent)
+        return forward_ad.unpack_dual(function(*tensors))
+
+
+@pytest.mark.parametrize("which", range(5), ids=["x", "A", "B", "base_out", "bias"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode(which, grad):
+    """Also where a gradient is recorded at the same time, or is not."""
+    tensors = make()
+    tangent = torch.randn_like(tensors[which])
+    want = tangents(layer_in_torch, tensors, which, tangent)
+    for tensor in tensors:
+        tensor.requires_grad_(grad)
+    got = tangents(layer, tensors, which, tangent)
+    torch.testing.assert_close(got.primal, want.primal)
+    torch.testing.assert_close(got.tangent, want.tangent)
+    assert got.primal.requires_grad == grad
+    with torch.no_grad():
+        torch.testing.assert_close(tangents(layer, tensors, which, tangent).tangent, want.tangent)
+
+
+def test_torch_func():
+    """Per-sample gradients, tangents, and a batch dimension that the operators do not know of."""
+    x, a, b, base, bias = make()
+
+    def loss(a, b, x, base):
+        return layer(x, a, b, base, bias).pow(2).sum()
+
+    def loss_in_torch(a, b, x, base):
+        return layer_in_torch(x, a, b, base, bias).pow(2).sum()
+
+    for transform, arguments in (
+        (lambda f: torch.func.grad(f, (0, 1)), (a, b, x, base)),
+        (lambda f: torch.func.vmap(f, (None, None, 0, 0)), (a, b, x, base)),
+        (lambda f: torch.func.vmap(torch.func.grad(f), (None, None, 0, 0)), (a, b, x, base)),
+        (lambda f: torch.func.jacrev(torch.func.jacfwd(f)), (a, b, x, base)),
+        (lambda f: lambda *t: torch.func.jvp(f, t, t), (a, b, x, base)),
+    ):
+        got, want = transform(loss)(*arguments), transform(loss_in_torch)(*arguments)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        one = torch.func.vmap(lambda x, base: layer(x, a, b, base, bias))(x, base)
+    torch.testing.assert_close(one, layer_in_torch(x, a, b, base, bias))
+
+
+@pytest.mark.parametrize("which", range(5), ids=["x", "A", "B", "base_out", "bias"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_lazily_negated_tensors(which, grad):
+    tensors = list(make((3, 12)))
+    leaf = tensors[which].requires_grad_(grad)
+    tensors[which] = torch._neg_view(leaf)
+    assert tensors[which].is_neg()
+    x, a, b, base, bias = tensors
+    y = layer(*tensors)
+    torch.testing.assert_close(y, layer_in_torch(*(t.resolve_neg() for t in tensors)))
+    if grad:
+        y.sum().backward()
+        want = leaf.detach().clone().requires_grad_()
+        tensors[which] = -want
+        layer_in_torch(*tensors).sum().backward()
+        torch.testing.assert_close(leaf.grad, want.grad)
+    with torch.no_grad():
+        of_x, of_z, of_delta, groups = totals(12), totals(3), totals(10), groups_of(x)
+        z = ops.shrink(x, a, groups=groups, input_moments=of_x, rank_moments=of_z)
+        sums = {"groups": groups, "delta_moments": of_delta}
+        torch.testing.assert_close(ops.expand(base, z, b, S, bias=bias, **sums), y)
+    torch.testing.assert_close(of_x, exact_moments(x.detach(), groups))
+    torch.testing.assert_close(of_z, exact_moments(z, groups))
+    delta = S * z.double() @ b.detach().double().t()
+    torch.testing.assert_close(of_delta, exact_moments(delta, groups), rtol=1e-5, atol=1e-5)
+
+
+def test_moments_are_refused_under_forward_mode_and_torch_func():
+    x, a, b, base, _ = make((40, 12))
+    z, groups, of_x, of_delta = x @ a.t(), groups_of(x), totals(12), totals(10)
+
+    def shrink(x):
+        return ops.shrink(x, a, groups=groups, input_moments=of_x)
+
+    def expand(z):
+        return ops.expand(base, z, b, S, groups=groups, delta_moments=of_delta)
+
+    for name, call, tensor in (("shrink", shrink, x), ("expand", expand, z)):
+        for way in (
+            lambda call, t: tangents(call, [t], 0, t),
+            lambda call, t: torch.func.jvp(call, (t,), (t,)),
+            lambda call, t: torch.func.vmap(call)(t[None]),
+            lambda call, t: torch.func.grad(lambda t: call(t).sum())(t),
+        ):
+            with pytest.raises(UcanError, match=f"{name}: .*torch.func transforms or forward-mode"):
+                way(call, tensor)
+        assert not of_x.any()
+        assert not of_delta.any()
+    # A level without tangents changes nothing.
+    with forward_ad.dual_level():
+        shrink(x)
+        expand(z)
+    assert of_x.any()
+    assert of_delta.any()
 
 
 # ------------------------------------------------------------------ contracts

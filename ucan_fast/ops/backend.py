@@ -39,6 +39,12 @@ too, since an error would end whole models for one layer or one call of theirs:
   z, whose product the definition rounds, and calls that autograd, ``torch.func`` or a dispatch mode
   watches are computed by the reference. ``auto`` also leaves calls of few rows to it, for speed.
 
+What differentiates or batches calls in another way than ``loss.backward()`` sees only PyTorch's own
+operators: where a ``torch.func`` transform is active, or an argument has a forward-mode tangent,
+``shrink``, ``expand`` and ``fused_linear`` are the reference, under every backend, ``triton`` by
+name too. With moments they are errors there, as where a gradient is recorded. Lazily negated
+tensors (``torch._neg_view``) are made plain before a kernel reads them.
+
 ``ucan-fast doctor`` shows what each operator runs on, and why not on the others.
 """
 
@@ -190,14 +196,32 @@ def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
 
     Which takes tens of microseconds for an operator written in Python, more than the whole forward
     of a small layer. Not under ``torch.compile`` (callers ask that first), nor for fake tensors and
-    subclasses, nor where a kernel's gradient is needed: only the reference has one by itself.
+    subclasses, nor where a kernel's gradient is needed: only the reference has one by itself. Nor
+    for lazily negated tensors, which a kernel would read with the wrong sign: the dispatcher makes
+    them plain. Callers of kernels ask :func:`is_transformed` first.
     """
-    differentiable = backend != "triton" or not torch.is_grad_enabled()
+    kernel = backend == "triton"
+    recorded = kernel and torch.is_grad_enabled()
     # A loop: a generator takes longer than what it asks here.
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or not (differentiable or not t.requires_grad)):
+        if t is not None and (
+            type(t) not in _PLAIN or (recorded and t.requires_grad) or (kernel and t.is_neg())
+        ):
             return False
     return True
+
+
+def is_transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether ``torch.func`` or forward-mode AD follows what is done with these tensors.
+
+    Only PyTorch's own operators have a rule for that. Not to be asked under ``torch.compile``,
+    whose graph holds the operator itself.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def is_unobserved(*tensors: torch.Tensor | None) -> bool:

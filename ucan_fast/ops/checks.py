@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UcanError
+from .backend import is_transformed
 
 #: What activations, weights and products may be.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,14 +43,20 @@ def check_device(operator: str, **tensors: torch.Tensor | None) -> None:
 
 
 def check_not_recorded(operator: str, **tensors: torch.Tensor | None) -> None:
-    """Refuse to take moments where a gradient is recorded; None stands for nothing given.
+    """Refuse to take moments where a derivative is taken; None stands for nothing given.
 
     The kernels that take moments have no derivative: what they return would be cut off silently,
     and the reference's would not.
 
     Raises:
-        UcanError: a tensor requires a gradient while gradients are being recorded.
+        UcanError: a tensor requires a gradient while gradients are being recorded, or has a
+            forward-mode tangent, or a ``torch.func`` transform is active.
     """
+    if not torch.compiler.is_compiling() and is_transformed(*tensors.values()):
+        raise UcanError(
+            f"{operator}: a call that takes moments has no rule for torch.func transforms or "
+            "forward-mode AD; call it outside of them, or without moments."
+        )
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():

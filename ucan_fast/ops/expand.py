@@ -10,6 +10,7 @@ from .backend import (
     LIBRARY,
     cast,
     choose,
+    is_transformed,
     is_unobserved,
     requested_backend,
     runs_directly,
@@ -58,16 +59,20 @@ def expand(
     Returns:
         y, ``[..., N]`` in ``base_out``'s dtype, contiguous; a new tensor unless ``overwrite``.
 
-    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
+    Differentiable while no moments are asked for, in both directions and under ``torch.func``;
+    with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
-            is recorded.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a derivative
+            is taken.
     """
     eager = not torch.compiler.is_compiling()
     if delta_moments is None:
         if eager:
             backend = _backend(base_out, z, b)
+            if backend == "triton" and is_transformed(base_out, z, b, bias):
+                _check(base_out, z, b, bias)
+                return expand_reference(base_out, z, b, scaling, bias)
             if runs_directly(backend, base_out, z, b, bias):
                 _check(base_out, z, b, bias)
                 return _run(backend, base_out, z, b, scaling, bias, overwrite)

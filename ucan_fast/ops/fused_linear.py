@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from .. import kernels
 from ..errors import UcanError
-from .backend import LIBRARY, choose, setting
+from .backend import LIBRARY, choose, is_transformed, setting
 from .checks import check_device, check_dtypes, check_not_recorded
-from .expand import lora_gradients, run_expand, run_expand_moments
+from .expand import expand_reference, lora_gradients, run_expand, run_expand_moments
 from .moments import check_totals
 
 _SWITCH = "UCAN_FAST_FUSED_LINEAR"
@@ -82,13 +82,20 @@ def fused_linear(
     Returns:
         y, ``[..., N]`` in x's dtype.
 
-    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
+    Differentiable while no moments are asked for, in both directions and under ``torch.func``;
+    with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
-            is recorded.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a derivative
+            is taken.
     """
     if delta_moments is None:
+        tensors = (x, weight, z, b, bias, lora_bias)
+        if not torch.compiler.is_compiling() and is_transformed(*tensors):
+            _check(*tensors)
+            # A backend that cannot run it is an error here too.
+            choose("fused_linear", x.device, x.dtype, z.dtype, b.dtype)
+            return expand_reference(_base(x, weight, bias), z, b, scaling, lora_bias)
         return torch.ops.ucan_fast.fused_linear(x, weight, z, b, scaling, bias, lora_bias)
     if groups is None:
         raise UcanError("fused_linear: moments need groups, one integer per token.")

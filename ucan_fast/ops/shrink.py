@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, cast, choose, runs_directly, without_autocast
+from .backend import LIBRARY, cast, choose, is_transformed, runs_directly, without_autocast
 from .checks import FLOATING, check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_totals
 
@@ -37,16 +37,20 @@ def shrink(
     Returns:
         z, ``[..., r]`` in ``dtype``.
 
-    Differentiable while no moments are asked for; with moments, call it under ``torch.no_grad()``.
+    Differentiable while no moments are asked for, in both directions and under ``torch.func``;
+    with moments, call it under ``torch.no_grad()``.
 
     Raises:
-        UcanError: shapes, dtypes or devices that do not fit together, or moments while a gradient
-            is recorded.
+        UcanError: shapes, dtypes or devices that do not fit together, or moments while a derivative
+            is taken.
     """
     dtype = dtype or a.dtype
     if input_moments is None and rank_moments is None:
         if not torch.compiler.is_compiling():
             backend = _backend(x, a, dtype)
+            if backend == "triton" and is_transformed(x, a):
+                _check(x, a, dtype)
+                return shrink_reference(x, a, dtype)
             if runs_directly(backend, x, a):
                 _check(x, a, dtype)
                 return _run(backend, x, a, dtype)
