@@ -1,6 +1,6 @@
 """Breaks the kernels one line at a time, and asks whether a test notices.
 
-    python tests/mutations.py                  all of them: about 20 minutes on two cores
+    python tests/mutations.py                  all of them: one to two hours of one core
     python tests/mutations.py --only expand    those whose name or file contains "expand"
     python tests/mutations.py --list
 
