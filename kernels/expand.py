@@ -28,7 +28,7 @@ from .common import (
     rows_of,
     store_sums,
 )
-from .tuning import config
+from .tuning import TABLE, config
 from .tuning import rows as table_rows
 
 #: Rows of one slot at most, and programs that a launch aims at: about fifteen for each of 132
@@ -355,9 +355,10 @@ def _dot_class(z_dtype: torch.dtype, b_dtype: torch.dtype, moments: bool) -> str
 def _shape_class(
     z_dtype: torch.dtype, b_dtype: torch.dtype, moments: bool, rank: int, kind: str
 ) -> tuple[str | int, ...]:
-    """The key of the table of configurations: dots, padded rank, and "ragged" if it is."""
+    """The key of the table of configurations: dots, padded rank, and the kind if it has a row."""
     key = (_dot_class(z_dtype, b_dtype, moments), rank)
-    return (*key, kind) if kind == "ragged" else key
+    own = (*key, kind)
+    return own if ("default", own) in TABLE["expand"] else key
 
 
 def _flags(
