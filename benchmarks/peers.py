@@ -376,6 +376,9 @@ class _Recorder:
     def __init__(self, groups: torch.Tensor, totals: dict[str, torch.Tensor]) -> None:
         self.groups, self.totals = groups, totals
 
+    def listens(self) -> bool:
+        return True
+
     def wants(self, _adapter: str) -> bool:
         return True
 
