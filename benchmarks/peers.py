@@ -399,7 +399,7 @@ def recorded_forward(adapter_dtype: torch.dtype, *, autocast: torch.dtype | None
         layer = ucan_layer(w, a, b, adapter_dtype)
         totals = {"input": new_totals(w.shape[1], x.device)}
         totals["output"] = new_totals(w.shape[0], x.device)
-        layer.__dict__["_ucan_recorder"] = _Recorder(groups, totals)
+        layer.__dict__["_ucan_recorders"] = (_Recorder(groups, totals),)
 
         def call() -> dict[str, torch.Tensor]:
             with torch.no_grad(), _autocast(x, autocast):

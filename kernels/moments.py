@@ -18,7 +18,12 @@ from .common import CompileCase, column_sums, fold_, new_slots, on_device, rows_
 ROWS, COLUMNS, ROWS_PER_PROGRAM = 32, 128, 256
 
 
-@triton.jit(do_not_specialize=["m", "only_group"])
+_NEVER = ["groups", "m", "only_group"]
+#: What nothing is known of where h cannot be read in 16-byte pieces.
+RAGGED = [*_NEVER, "h", "n", "stride_m", "stride_n"]
+
+
+@triton.jit(do_not_specialize=_NEVER)
 def moments_kernel(
     h,
     groups,
@@ -53,13 +58,19 @@ def moments_kernel(
     store_sums(slots, slot, column, n, abs_f, abs_r, sq_f, sq_r, BOTH)
 
 
+#: The same kernel for any other h: every odd size, stride and pointer runs the one machine code
+#: that the gate has seen.
+moments_ragged = triton.jit(moments_kernel.fn, do_not_specialize=RAGGED)
+
+
 def accumulate_moments_(
     h: torch.Tensor, groups: torch.Tensor, moments: torch.Tensor, only_group: int | None = None
 ) -> None:
     """Adds the moments of ``h`` to ``moments``, in place.
 
     Args:
-        h: ``[..., n]``, fp32, bf16 or fp16, any strides.
+        h: ``[..., n]``, fp32, bf16 or fp16, any strides; slower where rows do not begin and end at
+            multiples of 16 elements.
         groups: integers ``[tokens]``: 0 forget, 1 retain, else ignored.
         moments: fp64 ``[2, 2, n]``.
         only_group: 0 or 1 counts only that group's tokens, at half the arithmetic.
@@ -70,8 +81,11 @@ def accumulate_moments_(
         return
     slots = new_slots(triton.cdiv(m, ROWS_PER_PROGRAM), n, only_group, h.device)
     grid = (slots.shape[0], triton.cdiv(n, COLUMNS))
+    numbers = (h.data_ptr(), h.stride(0), n)
+    smooth = h.stride(1) == 1 and not any(number % 16 for number in numbers)
+    kernel = moments_kernel if smooth else moments_ragged
     with on_device(h):
-        moments_kernel[grid](
+        kernel[grid](
             h,
             groups.contiguous(),
             slots,
@@ -91,31 +105,34 @@ def accumulate_moments_(
 
 
 def compile_cases() -> list[CompileCase]:
-    """As launched for the three dtypes, both groups and one."""
+    """As launched: the three dtypes, both groups and one, aligned rows and others."""
     return [
         CompileCase(
-            name=f"{dtype} h, {'both groups' if both else 'one group'}",
-            kernel=moments_kernel,
+            name=f"{dtype} h, {'both groups' if both else 'one group'}"
+            + ("" if smooth else ", ragged, groups of 64 bits"),
+            kernel=moments_kernel if smooth else moments_ragged,
             signature={
                 "h": f"*{dtype}",
-                "groups": "*i8",
+                "groups": "*i8" if smooth else "*i64",
                 "slots": "*fp32",
                 "m": "i32",
                 "n": "i32",
                 "stride_m": "i32",
-                "stride_n": "constexpr",
+                "stride_n": "constexpr" if smooth else "i32",
                 "only_group": "i32",
                 **dict.fromkeys(("BOTH", "ROWS", "COLUMNS", "ROWS_PER_PROGRAM"), "constexpr"),
             },
             constants={
-                "stride_n": 1,
+                **({"stride_n": 1} if smooth else {}),
                 "BOTH": both,
                 "ROWS": ROWS,
                 "COLUMNS": COLUMNS,
                 "ROWS_PER_PROGRAM": ROWS_PER_PROGRAM,
             },
-            divisible=("h", "groups", "slots", "n", "stride_m"),
+            divisible=("h", "slots", "n", "stride_m") if smooth else ("slots",),
+            wide_loads=smooth,
         )
         for dtype in ("fp32", "bf16", "fp16")
         for both in (True, False)
+        for smooth in (True, False)
     ]

@@ -20,6 +20,7 @@ bandwidth, 8192 x 4096 takes 23 µs or more for x alone. Not run on a GPU yet.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -39,6 +40,7 @@ from .common import (
     rows_of,
     store_sums,
 )
+from .moments import accumulate_moments_
 
 #: At most so many rows are "few": decoding. They get small blocks, and parallelism from K alone.
 FEW_ROWS = 32
@@ -124,7 +126,10 @@ def shrink_kernel(
     tl.store(target, z, mask=(row < m)[:, None] & (rank < r)[None, :])
 
 
-@triton.jit(do_not_specialize=["m", "splits", "only_group"])
+_FINISH_NEVER = ["groups", "m", "splits", "only_group"]
+
+
+@triton.jit(do_not_specialize=_FINISH_NEVER)
 def finish_kernel(
     parts,
     z,
@@ -159,6 +164,9 @@ def finish_kernel(
         group = tl.load(groups + row, mask=row < m, other=-1)
         a_f, a_r, s_f, s_r = column_sums(total.to(tl.float32), group, only_group, BOTH)
         store_sums(slots, block, rank, r, a_f, a_r, s_f, s_r, BOTH)
+
+
+finish_odd_rank = triton.jit(finish_kernel.fn, do_not_specialize=[*_FINISH_NEVER, "r"])
 
 
 #: What nothing is known of where r is no multiple of 16.
@@ -258,6 +266,8 @@ def shrink(
         return torch.cat(parts, -1)
     z = x.new_empty((*x.shape[:-1], r), dtype=dtype)
     if z.numel() == 0:
+        if input_moments is not None:
+            accumulate_moments_(x, groups, input_moments, only_group)
         return z
     if k == 0:
         return z.zero_()
@@ -309,8 +319,9 @@ def shrink(
         row_blocks, slots = triton.cdiv(m, tile["ROWS"]), None
         if rank_moments is not None:
             slots = new_slots(row_blocks, r, only_group, x.device)
+        last_kernel = finish_odd_rank if r % 16 else finish_kernel
         with on_device(x):
-            finish_kernel[row_blocks,](
+            last_kernel[row_blocks,](
                 out,
                 z,
                 None if slots is None else groups,
@@ -418,20 +429,25 @@ def _kinds(
 def _finish_cases() -> Iterator[CompileCase]:
     for gpu, (rank, rows), tile, capabilities in tuning.rows("shrink_finish"):
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-        for dtype, moments in (("bf16", True), ("bf16", False), ("fp32", True)):
+        kinds = itertools.product(("bf16", "fp32"), (True, False), (True, False), (False, True))
+        for dtype, moments, both, odd in (*kinds, ("fp16", True, True, False)):
+            if not moments and not both:
+                continue
             none = dict.fromkeys(() if moments else ("groups", "slots"))
             types = {"parts": "*fp32", "z": f"*{dtype}"}
-            types |= {"groups": "*i8", "slots": "*fp32"} if moments else {}
-            constants = {"MOMENTS": moments, "BOTH": True, "CAST_DOT": True, "R_PAD": rank}
+            types |= {"groups": "*i64" if odd else "*i8", "slots": "*fp32"} if moments else {}
+            constants = {"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank}
+            known = [name for name in types if name != "groups"]
             yield CompileCase(
-                name=f"finish, {dtype} z, r {rank}, {rows} rows, "
-                f"{'moments' if moments else 'no moments'}, {gpu}",
-                kernel=finish_kernel,
+                name=f"finish, {dtype} z, r {rank}{' odd' if odd else ''}, {rows} rows, "
+                f"{('both groups' if both else 'one group') if moments else 'no moments'}, {gpu}",
+                kernel=finish_odd_rank if odd else finish_kernel,
                 signature=dict.fromkeys(finish_kernel.arg_names, "constexpr")
                 | types
                 | dict.fromkeys(("m", "r", "splits", "only_group"), "i32"),
                 constants=none | constants | tile,
-                divisible=(*types, "r"),
+                divisible=(*known, *(() if odd else ("r",))),
+                wide_loads=not odd,
                 capabilities=capabilities,
                 **options,
             )

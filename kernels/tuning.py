@@ -51,20 +51,21 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for rank in (16, 32, 64, 256)
     }
     # "ragged" instead: not everything can be read in 16-byte pieces (expand.variant). With an
-    # address for every element, fp32 spills with four warps at rank 64 (sm_100) and with 128
-    # columns above it (all three).
+    # address for every element, fp32 spills with four warps at rank 64 and, with a bias, at rank 16
+    # (sm_100), and with 128 columns above rank 64 (all three).
     | {
         ("default", (dots, rank, "ragged")): {
             "BLOCK_M": 32,
             "BLOCK_N": 64,
             "BLOCK_R": rank if rank <= 64 else 32,
-            "num_warps": 4 if rank <= 32 else 8,
+            "num_warps": 8 if rank > 32 or (dots, rank) == ("fp32", 16) else 4,
             "num_stages": 2 if rank <= 64 else 1,
         }
         for dots in ("16-bit", "split", "fp32")
         for rank in (16, 32, 64, 256)
     }
-    # r = 8 and its like: with four warps Triton 3.6 spills on sm_100 where one group is counted.
+    # r = 8 and its like: with four warps Triton 3.6 spills on sm_100 where one group is counted. An
+    # fp32 base goes here too: 3.7 spills on sm_80 where one group is counted.
     | {
         ("default", ("16-bit", 16, "odd ranks")): {
             "BLOCK_M": 32,
@@ -122,10 +123,11 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for rank in (16, 32, 64, 128, 256)
         for dots in ("16-bit", "three", "32-bit")
     },
-    # (padded rank, few or many rows); few rows come with many chunks.
+    # (padded rank, few or many rows); few rows come with many chunks. 64 rows spill on sm_90 where
+    # the rank is odd and at most 16.
     "shrink_finish": {
         ("default", (rank, rows)): {
-            "ROWS": 1 if rows == "few" else min(2048 // rank, 64),
+            "ROWS": 1 if rows == "few" else 32 if rank == 16 else min(2048 // rank, 64),
             "SPLITS": min(2048 // rank, 64) if rows == "few" else 2,
             "num_warps": 4,
             "num_stages": 3,

@@ -49,11 +49,17 @@ class Call:
 def count_fused_calls(monkeypatch) -> list[Call]:
     """Grows by one whenever a layer runs the fused forward: outputs alone cannot show which ran."""
     calls = []
-    real = ops.shrink
+    # A layer begins with one of the two: shrink where its statistics are taken.
+    shrink, add_lora = ops.shrink, ops.add_lora
 
-    def counted(x, a, *, dtype, **options):
+    def counted_shrink(x, a, *, dtype, **options):
         calls.append(Call(x, dtype))
-        return real(x, a, dtype=dtype, **options)
+        return shrink(x, a, dtype=dtype, **options)
 
-    monkeypatch.setattr(ops, "shrink", counted)
+    def counted_add_lora(base_out, x, *operands, dtype, **options):
+        calls.append(Call(x, dtype))
+        return add_lora(base_out, x, *operands, dtype=dtype, **options)
+
+    monkeypatch.setattr(ops, "shrink", counted_shrink)
+    monkeypatch.setattr(ops, "add_lora", counted_add_lora)
     return calls

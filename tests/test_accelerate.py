@@ -17,6 +17,7 @@ import torch
 from accelerate_helpers import One, assert_no_worse, count_fused_calls, make_x
 from peft.tuners import lora as peft_lora
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -837,6 +838,10 @@ def parametrise_b(layer):
     nn.utils.parametrize.register_parametrization(layer.lora_B["default"], "weight", Squared())
 
 
+def bias_on_a(layer):
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(layer.lora_A["default"].out_features))
+
+
 def other_dtypes(layer):
     layer.lora_B["default"].to(FP64)
 
@@ -849,7 +854,13 @@ def add_dora(layer):
 
 @pytest.mark.parametrize(
     ("change", "falls_back"),
-    [(change_nothing, False), (replace_a, True), (parametrise_b, True), (add_dora, True)],
+    [
+        (change_nothing, False),
+        (replace_a, True),
+        (parametrise_b, True),
+        (bias_on_a, True),
+        (add_dora, True),
+    ],
 )
 def test_layers_changed_after_acceleration(change, falls_back, fused_calls):
     plain = one_layer()
@@ -864,6 +875,46 @@ def test_layers_changed_after_acceleration(change, falls_back, fused_calls):
     else:
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-6)
         assert fused_calls
+
+
+def test_another_forward_of_all_linear_layers_is_pefts_own(monkeypatch, fused_calls):
+    plain = one_layer()
+    fused, real = accelerated(plain), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * real(self, x))
+    x = make_x(4, K)
+    assert torch.equal(fused(x), plain(x))
+    assert not fused_calls
+
+
+def test_a_model_moved_to_meta_runs_as_pefts():
+    fused = accelerated(one_layer()).to("meta")
+    assert fused(make_x(4, K).to("meta")).shape == (4, N)
+
+
+def test_a_scaling_of_true_is_one():
+    plain = one_layer()
+    fused = accelerated(plain)
+    for model in (plain, fused):
+        layer_of(model).scaling["default"] = True
+    x = make_x(4, K)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, K), (1, K), (7, K), (2, 65, K), (K,)])
+@pytest.mark.parametrize("dtype", [FP32, FP64])
+def test_without_gradients_the_sum_is_taken_in_place(shape, dtype):
+    """The base product's own memory; never what somebody else may hold."""
+    plain = one_layer(base=dtype, adapter=dtype)
+    fused, x = accelerated(plain), make_x(*shape, dtype=dtype)
+    with torch.no_grad():
+        wanted, exact = plain(x), copy.deepcopy(plain).double()(x.double())
+        results = [fused(x) for _ in range(2)]
+        assert_no_worse(results[0], wanted, exact, "y")
+        assert torch.equal(*results)
+        kept = []
+        layer_of(fused).base_layer.register_forward_hook(lambda *given: kept.append(given[2]))
+        fused(x)
+        assert torch.equal(kept[0], layer_of(plain).base_layer(x))
 
 
 def test_a_and_b_of_different_dtypes_fail_as_in_peft():
@@ -913,6 +964,41 @@ def test_compile_traces_gradients():
     for name, parameter in compiled.named_parameters():
         assert (parameter.grad is None) == ("lora_" not in name)
         torch.testing.assert_close(parameter.grad, want[name].grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap", "dual tensor"])
+def test_compile_with_other_derivatives(backend, transform):
+    """Only PyTorch's own operators have rules for those."""
+    plain = one_layer().requires_grad_(False)
+    fused = accelerated(plain)
+    x, tangent = make_x(4, K), make_x(4, K, seed=1)
+
+    def run(model):
+        torch._dynamo.reset()
+        if transform == "dual tensor":
+            compiled = torch.compile(model, backend=backend)
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, tangent))).tangent
+        transformed = {
+            "jvp": lambda x: torch.func.jvp(model, (x,), (tangent,))[1],
+            "grad": torch.func.grad(lambda x: model(x).square().sum()),
+            "vmap": torch.func.vmap(model),
+        }[transform]
+        return torch.compile(transformed, backend=backend)(x)
+
+    torch.testing.assert_close(run(fused), run(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_jit_trace_holds_pytorchs_own_operators(rows):
+    plain = one_layer()
+    fused, x = accelerated(plain), make_x(rows, K)
+    with torch.no_grad():
+        traced = torch.jit.trace(fused, x)
+        assert not [n for n in traced.inlined_graph.nodes() if "ucan_fast" in n.kind()]
+        other = make_x(rows, K, seed=1)
+        torch.testing.assert_close(traced(other), plain(other), rtol=1e-5, atol=1e-6)
 
 
 def test_compile_notices_what_changes_between_calls():

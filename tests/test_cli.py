@@ -1179,6 +1179,14 @@ def test_doctor_prints_what_works_and_why_not(project):
     assert uf.__version__ in text
 
 
+@pytest.mark.parametrize("variable", ["UCAN_FAST_BACKEND", "UCAN_FAST_FUSED_LINEAR"])
+def test_doctor_refuses_unknown_settings(project, monkeypatch, variable):
+    monkeypatch.setenv(variable, "maybe")
+    code, _, errors = run(project, "doctor", model=False)
+    assert code == 1
+    assert f"{variable}='maybe'" in errors
+
+
 def test_doctor_as_json(project):
     code, text, _ = run(project, "doctor", "--json", model=False)
     assert code == 0

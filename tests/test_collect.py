@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import random
 import threading
 import types
@@ -547,6 +548,79 @@ def test_the_model_may_be_run_between_two_batches(way):
             yield batch
 
     assert_equals_hooks(collect_in_place(way, model, batches()), expected)
+
+
+def test_a_collection_between_two_batches_of_another(way):
+    model = hm.lora(hm.llama(layers=1))
+    hm.randomise(model)
+    expected, inner = expected_sums(way, model, MIXED), []
+
+    def batches():
+        for batch in MIXED:
+            inner.append(uf.collect(model, MIXED[:1]))
+            yield batch
+
+    assert_equals_hooks(collect_in_place(way, model, batches()), expected)
+    wanted = expected_sums(way, model, MIXED[:1])
+    for stats in inner:
+        assert_equals_hooks(stats, wanted)
+
+
+def test_two_collections_at_once(way):
+    """In two threads, the second beginning and ending while the first is under way."""
+    model = hm.lora(hm.llama(layers=1))
+    hm.randomise(model)
+    expected, found = expected_sums(way, model, MIXED), []
+
+    def second():
+        found.append(uf.collect(model, MIXED))
+
+    def batches():
+        for batch in MIXED:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+            yield batch
+
+    found.append(collect_in_place(way, model, batches()))
+    assert len(found) == 1 + len(MIXED)
+    for stats in found:
+        assert_equals_hooks(stats, expected)
+
+
+def test_a_layer_that_runs_in_another_thread_for_some_batches_is_an_error(way):
+    """Half of its tokens would be missing."""
+    model = hm.lora(hm.llama(layers=1))
+    layer, turns = model.base_model.model.model.layers[0].mlp, itertools.count()
+    real = layer.forward
+
+    def sometimes_elsewhere(x):
+        if next(turns) % 2:
+            return real(x)
+        found = []
+        thread = threading.Thread(target=lambda: found.append(no_grad(real)(x)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    no_grad = torch.no_grad()
+    layer.forward = sometimes_elsewhere
+    with pytest.raises(uf.UcanError, match=r"mlp\.\w+_proj was run in another thread"):
+        collect_in_place(way, model, [*MIXED, *MIXED])
+
+
+def test_a_restore_between_two_batches_is_an_error():
+    model = hm.lora(hm.llama(layers=1))
+    uf.accelerate(model)
+
+    def batches():
+        yield MIXED[0]
+        uf.restore(model)
+        yield MIXED[0]
+
+    with pytest.raises(uf.UcanError, match="q_proj was given PEFT's forward back"):
+        uf.collect(model, batches())
+    assert not any("_ucan_recorders" in vars(module) for module in model.modules())
 
 
 def test_a_default_device_changes_nothing(way):

@@ -32,9 +32,10 @@ class FusedLoraLinear:
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """PEFT's result; by PEFT's own forward wherever :func:`fusable_parts` finds a reason."""
-        recorder = self.__dict__.get("_ucan_recorder")
-        if recorder is not None and not recorder.listens():
-            recorder = None
+        recorder = None
+        for candidate in self.__dict__.get("_ucan_recorders", ()):
+            if candidate.listens():
+                recorder = candidate
         parts = fusable_parts(self, x, args, kwargs) if is_fused(self) else None
         if parts is None:
             if recorder is None:
@@ -66,8 +67,13 @@ class FusedLoraLinear:
                 dtype = _product_dtype(x, x.dtype)
                 y_dtype = torch.promote_types(y_dtype, dtype)
                 result = result.to(torch.promote_types(result.dtype, dtype))
-            z, moments = _shrink(x, a, dtype, adapter, recorder)
-            result = ops.expand(result, z, b, scaling, bias=bias, overwrite=ours, **moments)
+            if recorder is None or not recorder.wants(adapter):
+                result = ops.add_lora(
+                    result, x, a, b, scaling, dtype=dtype, bias=bias, overwrite=ours
+                )
+            else:
+                z, moments = recorder.shrink(x, a, dtype)
+                result = ops.expand(result, z, b, scaling, bias=bias, overwrite=ours, **moments)
         if result.dtype != y_dtype:
             result = result.to(y_dtype)
         if recorder is not None:
@@ -83,7 +89,10 @@ class FusedLoraLinear:
         recorder: Any,
     ) -> torch.Tensor:
         adapter, a, b, bias, scaling = part
-        z, moments = _shrink(x, a, a.dtype, adapter, recorder)
+        if recorder is not None and recorder.wants(adapter):
+            z, moments = recorder.shrink(x, a, a.dtype)
+        else:
+            z, moments = ops.shrink(x, a, dtype=a.dtype), {}
         result = ops.fused_linear(
             x, weight, z, b, scaling, bias=base_bias, lora_bias=bias, **moments
         )
@@ -230,15 +239,6 @@ def _fused_class(cls: type[nn.Module]) -> type[FusedLoraLinear]:
 def _fused_over(cls: type[nn.Module]) -> type[FusedLoraLinear]:
     body = {"__doc__": f"PEFT's ``{cls.__name__}``, fused.", "__module__": __name__, "pefts": cls}
     return type(f"Fused{cls.__name__}", (_OVER[cls.__name__], cls), body)
-
-
-def _shrink(
-    x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype, adapter: str, recorder: Any
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    # z, and what expand has to record.
-    if recorder is not None and recorder.wants(adapter):
-        return recorder.shrink(x, a, dtype)
-    return ops.shrink(x, a, dtype=dtype), {}
 
 
 def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .errors import UcanError
@@ -310,7 +311,9 @@ def fusable_parts(
     if args or kwargs or module.disable_adapters or module.merged or x.dtype not in _FLOATS:
         return None
     own = module.__dict__
-    if not own.get("cast_input_dtype_enabled", True) or _has_any_global_hook():
+    if not own.get("cast_input_dtype_enabled", True) or _has_any_global_hook() or x.is_meta:
+        return None
+    if _is_followed() or nn.Linear.forward is not _LINEAR_FORWARD:
         return None
     modules, variants, device = own["_modules"], own["lora_variant"], x.device
     all_a, all_b = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -327,6 +330,8 @@ def fusable_parts(
             return None
         if _is_observed(a) or _is_observed(b) or _is_observed(dropout):
             return None
+        if a._parameters.get("bias") is not None:  # PEFT makes none
+            return None
         weight_a, weight_b = a._parameters.get("weight"), b._parameters.get("weight")
         # One type test covers DTensor, and wrappers that took the parameter away. Plain tensors
         # come from torch.func.functional_call.
@@ -339,7 +344,7 @@ def fusable_parts(
         scaling = own["scaling"][adapter]
         if not isinstance(scaling, (int, float)):  # PEFT multiplies by tensors, too
             return None
-        parts.append((adapter, weight_a, weight_b, b._parameters["bias"], scaling))
+        parts.append((adapter, weight_a, weight_b, b._parameters["bias"], float(scaling)))
     # Without an active adapter the forward is all PEFT's: there is nothing to fuse.
     return parts or None
 
@@ -617,6 +622,25 @@ def _unusual_weight(weight: torch.Tensor, *, packed: bool = False) -> str | None
     if weight.dtype not in _FLOATS:
         return f"its weights are {weight.dtype}"
     return None
+
+
+def _is_followed() -> bool:
+    """Whether the call is traced into a graph by what knows only PyTorch's own operators.
+
+    ``torch.jit.trace``, and ``torch.compile`` around or inside a ``torch.func`` transform or
+    forward-mode AD. (Eagerly the operators themselves ask for the last two.)
+    """
+    if torch.compiler.is_compiling():
+        return _is_transformed_while_traced()
+    return torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed_while_traced() -> bool:
+    # Asked while the graph is made; it is made anew where these change.
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
 
 
 def _is_identity(dropout: nn.Module) -> bool:

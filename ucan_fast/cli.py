@@ -256,6 +256,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from .kernels import availability
     from .ops import backends_in_use
     from .ops.backend import requested_backend
+    from .ops.fused_linear import fused_linear_switch
 
     native.load()
     versions = {"ucan_fast": __version__, "python": sys.version.split()[0]}
@@ -268,6 +269,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "versions": versions,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device",
         "UCAN_FAST_BACKEND": requested_backend(),
+        "UCAN_FAST_FUSED_LINEAR": f"{fused_linear_switch()} (auto: where it was measured to win)",
         "operators": backends_in_use(),
         "native extension": native.status(),
         "triton kernels": availability(),

@@ -141,6 +141,8 @@ class _Pass:
         self.batches = 0
         self.tokens: dict[str, _Tokens] = {}
         self.thread = threading.get_ident()
+        # Layers that another thread ran during this batch.
+        self.elsewhere: set[_Recorder] = set()
         self.shared: _SharedInput | None = None
         _find_companions(self.recorders)
 
@@ -153,11 +155,21 @@ class _Pass:
     def end(self) -> None:
         self.shared = None
         self.tokens = {}
-
-    def listens(self) -> bool:
-        """Whether this call of a layer belongs to the batch: not if whoever yields the batches
-        runs the model between two of them."""
-        return bool(self.tokens) and _recording(self.thread)
+        for recorder in self.recorders:
+            if recorder.fused and not isinstance(recorder.layer.module, FusedLoraLinear):
+                raise UcanError(
+                    f"{recorder.layer.name} was given PEFT's forward back while statistics were "
+                    "taken, and its tokens since then were not counted; collect again without a "
+                    "restore between the batches."
+                )
+        for recorder in list(self.elsewhere):
+            if recorder.last_batch != self.batches:
+                raise UcanError(
+                    f"{recorder.layer.name} was run in another thread than the one that collects, "
+                    "and only the collecting thread's calls are counted. Run the whole model in "
+                    "one thread."
+                )
+        self.elsewhere.clear()
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -165,8 +177,8 @@ class _Pass:
         try:
             for recorder in self.recorders:
                 module = recorder.layer.module
-                if isinstance(module, FusedLoraLinear):
-                    module.__dict__["_ucan_recorder"] = recorder
+                if recorder.fused:
+                    _attach(module, recorder)
                 else:
                     handles += recorder.hook()
             yield
@@ -174,7 +186,7 @@ class _Pass:
             for handle in handles:
                 handle.remove()
             for recorder in self.recorders:
-                recorder.layer.module.__dict__.pop("_ucan_recorder", None)
+                _detach(recorder.layer.module, recorder)
 
     def finish(self) -> ActivationStats:
         stats = ActivationStats()
@@ -231,7 +243,8 @@ class _Recorder:
         self.pass_ = pass_
         self.layer = layer
         self.role = role
-        self.calls = 0
+        self.fused = isinstance(layer.module, FusedLoraLinear)
+        self.calls = self.last_batch = 0
         self.inside = False
         self.companions: list[_Recorder] = []
         self.count = [0, 0]
@@ -255,8 +268,17 @@ class _Recorder:
         )
 
     def listens(self) -> bool:
-        """Whether this call counts: see :meth:`_Pass.listens`."""
-        return self.pass_.listens()
+        """Whether this call counts: if it is the pass's own thread's, and within a batch.
+
+        Whoever yields the batches may run the model between two of them, and so may others beside.
+        """
+        pass_ = self.pass_
+        if not pass_.tokens:
+            return False
+        if threading.get_ident() != pass_.thread:
+            pass_.elsewhere.add(self)
+            return False
+        return not is_recompute()
 
     def wants(self, adapter: str) -> bool:
         """Whether this adapter's path is the one being measured, in a call that counts."""
@@ -391,6 +413,7 @@ class _Recorder:
     def _begin_call(self, x: torch.Tensor) -> torch.Tensor:
         groups = self._flat_groups(x)
         self.calls += 1
+        self.last_batch = self.pass_.batches
         forget, retain = self.pass_.tokens[self.role].count
         self.count[0] += forget
         self.count[1] += retain
@@ -459,10 +482,25 @@ def _find_companions(recorders: list[_Recorder]) -> None:
                 recorder.companions.append(other)
 
 
-def _recording(thread: int) -> bool:
-    # Not in other threads: their calls are no part of the batch. And inside a backward pass we are
-    # a checkpoint's recompute: those tokens were counted before.
-    return threading.get_ident() == thread and torch._C._current_graph_task_id() == -1
+# Two passes may begin and end on one model at the same time, in two threads.
+_recorders_lock = threading.Lock()
+
+
+def _attach(module: nn.Module, recorder: _Recorder) -> None:
+    with _recorders_lock:
+        module.__dict__["_ucan_recorders"] = (*module.__dict__.get("_ucan_recorders", ()), recorder)
+
+
+def _detach(module: nn.Module, recorder: _Recorder) -> None:
+    with _recorders_lock:
+        others = [r for r in module.__dict__.pop("_ucan_recorders", ()) if r is not recorder]
+        if others:
+            module.__dict__["_ucan_recorders"] = tuple(others)
+
+
+def is_recompute() -> bool:
+    """Whether this is a checkpoint's second run, in a backward pass: its tokens were counted."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _measured_sites(

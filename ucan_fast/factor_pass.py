@@ -25,7 +25,7 @@ from .adapter import (
     unwrap,
 )
 from .batches import IGNORED, Batch, group_index, read_batches
-from .collect import _SAME_INPUT, _quiet, _recording, _role
+from .collect import _SAME_INPUT, _quiet, _role, is_recompute
 from .config import VARIANTS
 from .errors import UcanError
 from .evaluation import LOGITS_BYTES, _rows, _scored, _vocabulary
@@ -421,6 +421,10 @@ class _Recorder:
             handles.append(self.layer.a_module.register_forward_hook(self._after_a))
         return handles
 
+    def listens(self) -> bool:
+        """Whether this call counts: not other threads', and none that a backward pass repeats."""
+        return threading.get_ident() == self.pass_.thread and not is_recompute()
+
     def split(self) -> None:
         """Stop sharing C_x: from here on it may differ from the owner's."""
         if self.owner is not self:
@@ -441,16 +445,16 @@ class _Recorder:
         return self.sums[which]
 
     def _before(self, _module: nn.Module, _args: tuple) -> None:
-        if _recording(self.pass_.thread):
+        if self.listens():
             self.inside = True
 
     def _after(self, _module: nn.Module, _args: tuple, _y: torch.Tensor) -> None:
-        if _recording(self.pass_.thread):
+        if self.listens():
             self.inside = False
 
     # lora_A and lora_B may be tied to other layers as modules; their calls are theirs.
     def _after_a(self, _module: nn.Module, args: tuple, z: torch.Tensor) -> None:
-        if not (self.inside and _recording(self.pass_.thread)):
+        if not (self.inside and self.listens()):
             return
         x, tokens = args[0], self._tokens_of(z)
         self._find_owner(x)
@@ -459,7 +463,7 @@ class _Recorder:
             z.register_hook(lambda g: self._add_a(x, g, tokens))
 
     def _after_b(self, _module: nn.Module, args: tuple, y: torch.Tensor) -> None:
-        if self.inside and _recording(self.pass_.thread) and y.requires_grad:
+        if self.inside and self.listens() and y.requires_grad:
             z, tokens = args[0].detach(), self._tokens_of(y)
             y.register_hook(lambda h: self._add_b(z, h, tokens))
 

@@ -9,8 +9,10 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from kernel_launches import Launches
 
 from ucan_fast.kernels import common
+from ucan_fast.kernels import moments as module
 from ucan_fast.kernels.common import fold_, new_slots, round_to, rows_of
 from ucan_fast.kernels.moments import ROWS_PER_PROGRAM, accumulate_moments_, compile_cases
 
@@ -231,3 +233,38 @@ def test_cases_describe_the_kernels():
         assert list(case.signature) == case.kernel.arg_names
         constants = {name for name, kind in case.signature.items() if kind == "constexpr"}
         assert constants == set(case.constants)
+
+
+def test_what_is_launched_is_what_is_compiled(monkeypatch):
+    """Every launch has an ahead-of-time case with its types, constants, options and alignment."""
+    launches = Launches(
+        {name: getattr(module, name) for name in ("moments_kernel", "moments_ragged")}
+    )
+    assert launches.alone["moments_ragged"] == set(module.RAGGED)
+    compiled = launches.compiled(compile_cases())
+    for name in launches.kernels:
+        monkeypatch.setattr(module, name, launches.of(name))
+    monkeypatch.setattr(module, "fold_", lambda *args: None)
+    for dtype in DTYPES:
+        for name, h in (
+            ("moments_kernel", randn(9, 32, dtype=dtype)),
+            ("moments_kernel", randn(9, 48, dtype=dtype)[:, :32]),
+            ("moments_ragged", randn(9, 33, dtype=dtype)),
+            ("moments_ragged", randn(9, 33, dtype=dtype)[:, :32]),
+            ("moments_ragged", randn(9, 1, dtype=dtype)),
+            ("moments_ragged", randn(9, 64, dtype=dtype)[:, ::2]),
+            ("moments_ragged", randn(32, 9, dtype=dtype).t()),
+            ("moments_ragged", randn(9 * 32 + 1, dtype=dtype)[1:].view(9, 32)),
+        ):
+            for only in (None, 1):
+                accumulate_moments_(
+                    h,
+                    random_groups(10)[1:],
+                    torch.zeros(2, 2, h.shape[1], dtype=torch.float64),
+                    only,
+                )
+                (what,) = launches.taken()
+                # Whole numbers of another type are read by the same code.
+                assert what[0] == name
+                types = what[2] | {"groups": "*i8" if name == "moments_kernel" else "*i64"}
+                assert (*what[:2], types, *what[3:]) in compiled, (h.shape, h.stride(), what)

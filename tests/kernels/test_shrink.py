@@ -11,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import triton
+from kernel_launches import Launches
 
 from ucan_fast.kernels import shrink as module
 from ucan_fast.kernels import tuning
@@ -345,49 +346,29 @@ def test_aligned():
         assert module.aligned(x[:, :80], randn(rank, 80, dtype=BF16)) == whole, rank
 
 
-def left_alone(kernel) -> set[str]:
-    """The arguments that Triton compiles for any value, from the interpreter or the compiler."""
-    if hasattr(kernel, "params"):
-        return {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    return set(kernel.kwargs["do_not_specialize"])
-
-
 def test_what_is_launched_is_what_is_compiled(monkeypatch):
-    """Every launch has an ahead-of-time case with its types, constants, options and alignment.
+    """Every launch has an ahead-of-time case with its types, constants, options and alignment."""
+    names = (
+        "shrink_kernel",
+        "shrink_odd_rank",
+        "shrink_ragged",
+        "finish_kernel",
+        "finish_odd_rank",
+    )
+    launches = Launches({name: getattr(module, name) for name in names})
+    assert launches.alone["shrink_odd_rank"] == set(module.ODD_RANK)
+    assert launches.alone["shrink_ragged"] == set(module.RAGGED)
 
-    What Triton would compile is worked out from the arguments by its own rules: pointers and
-    integers that are multiples of 16, integers that are 1, and what it is told to leave alone.
-    """
-    names = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int8: "i8", I64: "i64"}
-    launched = []
+    def kind(what):
+        name, constants, types, *_ = what
+        return name, constants["R_PAD"], types.get("x"), types.get("a")
 
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launched.append((self.kernel, args, kwargs))
-
-    names_of_kernels = ("shrink_kernel", "shrink_odd_rank", "shrink_ragged")
-    kernels = {name: getattr(module, name) for name in names_of_kernels}
-    arguments = kernels["shrink_kernel"].arg_names
-    alone = {name: left_alone(kernel) for name, kernel in kernels.items()}
-    assert alone["shrink_odd_rank"] == set(module.ODD_RANK)
-    assert alone["shrink_ragged"] == set(module.RAGGED)
     compiled = {}
-    for case in compile_cases():
-        if case.kernel in kernels.values():
-            constants = {k: v for k, v in case.constants.items() if k != "CAST_DOT"}
-            types = {k: v for k, v in case.signature.items() if v != "constexpr"}
-            options = (case.num_warps, case.num_stages, case.options["enable_fp_fusion"])
-            name = next(name for name, kernel in kernels.items() if kernel is case.kernel)
-            what = (name, constants, types, set(case.divisible), options)
-            compiled.setdefault((name, types["x"], types["a"], constants["R_PAD"]), []).append(what)
-
-    for name in kernels:
-        monkeypatch.setattr(module, name, Recorder(name))
+    for what in launches.compiled(compile_cases()):
+        compiled.setdefault(kind(what), []).append(what)
+    for name in names:
+        monkeypatch.setattr(module, name, launches.of(name))
     monkeypatch.setattr(module, "fold_", lambda *args: None)
-    monkeypatch.setattr(module, "finish_kernel", Recorder("finish"))
 
     def check_launch(x, a, product, moments, only=None, groups=torch.int8, of_z=True):
         groups = torch.zeros(x.shape[0] + 16, dtype=groups, device=DEVICE)
@@ -396,29 +377,11 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
         sums = zeros(x.shape[1]) if moments else None
         z_sums = zeros(a.shape[0]) if moments and of_z else None
         shrink(x, a, product, groups[: x.shape[0]], only, sums, z_sums)
-        name, args, kwargs = launched[0]
-        launched.clear()
-        given = dict(zip(arguments, args, strict=False)) | kwargs
-        options = tuple(given.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion"))
-        del given["CAST_DOT"]
-        constants, types, divisible = {}, {}, set()
-        for key, value in given.items():
-            if key.isupper() or value is None:
-                constants[key] = value
-            elif isinstance(value, torch.Tensor):
-                types[key] = f"*{names[value.dtype]}"
-                if key not in alone[name] and value.data_ptr() % 16 == 0:
-                    divisible.add(key)
-            elif key not in alone[name] and value == 1:
-                constants[key] = 1
-            else:
-                types[key] = "i32"
-                if key not in alone[name] and value % 16 == 0:
-                    divisible.add(key)
-        what = (name, constants, types, divisible, options)
-        cases = compiled[name, types["x"], types["a"], constants["R_PAD"]]
-        assert what in cases, (x.shape, x.stride(), x.dtype, a.shape, a.dtype, product, what)
-        return name
+        taken = launches.taken()
+        for what in taken:
+            where = (x.shape, x.stride(), x.dtype, a.shape, a.dtype, product, what)
+            assert what in compiled.get(kind(what), ()), where
+        return taken[0][0]
 
     # One chunk without moments writes z itself: half of the launches below.
     for one in (False, True):

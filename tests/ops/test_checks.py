@@ -105,6 +105,10 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "shrink: complex x": (lambda: shrink(ones(7, 12, dtype=torch.complex64)), "complex64"),
     "shrink: boolean A": (lambda: shrink(a=ones(3, 12) > 0), "A must be .*bool"),
     "shrink: integer product": (lambda: shrink(dtype=INT), "product must be .*int32"),
+    "shrink: all integers": (
+        lambda: shrink(ones(7, 12, dtype=INT), ones(3, 12, dtype=INT), INT),
+        "x must be .*int32",
+    ),
     "shrink: few groups": (lambda: shrink_moments(GROUPS[:2], of_x=totals(12)), "7 tokens"),
     "shrink: float groups": (
         lambda: shrink_moments(GROUPS.float(), of_x=totals(12)),
@@ -126,6 +130,10 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "expand: B on meta": (lambda: expand(b=meta(10, 3)), "B on meta"),
     "expand: integer bias": (lambda: expand(bias=ones(10, dtype=INT)), "bias must be .*int32"),
     "expand: integer base": (lambda: expand(ones(7, 10, dtype=INT)), "base_out must be"),
+    "expand: all complex": (
+        lambda: expand(*(ones(*s, dtype=torch.complex64) for s in ((7, 10), (7, 3), (10, 3)))),
+        "base_out must be .*complex64",
+    ),
     "expand: z a number": (lambda: expand(z=torch.tensor(1.0)), r"z \(\)"),
     "expand: few groups": (lambda: expand_moments(GROUPS[:1]), "7 tokens"),
     "expand: narrow totals": (lambda: expand_moments(sums=totals(2)), r"\(2, 2, 10\)"),
@@ -299,6 +307,19 @@ def test_rank_0_adds_nothing():
     y = ops.expand(base, z, ones(10, 0), 2.0, groups=GROUPS, delta_moments=sums)
     assert torch.equal(y, base)
     assert not sums.any()
+
+
+@pytest.mark.parametrize(("k", "r"), [(12, 0), (0, 3), (0, 0)])
+def test_sizes_of_0_leave_the_other_moments(k, r):
+    x, of_x, of_z = torch.randn(7, k), totals(k), totals(r)
+    z = ops.shrink(x, ones(r, k), groups=GROUPS, input_moments=of_x, rank_moments=of_z)
+    assert z.shape == (7, r)
+    assert not z.any()
+    assert not of_z.any()
+    for group in (0, 1):
+        want = x[group == GROUPS].double().abs().sum(0)
+        torch.testing.assert_close(of_x[0, group], want, rtol=1e-6, atol=0)
+    ops.accumulate_moments(x[:, :0], GROUPS, totals(0))
 
 
 def test_ranks_above_256():

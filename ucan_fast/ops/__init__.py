@@ -4,6 +4,7 @@ from .attenuate import attenuate_
 from .backend import BACKENDS, backends_in_use, use_backend
 from .expand import expand
 from .fused_linear import fused_linear, fused_linear_wanted
+from .lora import add_lora
 from .moments import accumulate_moments
 from .scores import attenuation_factors, contrastive_scores
 from .shrink import shrink
@@ -11,6 +12,7 @@ from .shrink import shrink
 __all__ = [
     "BACKENDS",
     "accumulate_moments",
+    "add_lora",
     "attenuate_",
     "attenuation_factors",
     "backends_in_use",

@@ -80,7 +80,8 @@ _NATIVE = {
     "cuda": {"attenuate_": "_attenuate_native_"},
 }
 _ACTIVATIONS = ("shrink", "expand", "fused_linear", "accumulate_moments")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: Tensors that hold values and nothing else: no subclass with a dispatch of its own.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NOTHING = contextlib.nullcontext()
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -205,7 +206,7 @@ def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
     # A loop: a generator takes longer than what it asks here.
     for t in tensors:
         if t is not None and (
-            type(t) not in _PLAIN or (recorded and t.requires_grad) or (kernel and t.is_neg())
+            type(t) not in PLAIN or (recorded and t.requires_grad) or (kernel and t.is_neg())
         ):
             return False
     return True

@@ -29,14 +29,24 @@ def fused_linear_wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
     Raises:
         UcanError: ``UCAN_FAST_FUSED_LINEAR`` is none of 0, 1 and auto.
     """
-    switch = _switch()
-    if switch not in ("0", "1", "auto"):
-        raise UcanError(f"{_SWITCH}={switch!r} is unknown; use 0, 1 or auto.")
+    switch = fused_linear_switch()
     if switch == "0" or x.dtype != weight.dtype:
         return False
     if switch == "auto" and not kernels.fused_linear_wins(x.device, x.dtype, *weight.shape):
         return False
     return _has_kernel(x.device, x.dtype)
+
+
+def fused_linear_switch() -> str:
+    """``UCAN_FAST_FUSED_LINEAR``: ``"0"`` never, ``"1"`` wherever the kernel runs, ``"auto"``.
+
+    Raises:
+        UcanError: it is none of these.
+    """
+    switch = _switch()
+    if switch not in ("0", "1", "auto"):
+        raise UcanError(f"{_SWITCH}={switch!r} is unknown; use 0, 1 or auto.")
+    return switch
 
 
 # torch.compile asks once, while it traces.

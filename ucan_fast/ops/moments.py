@@ -57,7 +57,7 @@ def check_moments(
             "moments: h must be float32, bfloat16, float16 or float64 [..., n], "
             f"not {h.dtype} {tuple(h.shape)}."
         )
-    tokens = math.prod(h.shape[:-1]) if h.shape[-1] else 0
+    tokens = math.prod(h.shape[:-1])
     check_totals(tokens, h.shape[-1], h.device, groups, moments, only_group)
 
 
@@ -123,14 +123,16 @@ def add_moments_(
 ) -> None:
     """The sums, unchecked, on the backend chosen for this call."""
     backend = choose("accumulate_moments", h.device, h.dtype)
+    if not h.numel():
+        return
     if backend == "triton":
         from ..kernels.moments import accumulate_moments_
 
         accumulate_moments_(h, groups, moments, only_group)
     elif backend == "native":
-        rows = h.reshape(-1, h.shape[-1]) if h.shape[-1] else h.new_empty(0, 0)
         group = -1 if only_group is None else only_group
         totals = moments.contiguous()
+        rows = h.reshape(-1, h.shape[-1])
         torch.ops.ucan_fast._moments_native_(rows, groups, group, totals)
         if totals is not moments:
             moments.copy_(totals)

@@ -1,0 +1,139 @@
+"""add_lora: what shrink and expand give, in base_out's memory where that is allowed and faster."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ucan_fast import UcanError, ops
+
+S = 0.5
+
+
+def make(shape=(2, 5, 6), n=4, r=3, dtype=torch.float32):
+    x = torch.randn(shape, dtype=dtype)
+    base = torch.randn(*shape[:-1], n, dtype=dtype)
+    return base, x, torch.randn(r, shape[-1], dtype=dtype), torch.randn(n, r, dtype=dtype)
+
+
+def call(base, x, a, b, **options):
+    options = {"dtype": a.dtype, "overwrite": True, **options}
+    return ops.add_lora(base, x, a, b, S, **options)
+
+
+def halves(base, x, a, b, bias=None):
+    return ops.expand(base, ops.shrink(x, a), b, S, bias=bias)
+
+
+def is_in_place(monkeypatch, *operands, **options) -> bool:
+    """Whether the two operators were left out; the result is checked."""
+    wanted = halves(*operands, bias=options.get("bias"))
+    asked = []
+    module = importlib.import_module("ucan_fast.ops.lora")
+    real = module.shrink
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "shrink", lambda *a, **k: asked.append(1) or real(*a, **k))
+        y = call(*operands, **options)
+    torch.testing.assert_close(y, wanted)
+    if not asked:
+        assert y.data_ptr() == operands[0].data_ptr()
+    return not asked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 6), (129, 6), (2, 3, 4, 6), (0, 6), (6,)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_values(backend, dtype, shape, overwrite):
+    base, x, a, b = make(shape, dtype=dtype)
+    kept = base.clone()
+    y = call(base, x, a, b, overwrite=overwrite)
+    assert (y.shape, y.dtype) == (base.shape, base.dtype)
+    wide = kept.double() + S * F.linear(F.linear(x.double(), a.double()), b.double())
+    plain = kept + F.linear(F.linear(x, a), b) * S
+    scale = wide.abs().max().item() if wide.numel() else 0.0
+    errors = [(t.double() - wide).abs().max().item() if wide.numel() else 0.0 for t in (y, plain)]
+    assert errors[0] <= 2 * errors[1] + 1e-6 * scale
+    if not overwrite:
+        assert torch.equal(base, kept)
+
+
+def test_in_place_where_nothing_speaks_against_it(monkeypatch):
+    with torch.no_grad():
+        assert is_in_place(monkeypatch, *make())
+        assert is_in_place(monkeypatch, *make(dtype=torch.float64))
+    base, x, a, b = make()
+    assert is_in_place(monkeypatch, base, x, a, b)  # nothing requires a gradient
+    with torch.no_grad():
+        assert is_in_place(monkeypatch, base, x, a.requires_grad_(), b)
+        assert is_in_place(monkeypatch, base, x[:, ::1].mT.contiguous().mT, a, b)
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_a_backend_asked_for_by_name_runs(monkeypatch, name):
+    with ops.use_backend(name):
+        assert not is_in_place(monkeypatch, *make())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"overwrite": False}, {"bias": torch.ones(4)}, {"dtype": torch.float64}],
+    ids=["not allowed", "bias", "wider product"],
+)
+def test_not_in_place_by_option(monkeypatch, change):
+    assert not is_in_place(monkeypatch, *make(), **change)
+
+
+def test_not_in_place_by_operands(monkeypatch):
+    base, x, a, b = make()
+    assert not is_in_place(monkeypatch, base.mT.contiguous().mT, x, a, b)
+    assert not is_in_place(monkeypatch, *(t.bfloat16() for t in (base, x, a, b)))
+    assert not is_in_place(monkeypatch, base.bfloat16(), x, a, b)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["base_out", "x", "A", "B"])
+def test_gradients(which):
+    operands = [t.double() for t in make()]
+    operands[which].requires_grad_()
+    kept = operands[0].detach().clone()
+    y = call(*operands)
+    assert y.requires_grad
+    (got,) = torch.autograd.grad(y.square().sum(), operands[which])
+    (want,) = torch.autograd.grad(halves(*operands).square().sum(), operands[which])
+    torch.testing.assert_close(got, want)
+    assert torch.equal(operands[0], kept)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["base_out", "x", "A", "B"])
+def test_forward_mode(which):
+    operands, (tangent, *_) = make(), (None,)
+    tangent = torch.randn_like(operands[which])
+
+    def at(value, run):
+        return run(*(value if i == which else t for i, t in enumerate(operands)))
+
+    _, got = torch.func.jvp(lambda v: at(v, call), (operands[which],), (tangent,))
+    _, want = torch.func.jvp(lambda v: at(v, halves), (operands[which],), (tangent,))
+    torch.testing.assert_close(got, want)
+
+
+def test_autocast(monkeypatch):
+    base, x, a, b = make()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert not is_in_place(monkeypatch, base, x, a, b)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 5, 4), (10, 6), (3, 6), (4, 3)), ((5, 4), (5, 6), (3, 7), (4, 3)),
+     ((5, 4), (5, 6), (3, 6), (4, 2)), ((5, 4), (5, 6), (3, 6), (5, 3))],
+    ids=["tokens", "K", "r", "N"],
+)  # fmt: skip
+def test_refuses_what_does_not_fit(shapes):
+    operands = [torch.randn(shape) for shape in shapes]
+    kept = operands[0].clone()
+    with pytest.raises(UcanError, match="must be"):
+        call(*operands)
+    assert torch.equal(operands[0], kept)
