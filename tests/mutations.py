@@ -863,7 +863,11 @@ MUTATIONS: list[Mutation] = [
         ("A of another K", "and a.shape == (b.shape[-1], x.shape[-1])", ""),
         ("another backend by name", 'and requested_backend() == "auto"', ""),
         ("autocast", 'and not torch.is_autocast_enabled("cpu")', ""),
-        ("a gradient of A is lost", "is_unobserved(base_out, x, a, b)", "is_unobserved(base_out, x, b)"),
+        (
+            "a gradient of A is lost",
+            "is_unobserved(base_out, x, a, b)",
+            "is_unobserved(base_out, x, b)",
+        ),
     ),
     *_mutations(
         "ucan_fast/adapter.py",

@@ -316,6 +316,20 @@ def test_evaluate_false_skips_metrics_and_controls(monkeypatch):
     assert "Not measured" in result.report.to_markdown()
 
 
+def test_a_report_without_advice_says_why(monkeypatch):
+    """A tower that the plan has no neurons in may have seen nothing of a set."""
+
+    def refuse(*_):
+        raise uf.UcanError("the forget set is empty: q_proj saw none of its tokens.")
+
+    monkeypatch.setattr(job, "guide", refuse)
+    result = uf.unlearn(trained(), forget=forget_batches(), retain=retain_batches(), evaluate=False)
+    report = result.report
+    assert report.guidance is None
+    assert report.notes["advice"].startswith("none: the forget set is empty: q_proj")
+    assert "- advice: none" in report.to_markdown()
+
+
 def test_without_a_scored_forget_position_the_report_says_why():
     forget = [{**b, "labels": torch.full_like(b["input_ids"], -100)} for b in forget_batches()]
     result = uf.unlearn(trained(), forget=forget, retain=retain_batches())

@@ -8,7 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,8 +171,10 @@ def unlearn(
         guidance = None
         if not gradients:
             # Layers that the plan has no neurons in may have seen nothing (a tower of its own).
-            with suppress(UcanError):
+            try:
                 guidance = guide(stats, moments_site(config))
+            except UcanError as error:
+                notes["advice"] = f"none: {error}"
         plan.apply(model, adapter)
         try:
             report = DeletionReport(

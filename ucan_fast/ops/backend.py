@@ -39,6 +39,9 @@ too, since an error would end whole models for one layer or one call of theirs:
   z, whose product the definition rounds, and calls that autograd, ``torch.func`` or a dispatch mode
   watches are computed by the reference. ``auto`` also leaves calls of few rows to it, for speed.
 
+A layer without statistics asks for ``add_lora``, which is ``shrink`` and ``expand``, but under
+``auto`` on the CPU, in fp32 or fp64, one ``addmm_`` of torch's into the base product's memory.
+
 What differentiates or batches calls in another way than ``loss.backward()`` sees only PyTorch's own
 operators: where a ``torch.func`` transform is active, or an argument has a forward-mode tangent,
 ``shrink``, ``expand`` and ``fused_linear`` are the reference, under every backend, ``triton`` by
