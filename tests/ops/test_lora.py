@@ -60,6 +60,12 @@ def test_values(backend, dtype, shape, overwrite):
         assert torch.equal(base, kept)
 
 
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_no_columns(name):
+    with ops.use_backend(name):
+        assert call(*make(n=0)).shape == (2, 5, 0)
+
+
 def test_in_place_where_nothing_speaks_against_it(monkeypatch):
     with torch.no_grad():
         assert is_in_place(monkeypatch, *make())
