@@ -16,7 +16,8 @@ from .common import CompileCase, column_sums, fold_, new_slots, on_device, rows_
 
 #: Rows that are summed in fp32 at a time, and rows of one slot.
 ROWS, COLUMNS, ROWS_PER_PROGRAM = 32, 128, 256
-
+#: With an address for every element 32 spill: Triton 3.6, sm_100.
+RAGGED_ROWS = 16
 
 _NEVER = ["groups", "m", "only_group"]
 #: What nothing is known of where h cannot be read in 16-byte pieces.
@@ -95,7 +96,7 @@ def accumulate_moments_(
             h.stride(1),
             -1 if only_group is None else only_group,
             BOTH=only_group is None,
-            ROWS=ROWS,
+            ROWS=ROWS if smooth else RAGGED_ROWS,
             COLUMNS=COLUMNS,
             ROWS_PER_PROGRAM=ROWS_PER_PROGRAM,
             num_warps=4,
@@ -125,7 +126,7 @@ def compile_cases() -> list[CompileCase]:
             constants={
                 **({"stride_n": 1} if smooth else {}),
                 "BOTH": both,
-                "ROWS": ROWS,
+                "ROWS": ROWS if smooth else RAGGED_ROWS,
                 "COLUMNS": COLUMNS,
                 "ROWS_PER_PROGRAM": ROWS_PER_PROGRAM,
             },
