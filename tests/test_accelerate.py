@@ -991,14 +991,15 @@ def test_compile_with_other_derivatives(backend, transform):
 
 
 @pytest.mark.parametrize("rows", [3, 64])
-def test_jit_trace_holds_pytorchs_own_operators(rows):
-    plain = one_layer()
-    fused, x = accelerated(plain), make_x(rows, K)
+@pytest.mark.parametrize("base", [FP32, BF16])
+def test_jit_trace_holds_pytorchs_own_operators(rows, base):
+    plain = one_layer(base=base, adapter=FP32)
+    fused, x = accelerated(plain), make_x(rows, K, dtype=base)
     with torch.no_grad():
         traced = torch.jit.trace(fused, x)
         assert not [n for n in traced.inlined_graph.nodes() if "ucan_fast" in n.kind()]
-        other = make_x(rows, K, seed=1)
-        torch.testing.assert_close(traced(other), plain(other), rtol=1e-5, atol=1e-6)
+        other = make_x(rows, K, seed=1, dtype=base)
+        torch.testing.assert_close(traced(other), plain(other))
 
 
 def test_compile_notices_what_changes_between_calls():

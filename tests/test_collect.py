@@ -609,6 +609,37 @@ def test_a_layer_that_runs_in_another_thread_for_some_batches_is_an_error(way):
         collect_in_place(way, model, [*MIXED, *MIXED])
 
 
+def test_a_layer_that_one_batch_does_not_need_may_have_answered_others_before(way):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.both = True
+
+        def forward(self, h):
+            return self.q_proj(h) + (self.k_proj(h) if self.both else 0)
+
+    model = toy(Optional(), target_modules=["q_proj", "k_proj"])
+    (inner,) = (m for m in model.modules() if isinstance(m, Optional))
+    main = threading.get_ident()
+
+    def answer(*_):
+        if inner.both and threading.get_ident() == main:
+            thread = threading.Thread(target=lambda: torch.no_grad()(inner)(torch.ones(1, 2, 8)))
+            thread.start()
+            thread.join()
+
+    def batches():
+        for both in (True, False):
+            inner.both = both
+            yield MIXED[0]
+
+    inner.register_forward_pre_hook(answer)
+    stats = collect_in_place(way, model, batches())
+    counts = {name.rpartition(".")[2]: m["input"].count.sum() for name, m in stats.layers.items()}
+    assert counts["q_proj"] == 2 * counts["k_proj"] > 0
+
+
 def test_a_restore_between_two_batches_is_an_error():
     model = hm.lora(hm.llama(layers=1))
     uf.accelerate(model)
