@@ -62,7 +62,7 @@ def document(seed: int = 0, scenario: str = "genre", data_set: str = "ml-100k"):
         "scenario": scenario,
         "seed": seed,
         "coarse": True,
-        "share": 0.6,
+        "share": command.PROFILES["quick"].share,
         "title": "all Horror films",
         "interactions": {"forget": 1234, "users": 9},
         "before": {"forget/nll": 1.0, "retain_train/recall@10": 0.5},
