@@ -123,11 +123,11 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for rank in (16, 32, 64, 128, 256)
         for dots in ("16-bit", "three", "32-bit")
     },
-    # (padded rank, few or many rows); few rows come with many chunks. 64 rows spill on sm_90 where
-    # the rank is odd and at most 16.
+    # (padded rank, few or many rows); few rows come with many chunks. Where the rank is odd, 64 rows
+    # spill at rank 16 and 32 at rank 32, on sm_80 or sm_90.
     "shrink_finish": {
         ("default", (rank, rows)): {
-            "ROWS": 1 if rows == "few" else 32 if rank == 16 else min(2048 // rank, 64),
+            "ROWS": 1 if rows == "few" else {16: 32, 32: 16}.get(rank, 2048 // rank),
             "SPLITS": min(2048 // rank, 64) if rows == "few" else 2,
             "num_warps": 4,
             "num_stages": 3,
