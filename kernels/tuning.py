@@ -123,8 +123,8 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for rank in (16, 32, 64, 128, 256)
         for dots in ("16-bit", "three", "32-bit")
     },
-    # (padded rank, few or many rows); few rows come with many chunks. Where the rank is odd, 64 rows
-    # spill at rank 16 and 32 at rank 32, on sm_80 or sm_90.
+    # (padded rank, few or many rows); few rows come with many chunks. Where the rank is odd, 64
+    # rows spill at rank 16 and 32 at rank 32, on sm_80 or sm_90.
     "shrink_finish": {
         ("default", (rank, rows)): {
             "ROWS": 1 if rows == "few" else {16: 32, 32: 16}.get(rank, 2048 // rank),
