@@ -59,18 +59,18 @@ def fused(model) -> int:
 
 def fused_calls(model) -> int:
     """How many layers really run the fused forward."""
-    calls, real = [], ops.shrink
+    calls, real = [], ops.add_lora
 
     def counted(*args, **kwargs):
         calls.append(1)
         return real(*args, **kwargs)
 
-    ops.shrink = counted
+    ops.add_lora = counted
     try:
         with torch.no_grad():
             model(**hm.token_batch([4, 2]))
     finally:
-        ops.shrink = real
+        ops.add_lora = real
     return len(calls)
 
 
