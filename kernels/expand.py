@@ -360,7 +360,7 @@ def _shape_class(
     base_dtype, z_dtype, b_dtype = dtypes
     key = (_dot_class(z_dtype, b_dtype, moments), rank)
     if kind == "regular" and key[0] == "16-bit" and base_dtype == torch.float32:
-        kind = "odd ranks"  # as many registers
+        kind = "odd ranks"  # the row for what takes more registers: an fp32 base does, too
     own = (*key, kind)
     return own if ("default", own) in TABLE["expand"] else key
 
