@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
+import weakref
 from pathlib import Path
 
 import helpers_models as hm
@@ -508,17 +511,25 @@ def test_thirty_million_tokens_through_collect():
 # ------------------------------------------------------------------ fingerprint
 
 
-@pytest.mark.parametrize("remembered", [None, 1 << 28, 0], ids=["alone", "compared", "too large"])
-def test_fingerprint_changes_with_every_value_and_the_scaling(remembered, monkeypatch):
+# Bytes up to which what was hashed is kept, and remembered within one walk.
+MEMORY = {"kept": (1 << 24, 1 << 28), "remembered": (0, 1 << 28), "too large": (0, 0)}
+
+
+@pytest.mark.parametrize("in_one_walk", [False, True])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_fingerprint_changes_with_every_value_and_the_scaling(memory, in_one_walk, monkeypatch):
     """Also where what was hashed last is remembered: writes to .data leave no other trace."""
     model = hm.lora(hm.llama(layers=1))
-    alone = fingerprint(model, "default")
-    if remembered is None:
+    set_memory(monkeypatch, memory)
+    alone = fingerprint(copy.deepcopy(model), "default")
+    with adapter.one_walk(model) if in_one_walk else contextlib.nullcontext():
         check_every_value_and_the_scaling(model, alone)
-        return
+
+
+def set_memory(monkeypatch, memory: str) -> None:
+    kept, remembered = MEMORY[memory]
+    monkeypatch.setattr(adapter, "_KEPT_BYTES", kept)
     monkeypatch.setattr(adapter, "_REMEMBERED_BYTES", remembered)
-    with adapter.one_walk(model):
-        check_every_value_and_the_scaling(model, alone)
 
 
 def check_every_value_and_the_scaling(model: nn.Module, origin: str) -> None:
@@ -541,19 +552,32 @@ def check_every_value_and_the_scaling(model: nn.Module, origin: str) -> None:
     assert fingerprint(model, "default") not in seen
 
 
-def test_fingerprint_hashes_the_same_bytes_once_in_one_walk(monkeypatch):
+@pytest.mark.parametrize(
+    ("memory", "hashes"), [("kept", 1), ("remembered", 3), ("too large", 4)], ids=list(MEMORY)
+)
+def test_fingerprint_hashes_the_same_bytes_once(memory, hashes, monkeypatch):
     model = hm.lora(hm.llama(layers=1))
+    set_memory(monkeypatch, memory)
     hashed = []
     sha256 = hashlib.sha256
     monkeypatch.setattr(
         adapter.hashlib, "sha256", lambda *args: hashed.append(args) or sha256(*args)
     )
+    found = {fingerprint(model, "default")}
     with adapter.one_walk(model):
-        origin = fingerprint(model, "default")
-        assert fingerprint(model, "default") == origin
-        assert len(hashed) == 1
-    assert fingerprint(model, "default") == origin
-    assert len(hashed) == 2
+        found |= {fingerprint(model, "default") for _ in range(2)}
+    found.add(fingerprint(model, "default"))
+    assert (len(found), len(hashed)) == (1, hashes)
+
+
+def test_what_was_hashed_does_not_keep_the_model():
+    model = hm.lora(hm.llama(layers=1))
+    fingerprint(model, "default")
+    assert model in adapter._kept
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_fingerprint_of_two_adapters_in_one_walk():
