@@ -400,6 +400,17 @@ def test_the_model_and_its_modes_stay_as_they_are():
     assert torch.equal(found.scores["loss"], expected.scores["loss"])
 
 
+def test_a_default_device_changes_nothing():
+    """``torch.set_default_device("cuda")``; meta tensors have no values at all."""
+    expected = sequence_scores(trained(), forget_batches())
+    model, batches = trained(), forget_batches()
+    with torch.device("meta"):
+        found = sequence_scores(model, batches)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    for attack, values in expected.scores.items():
+        assert torch.equal(found.scores[attack], values), attack
+
+
 def test_progress_counts_slices():
     seen = []
     sequence_scores(trained(), forget_batches(), progress=lambda *args: seen.append(args))

@@ -44,6 +44,22 @@ def mixed(forget: list[dict], retain: list[dict]) -> list[dict]:
     return made
 
 
+@pytest.mark.parametrize("method", ["attenuate", "gates", "influence"])
+@pytest.mark.parametrize("strength", ["auto", 1.0])
+def test_a_default_device_changes_nothing(method, strength):
+    """``torch.set_default_device("cuda")``; meta tensors have no values at all."""
+    found = []
+    for device in ("cpu", "meta"):
+        model, forget, retain = trained(), forget_batches(), retain_batches(count=8)
+        with torch.device(device):
+            config = uf.UcanConfig(method=method, strength=strength)
+            result = uf.unlearn(model, forget=forget, retain=retain, config=config)
+        found.append((model, result.report.metrics))
+    (first, metrics), (second, others) = found
+    assert_same_weights(second, weights(first))
+    assert metrics == others
+
+
 # What it is called with.
 
 

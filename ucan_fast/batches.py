@@ -174,7 +174,7 @@ def _groups(
             "plain 2-D mask as a tensor."
         )
     if given is None:
-        groups = torch.full(tuple(shape), default, dtype=torch.int8)
+        groups = torch.full(tuple(shape), default, dtype=torch.int8, device="cpu")
     else:
         if not isinstance(given, torch.Tensor) or tuple(given.shape) != tuple(shape):
             got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__

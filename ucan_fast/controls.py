@@ -52,7 +52,7 @@ def uniform_control(
     return _matched(
         "uniform",
         WeightEdit(groups),
-        lambda v: torch.full((n,), 1 - v),
+        lambda v: torch.full((n,), 1 - v, device="cpu"),
         retain_loss,
         before,
         target,
@@ -75,16 +75,16 @@ def random_control(
     """
     generator = torch.Generator().manual_seed(plan.config.seed)
     used = plan.flat_factors[plan.flat_factors != 1]
-    used = used[torch.randperm(used.numel(), generator=generator)]
-    order = torch.randperm(plan.neurons, generator=generator)
+    used = used[torch.randperm(used.numel(), generator=generator, device="cpu")]
+    order = torch.randperm(plan.neurons, generator=generator, device="cpu")
 
     def factors_at(share: float) -> torch.Tensor:
         whole = int(share * plan.neurons)
         part = share * plan.neurons - whole
         chosen = order[: whole + 1]
-        drawn = used[torch.arange(chosen.numel()) % used.numel()]
+        drawn = used[torch.arange(chosen.numel(), device="cpu") % used.numel()]
         drawn[whole:] = 1 - part * (1 - drawn[whole:])
-        factors = torch.ones(plan.neurons)
+        factors = torch.ones(plan.neurons, device="cpu")
         factors[chosen] = drawn
         return factors
 
@@ -105,7 +105,9 @@ def random_step_control(
     generator = torch.Generator().manual_seed(plan.config.seed)
     directions = {}
     for key, direction in plan.directions.items():
-        drawn = torch.randn(direction.shape, generator=generator, dtype=direction.dtype)
+        drawn = torch.randn(
+            direction.shape, generator=generator, dtype=direction.dtype, device="cpu"
+        )
         directions[key] = drawn * (_LONGEST * plan.strength * direction.norm() / drawn.norm())
     parameters = {target.key: target.parameter for target in plan.match(model, adapter)}
     edit = StepEdit(parameters, directions)

@@ -536,7 +536,7 @@ def row_uniforms(inputs: Mapping[str, Any], positions: torch.Tensor, seed: int) 
             if tokens is not None:
                 digest.update(tokens(row).contiguous().view(torch.uint8).numpy().tobytes())
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
-        found.append(torch.rand(count, generator=generator, dtype=torch.float64))
+        found.append(torch.rand(count, generator=generator, dtype=torch.float64, device="cpu"))
     return torch.cat(found).to(positions.device)
 
 

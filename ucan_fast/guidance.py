@@ -65,7 +65,7 @@ def separability(stats: ActivationStats, site: str = "input") -> Separability:
         if not bool((counts[:, index] > 0).all()):
             name = list(stats.layers)[int((counts[:, index] <= 0).nonzero()[0])]
             raise UcanError(f"the {group} set is empty: {name} saw none of its tokens.")
-    sizes = torch.tensor([moments.n for moments in measured])
+    sizes = torch.tensor([moments.n for moments in measured], device="cpu")
     count = counts.T.repeat_interleave(sizes, dim=1)
     mean = torch.cat([moments.abs_sum for moments in measured], dim=1) / count
     square = torch.cat([moments.sq_sum for moments in measured], dim=1) / count

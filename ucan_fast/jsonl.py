@@ -225,5 +225,6 @@ def _padded(rows: list[list[int]], fill: int, left: bool) -> torch.Tensor:
     length = max(map(len, rows))
     padding = [[fill] * (length - len(row)) for row in rows]
     return torch.tensor(
-        [p + row if left else row + p for row, p in zip(rows, padding, strict=True)]
+        [p + row if left else row + p for row, p in zip(rows, padding, strict=True)],
+        device="cpu",
     )

@@ -152,8 +152,11 @@ def sequence_scores(
                 sized = zip(loss, ids, strict=True)
                 scores["zlib"] += (value / _compressed(of_one, decode) for value, of_one in sized)
     return SequenceScores(
-        torch.tensor(counts, dtype=torch.int64),
-        {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()},
+        torch.tensor(counts, dtype=torch.int64, device="cpu"),
+        {
+            name: torch.tensor(values, dtype=torch.float64, device="cpu")
+            for name, values in scores.items()
+        },
     )
 
 

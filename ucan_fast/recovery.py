@@ -128,7 +128,9 @@ def draw_sequences(count: int, fraction: float, seed: int) -> tuple[set[int], se
             f"relearning needs at least 2 forget sequences, one to train on and another to "
             f"measure; there {'is 1' if count == 1 else 'are none'}."
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(
+        count, generator=torch.Generator().manual_seed(seed), device="cpu"
+    ).tolist()
     size = min(max(1, round(fraction * count)), count - 1)
     return set(order[:size]), set(order[size:])
 

@@ -512,7 +512,9 @@ def _figures(
     if retain_loss is not None and retain_loss == retain_loss:
         figures["retain/loss"] = retain_loss
         if retain_is_nll:
-            figures["retain/perplexity"] = float(torch.tensor(retain_loss).double().exp())
+            figures["retain/perplexity"] = float(
+                torch.tensor(retain_loss, device="cpu").double().exp()
+            )
     return figures
 
 

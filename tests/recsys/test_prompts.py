@@ -584,6 +584,8 @@ def test_prompt_ranks_equal_the_slice_of_the_full_logits(tokenizer, log):
     model = llama(len(tokenizer)).train()
     cases = training_cases(log, users=np.arange(3), candidates=6)
     got = prompt_ranks(model, tokenizer, log, cases, batch_size=4)
+    with torch.device("meta"):  # as after torch.set_default_device("cuda")
+        assert torch.equal(prompt_ranks(model, tokenizer, log, cases, batch_size=4), got)
     assert model.training
     model.eval()
     ids = letter_token_ids(tokenizer)[:6]

@@ -200,6 +200,29 @@ def test_held_out_ranks_equal_a_loop(log, vocabulary, exclude_history, keeps, mo
     assert len(set(expected)) > 3
 
 
+def test_a_default_device_changes_nothing(log, vocabulary):
+    """``torch.set_default_device("cuda")``; meta tensors have no values at all."""
+    train, _, test = leave_one_out(log)
+    model = llama(vocabulary).eval()
+    nobody = np.zeros(len(test), bool)
+
+    def ranks() -> list[torch.Tensor]:
+        batches = sequence_batches(train, vocabulary=vocabulary)
+        none = next_item_ranks(model, [], group=None, vocabulary=vocabulary)
+        held = [
+            held_out_ranks(model, train, test, vocabulary=vocabulary, rows=rows)
+            for rows in (None, nobody)
+        ]
+        some = next_item_ranks(model, batches, group=None, vocabulary=vocabulary)
+        return [none, some, *held]
+
+    expected = ranks()
+    with torch.device("meta"):
+        found = ranks()
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_history_beyond_the_models_view_is_excluded_too():
     """The model sees item 2 alone, but items 0 and 1 were met before and do not compete."""
     log = InteractionLog.from_rows(["u"] * 4, ["0", "1", "2", "3"], range(4))

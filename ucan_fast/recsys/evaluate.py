@@ -71,8 +71,16 @@ def evaluate_sequences(
             sort_by_length=True,
         )
     parts = list(_scored_positions(model, batches, vocabulary, exclude_history))
-    ranks = torch.cat([r for r, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
-    groups = torch.cat([g for _, g in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+    ranks = (
+        torch.cat([r for r, _ in parts])
+        if parts
+        else torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
+    groups = (
+        torch.cat([g for _, g in parts])
+        if parts
+        else torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
 
     if forget_mask_test is None:
         forget_mask_test = np.zeros(len(test_log), dtype=bool)

@@ -271,7 +271,7 @@ class PromptBatches(Sequence):
         width = max(len(ids) for ids, _, _ in rows)
 
         def padded(values: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[fill] * (width - len(v)) + v for v in values])
+            return torch.tensor([[fill] * (width - len(v)) + v for v in values], device="cpu")
 
         ids, labels, groups = (list(column) for column in zip(*rows, strict=True))
         batch = {
@@ -404,11 +404,12 @@ def prompt_ranks(
             scores = verbalizer({name: value.to(device) for name, value in batch.items()})
             # Letters beyond a case's own candidates stand for nothing.
             unused = torch.tensor(
-                [[i >= len(case.candidates) for i in range(len(letters))] for case in part]
+                [[i >= len(case.candidates) for i in range(len(letters))] for case in part],
+                device="cpu",
             )
-            target = torch.tensor([case.target for case in part])
+            target = torch.tensor([case.target for case in part], device="cpu")
             ranks.append(target_ranks(scores.cpu(), target, unused))
-    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _listed(

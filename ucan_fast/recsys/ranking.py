@@ -47,7 +47,7 @@ def next_item_ranks(
     parts = []
     for ranks, groups in _scored_positions(model, batches, vocabulary, exclude_history):
         parts.append(ranks[groups >= 0 if group is None else groups == group])
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def held_out_ranks(
@@ -85,7 +85,7 @@ def held_out_ranks(
     cases = np.flatnonzero(_row_mask(rows, heldout_log, "rows"))
     count = np.bincount(train_log.user, minlength=train_log.n_users)
     end = np.cumsum(count)
-    ranks = torch.zeros(len(cases), dtype=torch.int64)
+    ranks = torch.zeros(len(cases), dtype=torch.int64, device="cpu")
     # Cases of similar length run together: less padding, fewer distinct last positions.
     order = np.argsort(np.minimum(count[heldout_log.user[cases]], max_length), kind="stable")
     device = module_device(model)
@@ -111,7 +111,7 @@ def held_out_ranks(
             scores = _item_scores(logits, vocabulary)
             exclude = None
             if exclude_history:
-                exclude = torch.zeros(scores.shape, dtype=torch.bool)
+                exclude = torch.zeros(scores.shape, dtype=torch.bool, device="cpu")
                 for i, user in enumerate(users):
                     seen = train_log.item[end[user] - count[user] : end[user]]
                     exclude[i, torch.from_numpy(seen)] = True
