@@ -407,7 +407,7 @@ def test_requests_of_both_methods_in_a_row_are_refused(first):
     with pytest.raises(uf.UcanError, match="earlier request was"):
         uf.unlearn(model, forget=two, config=configs[second], previous=previous, **data)
     assert_same_weights(model, before)
-    with pytest.raises(uf.UcanError, match="adapter 'default' is attenuated"):
+    with pytest.raises(uf.UcanError, match="applied to adapter 'default'"):
         uf.unlearn(model, forget=two, config=configs[second], **data)
 
 
@@ -458,7 +458,7 @@ def state_of(model) -> tuple:
         [m.training for m in model.modules()],
         [(p.requires_grad, p.grad is None) for p in model.parameters()],
         [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        [m.__dict__.get("_ucan_attenuated") for m in model.modules()],
+        [m.__dict__.get("_ucan_applied") for m in model.modules()],
         torch.get_rng_state().tolist(),
     )
 

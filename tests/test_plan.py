@@ -129,7 +129,7 @@ def test_apply_twice_is_refused():
     plan.apply(model)
     now = snapshot(model)
     for again in (plan, other, copy.deepcopy(plan)):
-        with pytest.raises(UcanError, match="attenuated already; undo the applied plan first"):
+        with pytest.raises(UcanError, match="applied to adapter 'default' already; undo it first"):
             again.apply(model)
         assert_same_bits(model, now)
     plan.undo(model)
@@ -170,7 +170,7 @@ def test_undo_twice_is_refused():
     plan.apply(model)
     plan.undo(model)
     before = snapshot(model)
-    with pytest.raises(UcanError, match="cannot undo: adapter 'default' is not attenuated"):
+    with pytest.raises(UcanError, match="cannot undo: adapter 'default' has no plan applied"):
         plan.undo(model)
     assert_same_bits(model, before)
 
@@ -250,7 +250,7 @@ def test_one_of_several_adapters():
     assert all(torch.equal(now[n], before[n]) for n in now if ".second." in n)
     # The other adapter is not marked.
     collect(model, batches(), adapter="second")
-    with pytest.raises(UcanError, match="adapter 'default' is attenuated"):
+    with pytest.raises(UcanError, match="applied to adapter 'default'"):
         collect(model, batches(), adapter="default")
     with pytest.raises(UcanError, match="2 adapters are active"):
         plan.undo(model)
@@ -293,7 +293,7 @@ def test_a_failure_while_weights_are_written(monkeypatch, error, done):
     nothing_happened(model, plan, before)
 
 
-@pytest.mark.parametrize("name", ["fingerprint", "mark_attenuated"])
+@pytest.mark.parametrize("name", ["fingerprint", "mark_applied"])
 @pytest.mark.parametrize("error", [MemoryError("no memory"), KeyboardInterrupt()])
 def test_a_failure_after_the_weights_were_written(monkeypatch, name, error):
     model, plan = planned()
@@ -349,7 +349,7 @@ def test_a_failure_during_undo_leaves_the_plan_applied(monkeypatch, name):
             plan.undo(model)
     if name == "fingerprint":
         assert_same_bits(model, applied)
-        with pytest.raises(UcanError, match="is attenuated"):
+        with pytest.raises(UcanError, match="a plan is applied"):
             collect(model, batches())
         plan.undo(model)
     assert_same_bits(model, before)
@@ -373,14 +373,14 @@ def test_collecting_on_an_attenuated_model_is_refused(how, accelerated):
     if "deepcopy" in how:
         copied = copy.deepcopy(copied)
     for group in ("retain", "forget"):
-        with pytest.raises(UcanError, match=r"attenuated: a plan is applied.*plan\.undo\(model\)"):
+        with pytest.raises(UcanError, match=r"a plan is applied.*plan\.undo\(model\)"):
             collect(copied, batches(), group=group)
-    with pytest.raises(UcanError, match="attenuated already"):
+    with pytest.raises(UcanError, match="a plan is applied to adapter 'default' already"):
         plan.apply(copied)
     plan.undo(copied)
     collect(copied, batches())
     if copied is not model:
-        with pytest.raises(UcanError, match="is attenuated"):
+        with pytest.raises(UcanError, match="a plan is applied"):
             collect(model, batches())
         plan.undo(model)
     collect(model, batches())
@@ -400,7 +400,7 @@ def test_a_copy_made_before_is_not_marked():
     other = copy.deepcopy(model)
     plan.apply(model)
     collect(other, batches())
-    assert all("_ucan_attenuated" not in m.__dict__ for _, m in tuner_layers(other))
+    assert all("_ucan_applied" not in m.__dict__ for _, m in tuner_layers(other))
 
 
 # Plans that change nothing ----------------------------------------------------------------------
@@ -586,9 +586,9 @@ def test_a_reloaded_adapter_of_another_name(tmp_path):
         lora_parameters(model).items(), lora_parameters(again, "renamed").items(), strict=True
     ):
         assert torch.equal(mine, theirs)
-    with pytest.raises(UcanError, match="adapter 'renamed' is attenuated"):
+    with pytest.raises(UcanError, match="applied to adapter 'renamed'"):
         collect(again, batches())
-    with pytest.raises(UcanError, match="adapter 'renamed' is attenuated already"):
+    with pytest.raises(UcanError, match="applied to adapter 'renamed' already"):
         plan.apply(again)
     plan.undo(again)
     collect(again, batches())

@@ -612,13 +612,13 @@ STAGES = {
     "evaluate U-CAN": lambda patch: {"evaluate": fails_at(2, lambda model: {"x": 1.0})},
     "evaluate random": lambda patch: {"evaluate": fails_at(4, lambda model: {"x": 1.0})},
     "apply": lambda patch: patch(plan.AttenuationPlan, "apply", 1),
-    "apply, weights written": lambda patch: patch(reversible, "mark_attenuated", 1),
+    "apply, weights written": lambda patch: patch(reversible, "mark_applied", 1),
     "report": lambda patch: patch(job, "environment", 1),
 }
 
 
 def state_of(model) -> tuple:
-    marks = [m.__dict__.get("_ucan_attenuated") for m in model.modules()]
+    marks = [m.__dict__.get("_ucan_applied") for m in model.modules()]
     return (
         [m.training for m in model.modules()],
         [p.requires_grad for p in model.parameters()],
@@ -663,7 +663,7 @@ def test_a_failure_leaves_everything_as_it_was(stage, earlier, monkeypatch):
         return
     assert previous.plan.applied_fingerprint == left[0]
     assert all(torch.equal(previous.plan.originals[k], v) for k, v in left[1].items())
-    with pytest.raises(uf.UcanError, match="attenuated"):
+    with pytest.raises(uf.UcanError, match="a plan is applied"):
         uf.collect(model, retain_batches(count=8))
     previous.plan.undo(model)
     assert_same_weights(model, origin)

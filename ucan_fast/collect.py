@@ -85,7 +85,7 @@ def collect(
         random number generators are afterwards as they were.
 
     Raises:
-        UcanError: no LoRA layers, a merged or disabled adapter, an attenuated adapter (statistics
+        UcanError: no LoRA layers, a merged or disabled adapter, an adapter with a plan (statistics
             belong to the origin), a layer without measurable neurons, a site the model does not
             have, a malformed batch, no token at all, a layer whose token count does not fit, or
             NaN/Inf activations (the layer is named). Nothing is recorded then.

@@ -1,4 +1,4 @@
-"""Marks on a model in memory: which adapter is attenuated, and what its origin was.
+"""Marks on a model in memory: which adapter has a plan applied to it.
 
 A mark is a plain attribute of the LoRA layers, so it survives deepcopy and pickle; it is not
 part of a saved adapter. It counts only while the weights are those that the plan left, so an
@@ -12,13 +12,13 @@ from torch import nn
 from .adapter import tuner_layers
 from .errors import UcanError
 
-_MARK = "_ucan_attenuated"
+_MARK = "_ucan_applied"
 
 
-def mark_attenuated(model: nn.Module, adapter: str, attenuated: str) -> None:
+def mark_applied(model: nn.Module, adapter: str, applied: str) -> None:
     """Remember the fingerprint of the adapter as a plan left it."""
     for _, module in tuner_layers(model):
-        module.__dict__[_MARK] = {**module.__dict__.get(_MARK, {}), adapter: attenuated}
+        module.__dict__[_MARK] = {**module.__dict__.get(_MARK, {}), adapter: applied}
 
 
 def clear_mark(model: nn.Module, adapter: str) -> None:
@@ -29,7 +29,7 @@ def clear_mark(model: nn.Module, adapter: str) -> None:
             module.__dict__[_MARK] = marks
 
 
-def is_attenuated(model: nn.Module, adapter: str, fingerprint: str) -> bool:
+def has_plan(model: nn.Module, adapter: str, fingerprint: str) -> bool:
     """Whether a plan is applied to the adapter whose fingerprint is now ``fingerprint``."""
     return any(
         m.__dict__.get(_MARK, {}).get(adapter) == fingerprint for _, m in tuner_layers(model)
@@ -37,14 +37,14 @@ def is_attenuated(model: nn.Module, adapter: str, fingerprint: str) -> bool:
 
 
 def check_is_origin(model: nn.Module, adapter: str, fingerprint: str) -> None:
-    """Refuse an attenuated adapter: its statistics would silently describe another origin.
+    """Refuse an adapter with a plan: its statistics would silently describe another origin.
 
     Raises:
         UcanError: a plan is applied to it.
     """
-    if is_attenuated(model, adapter, fingerprint):
+    if has_plan(model, adapter, fingerprint):
         raise UcanError(
-            f"adapter {adapter!r} is attenuated: a plan is applied to it. Statistics belong to "
-            "the origin, the adapter before any attenuation. Call plan.undo(model) first; for a "
+            f"a plan is applied to adapter {adapter!r}. Statistics belong to the origin, the "
+            "adapter before any plan. Call plan.undo(model) first; for a "
             "further deletion request pass previous= to unlearn."
         )

@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapter import fingerprint, one_walk, resolve_adapter, unwrap
 from .errors import UcanError
-from .marks import clear_mark, is_attenuated, mark_attenuated
+from .marks import clear_mark, has_plan, mark_applied
 from .weights import ParameterEdit
 
 
@@ -40,8 +40,8 @@ class ReversiblePlan(ABC):
         The overwritten values are kept for :meth:`undo`.
 
         Raises:
-            UcanError: the model's adapter is not the one the plan was made for, is attenuated
-                already, or the factors do not fit. Every weight is as it was.
+            UcanError: the model's adapter is not the one the plan was made for, a plan is applied
+                to it already, or the factors do not fit. Every weight is as it was.
         """
         model = unwrap(model)
         with one_walk(model):
@@ -49,9 +49,9 @@ class ReversiblePlan(ABC):
 
     def _apply(self, model: nn.Module, adapter: str) -> None:
         now = fingerprint(model, adapter)
-        if is_attenuated(model, adapter, now):
+        if has_plan(model, adapter, now):
             raise UcanError(
-                f"adapter {adapter!r} is attenuated already; undo the applied plan first. Plans "
+                f"a plan is applied to adapter {adapter!r} already; undo it first. Plans "
                 "do not stack: each applies to the origin."
             )
         if now != self.fingerprint:
@@ -65,7 +65,7 @@ class ReversiblePlan(ABC):
             self.applied_fingerprint = fingerprint(model, adapter)
             self.originals = {key: value.cpu() for key, value in edit.originals.items()}
             if self.applied_fingerprint != self.fingerprint:
-                mark_attenuated(model, adapter, self.applied_fingerprint)
+                mark_applied(model, adapter, self.applied_fingerprint)
         except BaseException:
             edit.restore()
             raise
@@ -89,7 +89,7 @@ class ReversiblePlan(ABC):
             )
         now = fingerprint(model, adapter)
         if now != self.applied_fingerprint:
-            state = "is not attenuated" if now == self.fingerprint else "was changed since"
+            state = "has no plan applied" if now == self.fingerprint else "was changed since"
             raise UcanError(
                 f"cannot undo: adapter {adapter!r} {state} (fingerprint {now[:12]}, the plan left "
                 f"{self.applied_fingerprint[:12]}). Nothing was changed."
@@ -110,8 +110,8 @@ class ReversiblePlan(ABC):
             edit.restore()
             if fingerprint(model, adapter) != self.fingerprint:
                 raise UcanError(
-                    "cannot undo bit exactly: the adapter is loaded in another dtype than the one "
-                    "it was attenuated in, or the plan's original values were altered. Nothing was "
+                    "cannot undo bit exactly: the adapter is loaded in another dtype than the plan "
+                    "was applied in, or the plan's original values were altered. Nothing was "
                     "changed."
                 )
         except BaseException:

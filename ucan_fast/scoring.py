@@ -21,7 +21,7 @@ from .adapter import (
 from .batches import FORGET, RETAIN
 from .config import UcanConfig
 from .errors import UcanError
-from .marks import is_attenuated
+from .marks import has_plan
 from .neurons import NeuronGroup, moments_site, neuron_groups, weight_norms
 from .plan import AttenuationPlan, select
 from .stats import ActivationStats, Moments
@@ -133,7 +133,7 @@ def _check_origin(model: nn.Module, adapter: str, stats: ActivationStats) -> Non
                 "active beside it; activate the same ones, or collect again."
             )
         return
-    if is_attenuated(model, adapter, now):
+    if has_plan(model, adapter, now):
         hint = "A plan is applied to it: call plan.undo(model) first."
     else:
         hint = "Collect statistics on this adapter."

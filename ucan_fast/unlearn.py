@@ -116,7 +116,7 @@ def unlearn(
         Statistics, plan and report. A plan that selects nothing is applied as a no-op, and warns.
 
     Raises:
-        UcanError: bad input (named), an adapter that is attenuated already without ``previous``,
+        UcanError: bad input (named), an adapter with a plan applied without ``previous``,
             an empty forget or retain set. The model is as it was before the call.
 
     Warns:
@@ -146,7 +146,7 @@ def unlearn(
         with job.timed("search strength"):
             plan = _choose_strength(job, plan, forget, holdout)
         if previous is not None and plan.is_noop:
-            plan.note += " Nothing of the earlier requests' forget sets is attenuated either."
+            plan.note += " Nothing of the earlier requests' forget sets is unlearned either."
             if undone is not None:
                 plan.note += (
                     " Their plan was taken off: the adapter is the ORIGIN again. To put it back, "
