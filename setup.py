@@ -90,7 +90,8 @@ def extensions() -> list[Extension]:
         return []
 
     common = ["csrc/checks.h", "csrc/cpu.h", "csrc/matrix.h", "csrc/rows.h"]
-    sources = ["csrc/attenuate_cpu.cpp", "csrc/expand_cpu.cpp", "csrc/moments_cpu.cpp"]
+    names = ("attenuate", "expand", "moments", "shrink")
+    sources = [f"csrc/{name}_cpu.cpp" for name in names]
     libraries = [Extension(CPU, sources, depends=common, py_limited_api=True)]
     if switch("UCAN_FAST_SKIP_CUDA"):
         skip(CUDA, "UCAN_FAST_SKIP_CUDA is set")

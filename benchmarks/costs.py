@@ -22,6 +22,8 @@ TOTALS = 2 * 4 * 8
 SLOT = 16
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+#: Adapters whose products C++ takes on the CPU.
+_WIDE = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -229,14 +231,17 @@ class LoraCost:
         return "bfloat16" if on_cuda else self.adapter
 
     def shrink(self, *, moments: bool = False) -> list[Pass]:
-        """``z = x Aᵀ``. CUDA: one read of x, slots of 128 rows; CPU: torch's, C++ for the sums."""
+        """``z = x Aᵀ``. CUDA: one read of x, slots of 128 rows; CPU: two, for z and the sums."""
         x = self.m * self.k * self._e
+        a, z = self.r * self.k * self._a, self.m * self.r * self._a
         if self.device == "cpu":
+            one = Pass("shrink", x + a + z, self._small_flops(self.k), self.adapter)
+            # Narrow products and few rows are torch's.
+            product = [one] if self.adapter in _WIDE and self.m >= 96 else self._peft_a()
             sums = Pass("moments of x", x + TOTALS * self.k, 4 * self.m * self.k)
-            return [*self._peft_a(), *([sums] if moments else [])]
+            return [*product, *([sums] if moments else [])]
         blocks = -(-self.m // 128)
         slots = SLOT * self.k * blocks if moments else 0
-        a, z = self.r * self.k * self._a, self.m * self.r * self._a
         # K is cut into chunks for parallelism (kernels/shrink.py), whose fp32 sums go to memory.
         chunks = max(132 // blocks, min(264 // blocks, self.k // (8 * self.r)), 1)
         parts = 4 * min(chunks, 64) * self.m * self.r if chunks > 1 else z
@@ -247,14 +252,18 @@ class LoraCost:
         return [*passes, Pass("fold", slots + TOTALS * self.k)] if moments else passes
 
     def expand(self, *, moments: bool = False) -> list[Pass]:
-        """``y = base + s z Bᵀ``. CUDA: one pass over y; CPU: torch's product, then one pass."""
+        """``y = base + s z Bᵀ``, in one pass over y; narrow products on the CPU: as PEFT's."""
         size = self.m * self.n
-        if self.device == "cpu":
-            add = Pass("add δ", (2 * self._e + 4) * size, (6 if moments else 2) * size)
-            product = self._product("z B", self.m, self.r, self.n, self.adapter)
-            return [product, add, *([Pass("totals", TOTALS * self.n)] if moments else [])]
-        slots = SLOT * self.n * -(-self.m // 128) if moments else 0
         operands = (self.m * self.r + self.n * self.r) * self._a
+        if self.device == "cpu":
+            totals = [Pass("totals", TOTALS * self.n)] if moments else []
+            if self.adapter not in _WIDE:
+                sums = [*self._scaled_delta(), Pass("moments", 4 * size, 4 * size)]
+                return [*self.torch_expand(), *(sums if moments else []), *totals]
+            flops = self._small_flops(self.n) + (6 if moments else 2) * size
+            one = Pass("expand", (self._e + self._a) * size + operands, flops, self.adapter)
+            return [one, *self._casts(("y", size), of=self._a, to=self._e), *totals]
+        slots = SLOT * self.n * -(-self.m // 128) if moments else 0
         one = Pass(
             "expand",
             2 * size * self._e + operands + slots,

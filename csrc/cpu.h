@@ -2,8 +2,10 @@
 // it runs, so that one build serves every processor.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <string_view>
+#include <type_traits>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define UCAN_INLINE inline __attribute__((always_inline))
@@ -49,6 +51,15 @@
 #endif
 
 namespace ucan_fast {
+
+// A vector register of W, its bits, and the same anywhere in memory.
+template <typename W, int kBytes>
+struct Vectors {
+  using Bits = std::conditional_t<sizeof(W) == 4, int32_t, int64_t>;
+  typedef W type __attribute__((vector_size(kBytes)));
+  typedef Bits bits __attribute__((vector_size(kBytes)));
+  typedef W unaligned __attribute__((vector_size(kBytes), aligned(sizeof(W)), may_alias));
+};
 
 enum class InstructionSet { plain, avx2, avx512 };
 

@@ -7,7 +7,6 @@
 
 #include <limits>
 #include <optional>
-#include <utility>
 
 #include "rows.h"
 
@@ -15,14 +14,6 @@ namespace ucan_fast {
 namespace {
 
 // ---- What is compiled once per instruction set ----
-
-template <typename W, int kBytes>
-struct Vectors {
-  using Bits = std::conditional_t<sizeof(W) == 4, int32_t, int64_t>;
-  typedef W type __attribute__((vector_size(kBytes)));
-  typedef Bits bits __attribute__((vector_size(kBytes)));
-  typedef W unaligned __attribute__((vector_size(kBytes), aligned(sizeof(W)), may_alias));
-};
 
 // kTile rows of kVectors vectors. `z` is [k][kRows] and `panel` [k][kVectors vectors]; with kAll
 // all rows are there, else `count` of them.
@@ -279,22 +270,6 @@ void run(
       });
 }
 
-// Addresses of the first byte of a matrix and of the first one behind it.
-std::pair<uintptr_t, uintptr_t> span_of(const Tensor& matrix) {
-  const auto start = reinterpret_cast<uintptr_t>(matrix.const_data_ptr());
-  if (matrix.size(0) == 0 || matrix.size(1) == 0) return {start, start};
-  const int64_t last =
-      (matrix.size(0) - 1) * matrix.stride(0) + (matrix.size(1) - 1) * matrix.stride(1);
-  return {start, start + (last + 1) * matrix.element_size()};
-}
-
-void check_apart(const Tensor& one, const Tensor& y, const char* op, const char* name) {
-  const auto [start, end] = span_of(one);
-  const auto [y_start, y_end] = span_of(y);
-  STD_TORCH_CHECK(
-      end <= y_start || y_end <= start, op, ": ", name, " and y must not share memory");
-}
-
 template <typename W>
 void expand(
     const Source& base, const Tensor& z, const Tensor& b, double scaling,
@@ -336,9 +311,9 @@ void expand_cpu(
         base->size(1), "] and y [", tokens, ", ", n, "]; they must have one shape");
     STD_TORCH_CHECK(
         wide || source.dtype != Dtype::float64, op, ": y must be float64 where base is");
-    check_apart(*base, y, op, "base");
+    check_apart(*base, y, op, "base", "y");
   }
-  check_apart(z, y, op, "z");
+  check_apart(z, y, op, "z", "y");
   STD_TORCH_CHECK(
       groups.has_value() == moments.has_value(), op, ": groups and moments go together");
   double* totals = moments ? checked_moments(*moments, n, op) : nullptr;

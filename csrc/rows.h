@@ -1,4 +1,5 @@
-// Rows of a matrix in groups, and their moments: what the CPU operators that take moments share.
+// Rows of a matrix, alone or in groups, and their moments: what the CPU operators on activations
+// share.
 //
 // Which rows go together, where an fp32 partial sum ends (at most 32 rows) and how the fp64 totals
 // are combined follow from the shape and the groups alone: the bits do not depend on the number of
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -332,6 +334,23 @@ inline double* checked_moments(const Tensor& moments, int64_t n, const char* op)
           moments.size(2) == n,
       op, ": moments must be contiguous float64 [2, 2, ", n, "]");
   return static_cast<double*>(moments.mutable_data_ptr());
+}
+
+// Addresses of the first byte of a matrix and of the first one behind it.
+inline std::pair<uintptr_t, uintptr_t> span_of(const Tensor& matrix) {
+  const auto start = reinterpret_cast<uintptr_t>(matrix.const_data_ptr());
+  if (matrix.size(0) == 0 || matrix.size(1) == 0) return {start, start};
+  const int64_t last =
+      (matrix.size(0) - 1) * matrix.stride(0) + (matrix.size(1) - 1) * matrix.stride(1);
+  return {start, start + (last + 1) * matrix.element_size()};
+}
+
+inline void check_apart(
+    const Tensor& one, const Tensor& y, const char* op, const char* name, const char* out) {
+  const auto [start, end] = span_of(one);
+  const auto [y_start, y_end] = span_of(y);
+  STD_TORCH_CHECK(
+      end <= y_start || y_end <= start, op, ": ", name, " and ", out, " must not share memory");
 }
 
 }  // namespace ucan_fast

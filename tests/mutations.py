@@ -734,7 +734,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *_mutations(
         "csrc/rows.h",
-        "tests/ops/test_native_moments.py tests/ops/test_moments.py --deselect tests/ops/test_native_moments.py::test_every_instruction_set",
+        "tests/ops/test_native_moments.py tests/ops/test_moments.py tests/ops/test_native_shrink.py --deselect tests/ops/test_native_moments.py::test_every_instruction_set",
         (
             "groups swapped",
             "value == 0 ? 0 : value == 1 ? 1 : kUncounted",
@@ -778,6 +778,7 @@ MUTATIONS: list[Mutation] = [
             "out[j] = static_cast<W>(source[j]);",
         ),
         ("too few groups", "groups.dim() == 1 && groups.size(0) == tokens", "groups.dim() == 1"),
+        ("memory may overlap", "end <= y_start || y_end <= start", "start != y_start"),
     ),
     *_mutations(
         "csrc/moments_cpu.cpp",
@@ -803,7 +804,21 @@ MUTATIONS: list[Mutation] = [
         ("no rest of the columns", "if (rest) {", "if (false) {"),
         ("B's step is 1", "from[j * row_stride + p * step]", "from[j * row_stride + p]"),
         ("z's step is 1", "row[p * call.z_step]", "row[p]"),
-        ("memory may overlap", "end <= y_start || y_end <= start", "start != y_start"),
+        ("memory may overlap", 'check_apart(z, y, op, "z", "y");', ""),
+    ),
+    *_mutations(
+        "csrc/shrink_cpu.cpp",
+        "tests/ops/test_native_shrink.py --deselect tests/ops/test_native_shrink.py::test_every_instruction_set",
+        ("the last row is not there", "row + i < last ?", "row + i + 1 < last ?"),
+        ("one stretch of columns", "column += kDepth", "column += call.columns"),
+        ("the last stretch is whole", "std::min(kDepth, call.columns - column)", "kDepth"),
+        ("sums are not begun", "std::fill_n(sums", "if (first > 0) std::fill_n(sums"),
+        ("panels one column off", "(panel * call.columns + column)", "(panel * call.columns)"),
+        ("A's step is 1", "from[p * step]", "from[p]"),
+        ("A ends with its panel", "r < call.rank ? from[p * step] : W(0)", "from[p * step]"),
+        ("one task too few", "divide_up(call.rows, kTaskRows)", "call.rows / kTaskRows"),
+        ("a sum in one register", "kDepth = 256", "kDepth = 65536"),
+        ("memory may overlap", 'check_apart(x, z, op, "x", "z");', ""),
     ),
     *_mutations(
         "ucan_fast/ops/shrink.py",
@@ -820,8 +835,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "the reference instead of the kernel",
-            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if _backend(x, a, dtype) == "triton":',
-            '_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)\n    if _backend(x, a, dtype) == "never":',
+            '    backend = _backend(x, a, dtype)\n    if backend == "triton":',
+            '    backend = _backend(x, a, dtype)\n    if backend == "never":',
         ),
         (
             "moments under autograd",

@@ -1,7 +1,7 @@
 """Loads the optional native extension, or says why not.
 
-- ``_C``: the schemas of ``ucan_fast::_attenuate_native_``, ``_moments_native_`` and
-  ``_expand_native_``, and their CPU code;
+- ``_C``: the schemas of ``ucan_fast::_attenuate_native_``, ``_moments_native_``,
+  ``_shrink_native_`` and ``_expand_native_``, and their CPU code;
 - ``_C_cuda``: the CUDA kernel of ``_attenuate_native_``, loaded only where torch is a CUDA build.
   It is compiled and linked, but has not been run on a GPU yet.
 
@@ -22,7 +22,10 @@ __all__ = ["load", "status"]
 
 LIBRARIES = ("_C", "_C_cuda")
 _OPERATOR = "ucan_fast::_attenuate_native_"
-_OPERATORS = (_OPERATOR, "ucan_fast::_moments_native_", "ucan_fast::_expand_native_")
+_OPERATORS = (
+    _OPERATOR,
+    *(f"ucan_fast::_{name}_native_" for name in ("moments", "shrink", "expand")),
+)
 _AVAILABLE = "available"
 _REBUILD = "rebuild it with: pip install --no-build-isolation --no-deps --force-reinstall ."
 

@@ -273,7 +273,10 @@ def test_the_extension_refuses_a_mix_with_meta(backend):
         pytest.skip("the extension's operators are the same under every backend")
     assert native.load()
     h, z, b = ones(7, 12), ones(7, 3), ones(12, 3)
+    a = ones(3, 12)
     for call in (
+        lambda: O._shrink_native_(h.to("meta"), a, z.clone()),
+        lambda: O._shrink_native_(h, a.to("meta"), z.clone()),
         lambda: O._moments_native_(h.to("meta"), GROUPS, -1, totals(12)),
         lambda: O._moments_native_(h, GROUPS, -1, totals(12).to("meta")),
         lambda: O._expand_native_(

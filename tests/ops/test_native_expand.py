@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from native_helpers import (
+    DTYPES,
+    LAYOUTS,
+    assert_passes_on,
+    exact,
+    matrix,
+    poisoned,
+    random_groups,
+    totals,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ucan_fast import native, ops
@@ -20,52 +27,15 @@ pytestmark = pytest.mark.skipif(
     native.status()["_C"] != "available", reason=f"_C: {native.status()['_C']}"
 )
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Around the 8 rows of a batch, the 32 of a partial sum and the 256 of a task.
 TOKENS = [0, 1, 7, 8, 129, 600]
 # Around a vector, a panel of 32 and the 1024 columns of a task.
 COLUMNS = [0, 1, 17, 64, 1100]
 RANKS = [1, 3, 8, 16, 64, 256]
-LAYOUTS = ["plain", "column slice", "transposed", "every other", "expanded"]
 
 
 def run(base, z, b, scaling, y, *, bias=None, groups=None, only=-1, moments=None) -> None:
     torch.ops.ucan_fast._expand_native_(base, z, b, scaling, bias, groups, only, moments, y)
-
-
-def poisoned(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((rows, cols), torch.nan, dtype=dtype)
-
-
-def matrix(rows: int, cols: int, dtype: torch.dtype, layout: str = "plain") -> torch.Tensor:
-    if layout == "plain":
-        return torch.randn(rows, cols).to(dtype)
-    if layout == "column slice":
-        return torch.randn(rows, cols + 9).to(dtype)[:, 4 : 4 + cols]
-    if layout == "transposed":
-        return torch.randn(cols, rows).to(dtype).t()
-    if layout == "every other":
-        return torch.randn(2 * rows, 3 * cols).to(dtype)[::2, ::3]
-    return torch.randn(1, cols).to(dtype).expand(rows, cols)
-
-
-def random_groups(tokens: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """Runs of one group, mixed stretches, and ignored rows."""
-    groups = torch.randint(-1, 2, (tokens,))
-    groups[tokens // 5 : tokens // 2] = 1
-    return groups.to(dtype)
-
-
-def totals(n: int, start: float = 0.0) -> torch.Tensor:
-    return torch.full((2, 2, n), start, dtype=torch.float64)
-
-
-def exact(delta: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """By boolean indexing in fp64."""
-    parts = [delta.double()[groups == g] for g in (0, 1)]
-    return torch.stack(
-        [torch.stack([f(p).sum(0) for p in parts]) for f in (torch.abs, torch.square)]
-    )
 
 
 def assert_y_is_exact(y, base, z, b, scaling, bias) -> None:
@@ -297,15 +267,7 @@ def test_opcheck_and_meta():
 def test_every_instruction_set(instructions):
     """What a lesser processor would run, chosen by torch's own switch."""
     selected = "definition or strides or whatever or nan_stays or 32_rows or ignored_rows"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", selected, "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "--import-mode=importlib", __file__],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": instructions},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    assert_passes_on(instructions, selected, __file__)
 
 
 # How ops.expand uses it.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from native_helpers import DTYPES, LAYOUTS, assert_passes_on, exact, matrix, random_groups, totals
 
 from ucan_fast import native
 from ucan_fast.ops.moments import moments_reference
@@ -16,48 +13,15 @@ pytestmark = pytest.mark.skipif(
     native.status()["_C"] != "available", reason=f"_C: {native.status()['_C']}"
 )
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GROUP_DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 # Around the 8 rows of a batch, the 32 of a partial sum and the 256 of a task.
 TOKENS = [0, 1, 3, 7, 8, 9, 31, 33, 129, 1025, 2100]
 # Around a vector and the 1024 columns of a task.
 COLUMNS = [0, 1, 5, 16, 33, 1100]
-LAYOUTS = ["plain", "column slice", "transposed", "every other", "expanded"]
 
 
 def run_moments(h, groups, moments, only_group=-1) -> None:
     torch.ops.ucan_fast._moments_native_(h, groups, only_group, moments)
-
-
-def matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    if layout == "plain":
-        return torch.randn(rows, cols).to(dtype)
-    if layout == "column slice":
-        return torch.randn(rows, cols + 9).to(dtype)[:, 4 : 4 + cols]
-    if layout == "transposed":
-        return torch.randn(cols, rows).to(dtype).t()
-    if layout == "every other":
-        return torch.randn(2 * rows, 3 * cols).to(dtype)[::2, ::3]
-    return torch.randn(1, cols).to(dtype).expand(rows, cols)
-
-
-def random_groups(tokens: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """Runs of one group, mixed stretches, and ignored rows."""
-    groups = torch.randint(-1, 2, (tokens,))
-    groups[tokens // 5 : tokens // 2] = 1
-    return groups.to(dtype)
-
-
-def totals(n: int, start: float = 0.0) -> torch.Tensor:
-    return torch.full((2, 2, n), start, dtype=torch.float64)
-
-
-def exact(h: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """By boolean indexing in fp64."""
-    parts = [h.double()[groups == g] for g in (0, 1)]
-    return torch.stack(
-        [torch.stack([f(p).sum(0) for p in parts]) for f in (torch.abs, torch.square)]
-    )
 
 
 def assert_as_exact_as_torch(got: torch.Tensor, h: torch.Tensor, groups: torch.Tensor) -> None:
@@ -216,12 +180,4 @@ def test_every_instruction_set(instructions):
     """What a lesser processor would run, chosen by torch's own switch."""
     # Of the layouts one with neighbours side by side and one without: the code knows no others.
     selected = "(definition and (plain or other)) or every_value or 32_rows or ignored_rows"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", selected, "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "--import-mode=importlib", __file__],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": instructions},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    assert_passes_on(instructions, selected, __file__)

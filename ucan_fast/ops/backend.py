@@ -28,16 +28,17 @@ operator                     ``triton``   C++ (CPU)    CUDA extension
 A backend named by the user is an error, never a silent fallback, where it has the operator and
 cannot run it; operators that it does not have go as under ``auto``. An unknown name is an error.
 
-Two operators have calls that another way is part of their definition for, under a named backend
+Three operators have calls that another way is part of their definition for, under a named backend
 too, since an error would end whole models for one layer or one call of theirs:
 
 - ``fused_linear`` under ``triton``: what TMA refuses (sizes, strides or addresses that are not
   whole 16 bytes; ``kernels.fused_linear.obstacle`` says which) is torch's product of the base and
   then Triton's ``expand``, as in a layer without the opt-in. Addresses change from call to call,
   and nobody knows them while ``torch.compile`` traces. A GPU without TMA is an error.
-- ``expand`` under ``native``: C++ keeps the product in fp32 or fp64 and has no derivative. Narrower
-  z, whose product the definition rounds, and calls that autograd, ``torch.func`` or a dispatch mode
-  watches are computed by the reference. ``auto`` also leaves calls of few rows to it, for speed.
+- ``shrink`` and ``expand`` under ``native``: C++ keeps the product in fp32 or fp64 and has no
+  derivative. A narrower product (of ``expand`` narrower z), which the definition rounds, and calls
+  that autograd, ``torch.func`` or a dispatch mode watches are computed by the reference. ``auto``
+  also leaves calls of few rows to it, for speed.
 
 A layer without statistics asks for ``add_lora``, which is ``shrink`` and ``expand``, but under
 ``auto`` on the CPU, in fp32 or fp64, one ``addmm_`` of torch's into the base product's memory.
@@ -77,6 +78,7 @@ _OPERATORS = (
 _NATIVE = {
     "cpu": {
         "accumulate_moments": "_moments_native_",
+        "shrink": "_shrink_native_",
         "expand": "_expand_native_",
         "attenuate_": "_attenuate_native_",
     },

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .backend import PLAIN, is_unobserved, requested_backend
 from .expand import expand
-from .shrink import shrink
+from .shrink import NATIVE_ROWS, shrink
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -38,7 +38,9 @@ def add_lora(
     """
     if overwrite and bias is None and _is_plain(base_out, x, a, b, dtype):
         n, r = b.shape
-        base_out.view(-1, n).addmm_(F.linear(x, a).reshape(-1, r), b.t(), alpha=scaling)
+        # shrink's own questions take longer than the product of a few tokens.
+        z = F.linear(x, a) if base_out.numel() < NATIVE_ROWS * n else shrink(x, a)
+        base_out.view(-1, n).addmm_(z.reshape(-1, r), b.t(), alpha=scaling)
         return base_out
     return expand(base_out, shrink(x, a, dtype=dtype), b, scaling, bias=bias, overwrite=overwrite)
 

@@ -8,9 +8,24 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UcanError
-from .backend import LIBRARY, cast, choose, is_transformed, runs_directly, without_autocast
+from .backend import (
+    LIBRARY,
+    cast,
+    choose,
+    is_transformed,
+    is_unobserved,
+    requested_backend,
+    runs_directly,
+    without_autocast,
+)
 from .checks import FLOATING, check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_totals
+
+# From this many rows on C++ is faster: it brings A into another order first. Fewer go there only
+# where it was asked for by name. With moments the rule is the same, so that z has the same bits
+# whatever is measured.
+NATIVE_ROWS = 96
+_WIDE = (torch.float32, torch.float64)
 
 
 def shrink(
@@ -24,6 +39,9 @@ def shrink(
     rank_moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The first half of a LoRA layer: ``z = x Aᵀ``.
+
+    What C++ does not compute as this says goes to the reference, also under ``native`` by name (see
+    :mod:`ucan_fast.ops.backend`).
 
     Args:
         x: activations ``[..., K]``.
@@ -113,7 +131,30 @@ def _run(backend: str, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> 
         from ..kernels.shrink import shrink as launch
 
         return launch(x, a, dtype)
-    return shrink_reference(x, a, dtype)
+    return _product(backend, x, a, dtype)
+
+
+def _product(backend: str, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if backend != "native" or not (_fits_native(x, a, dtype) and is_unobserved(x, a)):
+        return shrink_reference(x, a, dtype)
+    return run_native(x, a, dtype)
+
+
+def run_native(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """z from C++, unchecked."""
+    z = torch.empty(*x.shape[:-1], a.shape[0], dtype=dtype, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    torch.ops.ucan_fast._shrink_native_(rows, cast(a, dtype), z.view(-1, a.shape[0]))
+    return z
+
+
+def _fits_native(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> bool:
+    # Narrow products are rounded, and wide values narrowed before them; the C++ code does neither.
+    if dtype not in _WIDE or torch.promote_types(x.dtype, dtype) != dtype:
+        return False
+    if x.numel() == 0 or a.numel() == 0:
+        return False
+    return x.numel() >= NATIVE_ROWS * x.shape[-1] or requested_backend() == "native"
 
 
 def _shrink_moments(
@@ -127,11 +168,12 @@ def _shrink_moments(
 ) -> torch.Tensor:
     check_not_recorded("shrink", x=x, A=a)
     _check_moments(x, a, dtype, groups, only_group, input_moments, rank_moments)
-    if _backend(x, a, dtype) == "triton":
+    backend = _backend(x, a, dtype)
+    if backend == "triton":
         from ..kernels.shrink import shrink as launch
 
         return launch(x, a, dtype, groups, only_group, input_moments, rank_moments)
-    z = shrink_reference(x, a, dtype)
+    z = _product(backend, x, a, dtype)
     if input_moments is not None:
         add_moments_(x, groups, only_group, input_moments)
     if rank_moments is not None:
