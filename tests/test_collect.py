@@ -1227,8 +1227,8 @@ def test_refuses_an_attenuated_adapter(way):
     stats = uf.collect(model, MIXED)
     plan = uf.make_plan(model, stats, uf.UcanConfig(fraction=0.3, min_score=0.0, strength=1.0))
     plan.apply(model)
-    assert_refused(model, MIXED, "'default'", "attenuated", "undo")
-    assert_refused(copy.deepcopy(model), MIXED, "attenuated")
+    assert_refused(model, MIXED, "'default'", "plan", "undo")
+    assert_refused(copy.deepcopy(model), MIXED, "plan")
     plan.undo(model)
     again = uf.collect(model, MIXED)
     assert again.fingerprint == stats.fingerprint

@@ -1,11 +1,12 @@
 """Unlearning by training: gradient ascent, GradDiff and NPO, on the adapter alone.
 
-One step takes one batch of D_f and, where D_r is used, one batch of D_r, each set in rounds of
-seeded order. The model stays in eval mode: without dropout a state depends on nothing but the seed,
+One step takes one batch of D_f and, where D_r is used, one batch of D_r or more, each set in rounds
+of seeded order. The model stays in eval mode: without dropout a state depends on nothing but the seed,
 and the reference of KL and NPO is the same function. (The authors train in train mode, with LoRA
 dropout 0.05.) Otherwise as in open-unlearning (locuslab/open-unlearning@d3d7cf9,
-``src/trainer/unlearn/``): AdamW, no weight decay, gradients clipped to norm 1, all weights of the
-loss's terms 1. The learning rate is constant, and every step on the ladder is a state.
+``src/trainer/unlearn/``): AdamW, no weight decay, gradients clipped to norm 1. The authors weigh both
+terms of the loss alike and take as much of D_r as of D_f in a step; as their α can be set, so is it
+here, and a heavier term takes more batches of D_r, lest a step overfit one of them. The learning rate is constant, and every step on the ladder is a state.
 """
 
 from __future__ import annotations
@@ -22,9 +23,17 @@ from .training import Reference, adamw, cycled, descend, differentiable, thinned
 
 #: Loss of (model, reference, batch).
 Loss = Callable[[Run, Run, Scored], torch.Tensor]
-#: Around the LoRA rate of open-unlearning. 3e-4 was worse than 1e-4 wherever it was tried, and at
-#: that of training (2e-3) the second step is too far. At 1e-5 GradDiff needs hundreds of steps.
+#: Around the LoRA rate of open-unlearning. At that of training (2e-3) the second step is too far.
 RATES = ({"lr": 1e-5, "steps": 512}, {"lr": 3e-5}, {"lr": 1e-4})
+#: With a term of D_r: the authors' weights, and a retain term that carries a higher rate.
+_HEAVY = {"retain_weight": 5.0, "retain_batches": 4}
+RETAIN_RATES = (
+    {"lr": 1e-5, "steps": 512},
+    {"lr": 3e-5},
+    {"lr": 1e-4, **_HEAVY},
+    {"lr": 1e-4},
+    {"lr": 3e-4, **_HEAVY},
+)
 STEPS = 128
 NPO_BETA = 0.1
 
@@ -40,21 +49,27 @@ def gradient_ascent(case: Case, *, lr: float, steps: int = STEPS) -> Iterator[St
     return _train(case, _ascent, None, lr, steps)
 
 
-def grad_diff(case: Case, *, lr: float, steps: int = STEPS) -> Iterator[State]:
-    """GradDiff: L = -NLL(D_f) + NLL(D_r). States: numbers of steps."""
-    return _train(case, _ascent, _retain_nll, lr, steps)
+def grad_diff(case: Case, *, lr: float, steps: int = STEPS, **retain: float) -> Iterator[State]:
+    """GradDiff: L = -NLL(D_f) + α NLL(D_r). States: numbers of steps.
+
+    Args:
+        retain: ``retain_weight``, α (default 1), and ``retain_batches`` of a step (default 1).
+    """
+    return _train(case, _ascent, _retain_nll, lr, steps, **retain)
 
 
-def grad_diff_kl(case: Case, *, lr: float, steps: int = STEPS) -> Iterator[State]:
-    """GradDiff: L = -NLL(D_f) + KL(reference || model; D_r). States: numbers of steps.
+def grad_diff_kl(case: Case, *, lr: float, steps: int = STEPS, **retain: float) -> Iterator[State]:
+    """GradDiff: L = -NLL(D_f) + α KL(reference || model; D_r). States: numbers of steps.
 
     The reference is run again for every batch, as the authors do: its logits are too many to keep.
     """
-    return _train(case, _ascent, kl_to_reference, lr, steps)
+    return _train(case, _ascent, kl_to_reference, lr, steps, **retain)
 
 
-def npo(case: Case, *, lr: float, steps: int = STEPS, beta: float = NPO_BETA) -> Iterator[State]:
-    """NPO + retain: L = -(2/β) E log σ(β (NLL - NLL_ref)) + NLL(D_r). States: numbers of steps.
+def npo(
+    case: Case, *, lr: float, steps: int = STEPS, beta: float = NPO_BETA, **retain: float
+) -> Iterator[State]:
+    """NPO + retain: L = -(2/β) E log σ(β (NLL - NLL_ref)) + α NLL(D_r). States: numbers of steps.
 
     Zhang et al. 2024 (licong-lin/negative-preference-optimization@1207bbe). NLL is the *sum* over
     a sequence's forget labels; MUSE took the mean, which is another effective β.
@@ -67,7 +82,7 @@ def npo(case: Case, *, lr: float, steps: int = STEPS, beta: float = NPO_BETA) ->
             kept[id(batch)] = sequence_nll(reference, batch)
         return npo_loss(sequence_nll(run, batch), kept[id(batch)], beta)
 
-    return _train(case, forget_loss, _retain_nll, lr, steps)
+    return _train(case, forget_loss, _retain_nll, lr, steps, **retain)
 
 
 def npo_loss(nll: torch.Tensor, reference: torch.Tensor, beta: float = NPO_BETA) -> torch.Tensor:
@@ -89,7 +104,13 @@ def _retain_nll(run: Run, _reference: Run, batch: Scored) -> torch.Tensor:
 
 
 def _train(
-    case: Case, forget_loss: Loss, retain_loss: Loss | None, lr: float, steps: int
+    case: Case,
+    forget_loss: Loss,
+    retain_loss: Loss | None,
+    lr: float,
+    steps: int,
+    retain_weight: float = 1.0,
+    retain_batches: int = 1,
 ) -> Iterator[State]:
     """States on the ladder; ends early, with what was reached, where the loss is not finite."""
     if steps < 1 or not lr > 0:
@@ -109,7 +130,9 @@ def _train(
             with clock, differentiable(weights):
                 loss = forget_loss(model, reference, next(forget))
                 if retain_loss is not None:
-                    loss = loss + retain_loss(model, reference, next(retain))
+                    share = retain_weight / retain_batches
+                    for _ in range(retain_batches):
+                        loss = loss + share * retain_loss(model, reference, next(retain))
                 if not descend(optimizer, weights, loss):
                     return
             if step in rungs:
