@@ -40,6 +40,8 @@ class Case:
         metric: of ``ranking_metrics``, what drops are drops of.
         prepared: sums that are there before the request comes in (a bank), by name.
         seconds: what it took to make those, by the same names.
+        peaks: growth of resident memory in passes that several methods share, by name, in bytes;
+            None where it cannot be known.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Case:
     metric: str = "recall@10"
     prepared: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .edits import FORGET, only, prepare, scores
 from .methods import METHODS
 from .recommender import DATA_SETS, SCENARIOS, load_recommender, make_case, make_request
 from .runner import run_case
+from .tables import load
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add_common(parser, DATA_SETS, SCENARIOS)
     parser.add_argument("--share", type=float, default=1.0, help="of the users to measure on")
+    parser.add_argument(
+        "--into", type=Path, help="an earlier file of this cell: its rows of these methods are new"
+    )
     return parser
 
 
@@ -103,6 +107,40 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
+#: What must be the same for rows of two runs to stand in one table.
+_SAME = ("data_set", "scenario", "seed", "coarse", "share", "interactions", "cases")
+
+
+def joined(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier file with the rows of a later run in place of its own; each says where it is from.
+
+    Raises:
+        UcanError: the two are not of one cell, or the model was another one.
+    """
+    for name in _SAME:
+        if earlier[name] != json_values(found[name]):
+            raise uf.UcanError(
+                f"--into: {name} is {earlier[name]} in the file and {found[name]} here."
+            )
+    metric = found["metric"]
+    pairs = [(earlier[metric][side], value) for side, value in found[metric].items()]
+    if any(abs(one - other) > 1e-9 for one, other in pairs):
+        raise uf.UcanError(
+            f"--into: before any edit {metric} is {earlier[metric]} in the file and "
+            f"{found[metric]} here: it is another model."
+        )
+    source = {name: found[name] for name in ("command", "environment", "total_seconds")}
+    source["methods"] = list(found["methods"])
+    kept = [s for s in earlier.get("later", ()) if set(s["methods"]) - set(source["methods"])]
+    rows = {**earlier["methods"], **found["methods"]}
+    order = [method.name for method in METHODS if method.name in rows]
+    return {
+        **earlier,
+        "methods": {name: rows[name] for name in order},
+        "later": [*kept, source],
+    }
+
+
 def attacks(case: Case) -> dict[str, float]:
     """AUC of membership inference on the model as it is; nothing where there are too few sequences.
 
@@ -134,20 +172,27 @@ def common_words(options: argparse.Namespace) -> list[str]:
 
 def _words(options: argparse.Namespace) -> list[str]:
     share = ["--share", f"{options.share:g}"] if options.share != 1 else []
-    return common_words(options) + share
+    into = ["--into", f"benchmarks/results/quality/{options.into.name}"] if options.into else []
+    return common_words(options) + share + into
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 1 where the data cannot be had."""
     options = parser().parse_args(arguments)
+    options.out = options.out or options.into
     if options.scenario is not None and options.out is None:
         parser().error("--scenario needs --out, the file to write")
     if not 0 < options.share <= 1:
         parser().error(f"--share must be above 0 and at most 1, not {options.share:g}")
     warnings.simplefilter("ignore", uf.UcanWarning)
     try:
+        earlier = None
+        if options.into is not None:
+            (earlier,) = load([options.into])
         found = run(options)
-    except uf.UcanError as error:
+        if found is not None and earlier is not None:
+            found = joined(earlier, found)
+    except (uf.UcanError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if found is not None:

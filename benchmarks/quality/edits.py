@@ -14,6 +14,7 @@ import ucan_fast as uf
 from ucan_fast.batches import FORGET, RETAIN
 from ucan_fast.guidance import separability
 
+from ..model.resources import peak_memory
 from .case import Batch, Case, Clock, Method, State, as_before
 from .dampening import importance_of_all
 
@@ -118,12 +119,19 @@ def request_factors(
 
 
 def _once(case: Case, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
-    """Several methods start from the same sums: they are taken once, and charged to each."""
+    """Several methods start from the same sums: they are taken once, and charged to each.
+
+    The peak of memory of that pass is kept, too: the runner charges it to whoever needs the sums.
+    """
     if name not in case.prepared:
-        clock = Clock()
-        with clock:
-            made = make()
-        case.prepared[name] = (made, clock.seconds)
+        clock, made = Clock(), []
+
+        def timed() -> None:
+            with clock:
+                made.append(make())
+
+        case.peaks[name] = peak_memory(timed, torch.device("cpu"))["peak_memory_bytes"]
+        case.prepared[name] = (made[0], clock.seconds)
     return case.prepared[name]
 
 

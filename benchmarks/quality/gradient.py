@@ -1,12 +1,13 @@
 """Unlearning by training: gradient ascent, GradDiff and NPO, on the adapter alone.
 
-One step takes one batch of D_f and, where D_r is used, one batch of D_r or more, each set in rounds
-of seeded order. The model stays in eval mode: without dropout a state depends on nothing but the seed,
-and the reference of KL and NPO is the same function. (The authors train in train mode, with LoRA
-dropout 0.05.) Otherwise as in open-unlearning (locuslab/open-unlearning@d3d7cf9,
-``src/trainer/unlearn/``): AdamW, no weight decay, gradients clipped to norm 1. The authors weigh both
-terms of the loss alike and take as much of D_r as of D_f in a step; as their α can be set, so is it
-here, and a heavier term takes more batches of D_r, lest a step overfit one of them. The learning rate is constant, and every step on the ladder is a state.
+One step takes one batch of D_f and, where D_r is used, one batch of D_r or more, each set in
+rounds of seeded order. The model stays in eval mode: without dropout a state depends on nothing but
+the seed, and the reference of KL and NPO is the same function. (The authors train in train mode,
+with LoRA dropout 0.05.) Otherwise as in open-unlearning (locuslab/open-unlearning@d3d7cf9,
+``src/trainer/unlearn/``): AdamW, no weight decay, gradients clipped to norm 1. The authors weigh
+both terms of the loss alike and take as much of D_r as of D_f in a step; α can be set there as it
+can here, and a heavier term takes more batches, lest a step fit one of them. The learning rate is
+constant, and every step on the ladder is a state.
 """
 
 from __future__ import annotations

@@ -214,10 +214,13 @@ def make_request(recommender: Recommender, scenario: str) -> Request:
     # A taste: users with the largest share of the genre.
     seen = np.bincount(data.train.user, minlength=data.train.n_users)
     liked = np.bincount(data.train.user[by_genre[0]], minlength=data.train.n_users)
-    share = (liked / np.maximum(seen, 1))[data.tuned_users]
-    users = data.tuned_users[np.argsort(-share, kind="stable")[: max(1, round(0.1 * count))]]
+    share = liked / np.maximum(seen, 1)
+    order = np.argsort(-share[data.tuned_users], kind="stable")
+    users = data.tuned_users[order[: max(1, round(0.1 * count))]]
+    alike = share >= share[users].min()
     title = f"the 10 % of the users with most {genre}"
-    return Request(scenario, title, *[np.isin(log.user, users) for log in logs], all_rows)
+    rows = [np.isin(log.user, users) for log in logs]
+    return Request(scenario, title, *rows, alike[data.train.user])
 
 
 def make_case(

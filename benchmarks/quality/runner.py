@@ -131,6 +131,7 @@ def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
         range(len(curves)), key=lambda i: at_budget(_pairs(curves[i][0], "calibration"), BUDGET)[0]
     )
     points, memory = curves[best]
+    shared = [case.peaks.get(f"request {name}") for name in method.needs]
     row: dict[str, Any] = {
         "backward": method.backward,
         "needs": list(method.needs),
@@ -142,6 +143,8 @@ def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
             f"{b:g}": at_budget(_pairs(points, "retain"), b) for b in BUDGETS if not method.single
         },
         "peak_memory_bytes": memory,
+        # Of the pass over the forget set that the methods which start from a bank have in common.
+        "shared_peak_bytes": max((peak for peak in shared if peak is not None), default=None),
     }
     # Retraining is one state, whatever it costs, and no curve.
     chosen = points[0] if method.single and points else _strongest(points)

@@ -533,12 +533,17 @@ def _cache_key(recommender: TextRecommender, cases: Sequence[recsys.PromptCase])
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be deleted: bool over the training prompts, and its counterpart held out."""
+    """What is to be deleted: bool over the training prompts, and its counterpart held out.
+
+    ``items``: the items that it is about; None: any. Never-seen prompts are of the same kind where
+    they ask for one of them.
+    """
 
     scenario: str
     title: str
     forget_train: np.ndarray
     forget_test: np.ndarray
+    items: frozenset[int] | None = None
 
 
 def make_request(
@@ -579,7 +584,8 @@ def make_request(
         named = isinstance(genre, str)
         mask = recsys.forget_genre(data.log, genre) if named else genre(data.log)
         title = f"items of genre {genre}" if named else "items of one kind"
-        request = Request(scenario, title, mask[asked], mask[tested])
+        items = frozenset(data.log.item[mask].tolist())
+        request = Request(scenario, title, mask[asked], mask[tested], items)
     else:
         raise uf.UcanError(f"scenario {scenario!r} is unknown; known: {', '.join(SCENARIOS)}.")
     count = int(request.forget_train.sum())
@@ -657,8 +663,10 @@ def make_case(
     ranked = {side: prompts(data.train, sides[side], 1) for side in sides}
     measured = {"forget_train": ranked["forget"], "retain_train": ranked["retain"]}
     measured |= {name: prompts(data.test, places, 1) for name, places in held_out.items()}
-    holdout = recommender.prompts(data.holdout, 0, tokens)
-    measured["holdout"] = holdout
+    measured["holdout"] = recommender.prompts(data.holdout, 0, tokens)
+    alike = data.holdout
+    if request.items is not None:
+        alike = [case for case in alike if case.candidates[case.target] in request.items]
 
     def ranks() -> dict[str, torch.Tensor]:
         return {side: recommender.ranks(chosen) for side, chosen in ranked.items()}
@@ -680,7 +688,7 @@ def make_case(
             data.train, (~request.forget_train).astype(int).tolist(), tokens
         ),
         calibration=prompts(data.train, sides["calibration"], 1),
-        holdout=holdout,
+        holdout=recommender.prompts(alike, 0, tokens),
         ranks=ranks,
         measure=measure,
         retrain=lambda: retrain(recommender, request, cache),
