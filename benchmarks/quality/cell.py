@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "coarse": options.coarse,
         "share": options.share,
         "recipe": dataclasses.asdict(recommender.recipe),
+        "never_seen_alike": True,
         "interactions": {
             "forget": int(request.forget_train.sum()),
             "users": len(recommender.data.tuned_users),

@@ -10,6 +10,7 @@ in the section is written by hand, and no row is left out of docs/quality.md bec
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ PAGE = "docs/quality.md"
 #: The README's rows; docs/quality.md has all of them.
 SHOWN = (
     "influence",
+    "influence, B only",
+    "influence, last blocks",
     "influence, diagonals",
     "gates",
     "U-CAN, mlp",
@@ -91,12 +94,12 @@ def section(results: Results) -> str:
     parts.append(
         "A cell: drop of Recall@10 on deleted training interactions, in %, at a drop of 1 % / 5 % "
         "on retained ones of users that nothing was tuned on; the mean over the seeds. Bold: the "
-        "most at 5 %, retraining aside. Times are those to the strongest state within 5 % on "
-        "calibration users, one thread, sums of a bank at hand. All methods, all metrics, both "
-        f"protocols, spreads, times and memory: [{PAGE}]({PAGE}).\n"
+        "most at 5 %, retraining aside. Times, medians over the seeds, are those to the strongest "
+        "state within 5 % on calibration users, one thread, sums of a bank at hand. All methods, "
+        f"all metrics, both protocols, spreads, times and memory: [{PAGE}]({PAGE}).\n"
     )
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
-    parts.append(goals.section(documents))
+    parts.append(goals.section(documents, results.delivered))
     parts.append(advice.section(results.delivered, documents))
     parts.append(text_section(results.texts))
     return "\n".join(parts)
@@ -106,11 +109,10 @@ def _overview(title: str, together: Mapping[str, Sequence[Document]]) -> str:
     """One row per method, scenarios side by side."""
     scenarios = list(together)
     seeds = {s: ", ".join(str(d["seed"]) for d in found) for s, found in together.items()}
-    first = next(iter(together.values()))[0]
     lines = [
         f"**{title}** (seeds: "
         + "; ".join(f"{s} {seeds[s]}" for s in scenarios)
-        + f"; {first['environment']['hardware']}{', coarse curves' if first['coarse'] else ''})\n"
+        + f"; {_how(together)})\n"
     ]
     lines.append("| | " + " | ".join(scenarios) + " |")
     lines.append("|---|" + "---|" * len(scenarios))
@@ -151,6 +153,19 @@ def _overview(title: str, together: Mapping[str, Sequence[Document]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _how(together: Mapping[str, Sequence[Document]]) -> str:
+    """Hardware, and what makes a measurement less than full, of all files."""
+    every = [document for found in together.values() for document in found]
+    words = list(dict.fromkeys(document["environment"]["hardware"] for document in every))
+    for text, those in (
+        ("coarse curves", [document["coarse"] for document in every]),
+        ("a share of the users", [document.get("share", 1.0) != 1 for document in every]),
+    ):
+        if any(those):
+            words.append(text if all(those) else f"{text} in {sum(those)} of {len(those)} files")
+    return ", ".join(words)
+
+
 def text_section(texts: Sequence[Document]) -> str:
     """SmolLM2 on text prompts, as :func:`_overview` has the others."""
     parts = [
@@ -158,11 +173,23 @@ def text_section(texts: Sequence[Document]) -> str:
         for title, together in _by_model(texts).items()
     ]
     if parts:
-        parts.append(
-            "On text prompts the drops are of MRR@10 among each prompt's candidates. Sizes are "
-            "those of `benchmarks/quality/text_case.py`.\n"
-        )
+        parts.append(_sizes(texts[0]) + "\n")
     return "\n".join(parts)
+
+
+def _sizes(text: Document) -> str:
+    """What the reduced case leaves of SmolLM2 and the data."""
+    profile = text["recipe"]["profile"]
+    blocks = f"the last {profile['blocks']} of 30 blocks" if profile["blocks"] else "all blocks"
+    return (
+        "Drops of MRR@10 among each prompt's candidates. "
+        f"The {profile['name']} case: adapters in {blocks}, the head cut to the answers, "
+        f"{text['interactions']['users']} users, {profile['candidates']} candidates a prompt, "
+        f"titles of {profile['title_tokens']} tokens, {text['cases']['forget']} deleted and "
+        f"{text['cases']['retain']} retained prompts judged: a prompt is "
+        f"{100 / text['cases']['forget']:.1f} % of the deleted side, and smaller differences say "
+        "nothing."
+    )
 
 
 def _by_model(texts: Sequence[Document]) -> dict[str, list[Document]]:
@@ -189,9 +216,10 @@ def _shown(seconds: float | None) -> str:
 
 
 def _seconds(documents: Sequence[Document], name: str) -> float | None:
-    """From the request to the state that is measured in full."""
+    """From the request to the state that is measured in full; the median over the seeds."""
     taken = [document["methods"].get(name, {}).get("seconds") for document in documents]
-    return mean([seconds for seconds in taken if seconds is not None])
+    known = [seconds for seconds in taken if seconds is not None]
+    return statistics.median(known) if known else None
 
 
 def page(results: Results) -> str:
@@ -235,6 +263,12 @@ def _provenance(document: Document) -> str:
         f"seed {document['seed']}: {where['hardware']}, {where['threads']} thread(s), {versions}, "
         f"commit {where['commit']}, {where['date'][:10]}, {document['total_seconds']:.0f} s, "
         f"`{document['command']}`"
+        + "".join(
+            f"; {', '.join(later['methods'])} measured later: commit "
+            f"{later['environment']['commit']}, {later['environment']['date'][:10]}, "
+            f"{later['total_seconds']:.0f} s, `{later['command']}`"
+            for later in document.get("later", ())
+        )
     )
 
 

@@ -83,11 +83,33 @@ def _drop(heading: str, side: str) -> Column:
     return Column(heading, lambda _, row: row.get("drops", {}).get(side))
 
 
+def _peak(document: Document, row: Row) -> int | None:
+    """Growth of resident memory, the shared pass over the forget set included.
+
+    None where that pass was not measured, or where retraining came from a cache.
+    """
+    if row.get("needs") and set(row["needs"]) & {"moments", "factors"}:
+        shared = row.get("shared_peak_bytes")
+        return None if shared is None else max(shared, row["peak_memory_bytes"] or 0)
+    cached = "model" in document and "at_budget" in row and not row["at_budget"]
+    return None if cached else row.get("peak_memory_bytes")
+
+
+def _exposure(document: Document, row: Row) -> float | None:
+    """AUC of the loss attack; None where the never-seen data were of another kind."""
+    other_kind = document["scenario"] == "taste" or (
+        document["scenario"] == "genre" and "model" in document
+    )
+    if other_kind and not document.get("never_seen_alike"):
+        return None
+    return row.get("metrics", {}).get("mia/loss")
+
+
 #: What users decide by.
 COLUMNS = (
     *map(_at, BUDGETS),
     Column("time, s", lambda _, row: row.get("seconds"), 2),
-    Column("peak, MiB", lambda _, row: _mebibytes(row.get("peak_memory_bytes")), 0),
+    Column("peak, MiB", lambda document, row: _mebibytes(_peak(document, row)), 0),
     _drop("forget drop", "forget"),
     _drop("retain drop", "retain"),
     _metric("KL", "forget/kl", 3),
@@ -95,7 +117,7 @@ COLUMNS = (
     _metric("PPL", "forget/perplexity", 1),
     _trade_off("T@10 strict", "strict_train"),
     _trade_off("T@10 paper", "paper"),
-    _metric("MIA AUC", "mia/loss", 2),
+    Column("MIA AUC", lambda document, row: _exposure(document, row), 2),
 )
 #: Recommendations of both sides, at the same state.
 DETAILS = tuple(
@@ -175,12 +197,14 @@ LEGEND = (
     "method's first state is beyond it already (a straight line from the original), with ≥ where "
     "the curve ends before. The other columns belong to the strongest state whose drop on "
     f"calibration users is at most {BUDGET:g} %. Time: from the request to that state, on one "
-    "thread, tuning and measuring aside, sums of a bank at hand. Peak: growth of resident memory. "
+    "thread, tuning and measuring aside, sums of a bank at hand. Peak: growth of resident memory, "
+    "with the pass over the forget set (- where that was not measured). "
     "KL, shift and perplexity: on at most 8 batches of the forget set. Shift: share of positions "
     "with another best item. T@10: forget drop minus retain drop, means over Recall, MRR and NDCG; "
     "strict has both on training interactions, paper the retain side held out. MIA AUC: loss "
     "attack, deleted sequences against never-seen ones of the same kind (0.5: cannot be told "
-    "apart). Coarse: every other state of a curve, two settings of a baseline. Every model is "
+    "apart; - where never-seen ones were of another kind, or too few). Coarse: every other state "
+    "of a curve, two settings of a baseline. Every model is "
     "ranked on whole histories. A retrained one has learned histories without the deleted items: "
     "where those are single interactions (genre, interactions) it loses on retained ones too."
 )

@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "coarse": options.coarse,
         "share": 1.0,
         "recipe": dataclasses.asdict(recommender.recipe),
+        "never_seen_alike": True,
         "interactions": {
             "forget": int(request.forget_train.sum()),
             "users": len(set(recommender.data.log.user[recommender.data.train_rows].tolist())),

@@ -52,6 +52,36 @@ def test_a_cell_writes_what_tables_read(tmp_path):
     assert len(lines) == 3 + 4
 
 
+def test_rows_of_a_later_run_replace_those_of_a_file(tmp_path, capsys):
+    out = tmp_path / "toy.json"
+    options = ["--data-set", "toy", "--scenario", "users", "--coarse"]
+    assert cell.main([*options, "--methods", "uniform|U-CAN, input$", "--out", str(out)]) == 0
+    (first,) = tables.load([out])
+    again = [*options, "--methods", "GradDiff$|uniform", "--into", str(out)]
+    assert cell.main(again) == 0
+    (second,) = tables.load([out])
+    assert list(second["methods"]) == ["uniform shrink (control)", "U-CAN, input", "GradDiff"]
+    assert second["methods"]["U-CAN, input"] == first["methods"]["U-CAN, input"]
+    assert second["command"] == first["command"]
+    (later,) = second["later"]
+    assert later["methods"] == ["uniform shrink (control)", "GradDiff"]
+    assert "--into benchmarks/results/quality/toy.json" in later["command"]
+    # Once more: the earlier source has no row left.
+    assert cell.main(again) == 0
+    (third,) = tables.load([out])
+    assert len(third["later"]) == 1
+    # Another cell is refused, and the file stays as it is.
+    kept = out.read_bytes()
+    for wrong in (["--share", "0.5"], ["--seed", "1"]):
+        assert cell.main([*again, *wrong]) == 1
+        assert out.read_bytes() == kept
+    broken = {**third, "recall@10": dict.fromkeys(third["recall@10"], 0.5)}
+    out.write_text(json.dumps(broken))
+    assert cell.main(again) == 1
+    assert "another model" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == broken
+
+
 def test_without_a_scenario_a_cell_only_trains(tmp_path, capsys):
     out = tmp_path / "none.json"
     assert cell.main(["--data-set", "toy", "--out", str(out)]) == 0

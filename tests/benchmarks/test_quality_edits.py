@@ -11,6 +11,7 @@ from benchmarks.quality import edits
 from benchmarks.quality.case import lora_weights
 from benchmarks.quality.edits import BEYOND, CONTROLS, RETRAINING, only, prepare, scores
 from benchmarks.quality.recommender import make_case, make_request
+from benchmarks.quality.runner import run_case
 from ucan_fast import UcanError
 from ucan_fast.evaluation import group_loss
 
@@ -62,6 +63,17 @@ def test_a_state_does_not_pay_for_those_before_it(case, method, monkeypatch):
     seconds = [state.seconds for state in method.states(case, **method.settings[0])]
     assert seconds[0] > 0
     assert len(set(seconds)) == 1
+
+
+def test_the_pass_that_methods_share_is_charged_to_each_of_them(toy):
+    case = make_case(toy, make_request(toy, "genre"), toy.model())
+    chosen = [m for m in METHODS if m.name in ("gates", "influence", "uniform shrink (control)")]
+    prepare(case, edits.PREPARED)
+    rows = run_case(case, chosen, say=lambda _: None)["methods"]
+    assert case.peaks["request factors"] is not None
+    for name in ("gates", "influence"):
+        assert rows[name]["shared_peak_bytes"] == case.peaks["request factors"]
+    assert rows["uniform shrink (control)"]["shared_peak_bytes"] is None
 
 
 @pytest.mark.parametrize("name", ["influence", "gates", "one plain gradient step"])
