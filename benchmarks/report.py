@@ -96,7 +96,7 @@ def _by_case(document: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Map
     return cases
 
 
-# The three figures that decide
+# The figures that decide
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ _COLLECT = {
     "cpu": {"model": "SmolLM2-135M", "groups": "both groups"},
     "cuda": {"model": "Llama-2-7B", "groups": "both groups"},
 }
-#: The three figures that a user decides by.
+#: What a user decides by.
 HEADLINES = (
     Headline(
-        "**Collecting** the statistics of a data set, against a plain PEFT forward pass over it",
+        "**Collecting** the statistics of a data set after `uf.accelerate(model)`, against a plain "
+        "PEFT forward pass over it",
         "collect",
         _COLLECT,
         "ucan_fast",
@@ -134,7 +135,15 @@ HEADLINES = (
         as_time=True,
     ),
     Headline(
-        "the same, against PEFT with hooks that take the same statistics",
+        "without `accelerate`",
+        "collect",
+        _COLLECT,
+        "ucan_fast, not accelerated",
+        {"peft, plain forward": "its time"},
+        as_time=True,
+    ),
+    Headline(
+        "with it, against PEFT with hooks that take the same statistics",
         "collect",
         _COLLECT,
         "ucan_fast",
@@ -296,23 +305,34 @@ def _losses(results: Results) -> list[str]:
     ]
 
 
-#: They compute less on purpose, or are ours.
-_LESS = ("base layer alone", "peft, no moments", "peft, plain forward")
+#: They compute less on purpose: floors, no peers.
+_LESS = ("base layer alone", "adapter off", "peft, no moments", "peft, plain forward")
 
 
 def against_peers(case: Case) -> dict[str, Spread]:
-    """Peer -> how many times faster ucan_fast is, of the peers that do the same job."""
+    """Peer -> how many times faster ucan_fast is, of the peers that do the same job.
+
+    A peer in another precision (autocast, adapters of another dtype) is held against ours in it.
+    """
     peers = [name for name in case.rows if not name.startswith(_LESS)]
     if case.group == "deletion":
-        ours = "ucan_fast, bank"
-    else:
-        ours = OURS
-        peers = [name for name in peers if not name.startswith(OURS)]
-        # A peer with adapters of another dtype is another computation, and has its own rival.
-        peers = [name for name in peers if not name.endswith(" adapters")]
-    if ours not in case.rows:
-        return {}
-    return {name: case.speedup(ours, name) for name in peers if name != ours}
+        return _against(case, dict.fromkeys(peers, "ucan_fast, bank"))
+    peers = [name for name in peers if not name.startswith(OURS)]
+    rivals = {}
+    for name in peers:
+        way = name.rpartition(", ")[2]
+        special = way == "autocast" or way.endswith(" adapters")
+        rivals[name] = f"{OURS}, {way}" if special else OURS
+    return _against(case, rivals)
+
+
+def _against(case: Case, rivals: Mapping[str, str]) -> dict[str, Spread]:
+    """Peer -> how many times faster its rival is, where the rival was run."""
+    return {
+        peer: case.speedup(ours, peer)
+        for peer, ours in rivals.items()
+        if ours in case.rows and peer != ours
+    }
 
 
 def _target_table(results: Results) -> list[str]:
@@ -414,6 +434,9 @@ def _case_table(case: Case) -> list[str]:
             predicted = row["roofline_seconds"]
             cells = [_duration(predicted), f"{seconds / predicted:.2f}"]
         of = " (baseline)" if name == row["baseline"] else ""
+        if row["extra"].get("extrapolated"):
+            steps, every = row["extra"]["timed_steps"], row["extra"]["all_steps"]
+            of += f" (extrapolated from {steps} of {every} steps)"
         lines.append(
             f"| {name}{of} | {_duration(seconds)} | {ratio['median']:.2f}x [{ratio['q1']:.2f}, "
             f"{ratio['q3']:.2f}] | {cells[0]} | {cells[1]} |"
