@@ -12,6 +12,7 @@ from trained_model import (
     assert_same_weights,
     forget_batches,
     mean_nll,
+    random_batches,
     retain_batches,
     sequences,
     trained,
@@ -296,6 +297,26 @@ def test_it_stops_at_the_loss_of_never_seen_data():
     assert 0 < bound.plan.strength < free.plan.strength
     assert f"as much as never-seen data ({limit:.4f} nats per token)" in bound.plan.note
     assert bound.plan.note in bound.report.to_markdown()
+
+
+@pytest.mark.parametrize("method", ["influence", "gates"])
+def test_what_was_never_known_does_not_take_earlier_requests_back(method):
+    model, retain = trained(), retain_batches(count=64)
+    known, unknown = forget_batches(), random_batches(7, count=8)
+    limit = evaluation.group_loss(model, unknown, "forget").mean - 0.02
+    options = {"retain": retain, "holdout": limit, "evaluate": False}
+    options["config"] = uf.UcanConfig(method=method, max_retain_loss_increase=0.05)
+    before = evaluation.group_loss(model, known, "forget").mean
+    first = uf.unlearn(model, forget=known, **options)
+    after = evaluation.group_loss(model, known, "forget").mean
+    assert after > before + 0.2
+    second = uf.unlearn(model, forget=unknown, previous=first, **options)
+    assert "no better known" in second.plan.note
+    assert "earlier requests stays" in second.plan.note
+    assert evaluation.group_loss(model, known, "forget").mean == after
+    assert second.stats.tokens("forget") > first.stats.tokens("forget")
+    second.plan.undo(model)
+    assert evaluation.group_loss(model, known, "forget").mean == before
 
 
 def test_holdout_batches_are_measured_on_the_origin():

@@ -23,6 +23,7 @@ from trained_model import (
 
 import ucan_fast as uf
 from ucan_fast import controls, evaluation, plan, reversible
+from ucan_fast.evaluation import group_loss
 
 job = importlib.import_module("ucan_fast.unlearn")
 FIXED = uf.UcanConfig(strength=2.0)
@@ -58,6 +59,48 @@ def test_a_default_device_changes_nothing(method, strength):
     (first, metrics), (second, others) = found
     assert_same_weights(second, weights(first))
     assert metrics == others
+
+
+@pytest.mark.parametrize("method", ["attenuate", "gates", "influence"])
+def test_a_default_dtype_changes_nothing(method):
+    """``torch.set_default_dtype(torch.bfloat16)``, as models are loaded in."""
+    config, found = uf.UcanConfig(method=method), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model, forget, retain = trained(), forget_batches(), retain_batches(count=8)
+        torch.set_default_dtype(dtype)
+        try:
+            result = uf.unlearn(model, forget=forget, retain=retain, config=config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((model, result.report.metrics))
+    for model, metrics in found[1:]:
+        assert_same_weights(model, weights(found[0][0]))
+        assert metrics == found[0][1]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("method", ["attenuate", "gates", "influence"])
+def test_under_autocast_the_search_sees_its_edits(method, trainable):
+    """Autocast keeps narrow copies of trainable weights until its with block ends."""
+    model, forget, retain = trained(), forget_batches(), retain_batches(count=8)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable and "lora_" in name)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = uf.unlearn(
+            model, forget=forget, retain=retain, config=uf.UcanConfig(method=method)
+        )
+        now = group_loss(model, retain, "retain").mean
+        before = result.report.metrics["before"]["retain/loss"]
+        said = next(
+            values["retain/loss"]
+            for state, values in result.report.metrics.items()
+            if state not in ("before", "uniform", "random")
+        )
+        assert now == pytest.approx(said, rel=1e-6)
+        assert abs(now - before) > 0.005 * before
+        assert now <= before * 1.05 * 1.001
+        result.plan.undo(model)
+        assert group_loss(model, retain, "retain").mean == pytest.approx(before, rel=1e-6)
 
 
 # What it is called with.

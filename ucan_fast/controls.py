@@ -52,7 +52,7 @@ def uniform_control(
     return _matched(
         "uniform",
         WeightEdit(groups),
-        lambda v: torch.full((n,), 1 - v, device="cpu"),
+        lambda v: torch.full((n,), 1 - v, dtype=torch.float32, device="cpu"),
         retain_loss,
         before,
         target,
@@ -84,7 +84,7 @@ def random_control(
         chosen = order[: whole + 1]
         drawn = used[torch.arange(chosen.numel(), device="cpu") % used.numel()]
         drawn[whole:] = 1 - part * (1 - drawn[whole:])
-        factors = torch.ones(plan.neurons, device="cpu")
+        factors = torch.ones(plan.neurons, dtype=torch.float32, device="cpu")
         factors[chosen] = drawn
         return factors
 

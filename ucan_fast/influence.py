@@ -57,6 +57,7 @@ class StepEdit(ParameterEdit):
                             f"{strength:g} nats; nothing was changed."
                         )
                     parameter.copy_(moved)
+            self._written()
         except BaseException:
             self.restore()
             raise

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +130,13 @@ def search_step(
     plan: InfluencePlan | AttenuationPlan,
     forget: Batches,
     holdout: Batches | float | None,
+    earlier: InfluencePlan | AttenuationPlan | None,
 ) -> InfluencePlan | AttenuationPlan:
     """The largest t within the retain budget, the trust region and the holdout's NLL.
+
+    Args:
+        earlier: the plan of the requests before this one, which stays where this one's data are no
+            better known than never-seen data.
 
     Raises:
         UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
@@ -145,10 +150,14 @@ def search_step(
     before = group_loss(job.model, forget, "forget")
     ceiling = _ceiling(job.model, holdout)
     if before.mean >= ceiling:
-        plan.note = (
+        note = (
             f"the forget set is no better known than never-seen data (NLL {before.mean:.4f} "
             f"against holdout={ceiling:.4f} nats): there is nothing to unlearn."
         )
+        if type(earlier) is type(plan):
+            plan = replace(earlier, applied_fingerprint=None, originals=None)
+            note += " The plan of the earlier requests stays as it is."
+        plan.note = note
         return plan
 
     @contextmanager

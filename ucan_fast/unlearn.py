@@ -105,8 +105,10 @@ def unlearn(
         progress: True for progress bars, or a function ``(done, total, text)``.
         previous: the result (or its statistics) of the last request on this adapter. Its plan is
             taken off, its forget set is added to this one, and one new plan is applied to the
-            origin: the same as one request with the union. Requests must not overlap: a token in
-            two of them would be counted, and taken from the bank, twice.
+            origin: the same as one request with the union. (With ``strength="auto"`` the trust
+            region and ``holdout`` of gradient methods are measured on this request's data alone:
+            the earlier data are gone.) Requests must not overlap: a token in two of them would be
+            counted, and taken from the bank, twice.
         holdout: for the influence step and gates: what never-seen data cost, as batches (forget
             tokens count) or in nats per token. The search stops before the forget set costs more,
             so that it does not stand out as forgotten.
@@ -144,7 +146,8 @@ def unlearn(
         if config.auto_strength or evaluate:
             job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
-            plan = _choose_strength(job, plan, forget, holdout)
+            earlier = previous.plan if isinstance(previous, UnlearnResult) else None
+            plan = _choose_strength(job, plan, forget, holdout, earlier)
         if previous is not None and plan.is_noop:
             plan.note += " Nothing of the earlier requests' forget sets is unlearned either."
             if undone is not None:
@@ -378,6 +381,7 @@ def _choose_strength(
     plan: AttenuationPlan | InfluencePlan,
     forget: Batches,
     holdout: Batches | float | None,
+    earlier: AttenuationPlan | InfluencePlan | None,
 ) -> AttenuationPlan | InfluencePlan:
     if job.retain_loss is not None:
         job.loss_before = job.retain_loss()
@@ -395,7 +399,7 @@ def _choose_strength(
     if not job.config.auto_strength or plan.note:
         return plan
     if plan.config.method != "attenuate":
-        return search_step(job, plan, forget, holdout)
+        return search_step(job, plan, forget, holdout, earlier)
     if job.retain_loss is None:
         plan.note = f"{unsearched_note(plan.config)} (pass calibration= or retain=)."
         return plan
@@ -513,7 +517,7 @@ def _figures(
         figures["retain/loss"] = retain_loss
         if retain_is_nll:
             figures["retain/perplexity"] = float(
-                torch.tensor(retain_loss, device="cpu").double().exp()
+                torch.tensor(retain_loss, dtype=torch.float64, device="cpu").exp()
             )
     return figures
 

@@ -28,6 +28,16 @@ class ParameterEdit:
         with torch.no_grad():
             for key, parameter in self._parameters.items():
                 parameter.copy_(self.originals[key])
+        self._written()
+
+    @staticmethod
+    def _written() -> None:
+        """To be called after every write.
+
+        Under autocast, copies of trainable weights in the narrow dtype live until the outermost
+        with block ends: a model that is called in it would go on with the old values.
+        """
+        torch.clear_autocast_cache()
 
 
 class WeightEdit(ParameterEdit):
@@ -59,6 +69,7 @@ class WeightEdit(ParameterEdit):
             with torch.no_grad():
                 for device, (weights, offsets, axes) in self._calls().items():
                     ops.attenuate_(weights, factors.to(device), offsets, axes)
+            self._written()
         except BaseException:
             self.restore()
             raise
