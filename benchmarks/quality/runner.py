@@ -48,9 +48,10 @@ def run_case(
 ) -> dict[str, Any]:
     """All methods on one case, as JSON can hold it.
 
-    For every method and setting: the curve. The setting whose curve forgets most at ``BUDGET`` on
-    calibration users is taken, and of it the strongest state that stays within ``BUDGET`` on
-    them; all figures are those of the other users. A method that fails is listed with its error.
+    For every method and setting: the curve. What is forgotten at a budget is read off the curve of
+    the setting that forgets most there on calibration users. Of the setting that does at
+    ``BUDGET`` the strongest state that stays within it on them is measured in full; all figures
+    are those of the other users. A method that fails is listed with its error.
 
     Args:
         extra: further figures of a state (membership inference), by name.
@@ -139,13 +140,13 @@ def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
         "setting": dict(settings[best]),
         "curves": [[[p.value, p.seconds, p.drops] for p in curve] for curve, _ in curves],
         "best": best,
-        "at_budget": {
-            f"{b:g}": at_budget(_pairs(points, "retain"), b) for b in BUDGETS if not method.single
-        },
+        "at_budget": {},
         "peak_memory_bytes": memory,
         # Of the pass over the forget set that the methods which start from a bank have in common.
         "shared_peak_bytes": max((peak for peak in shared if peak is not None), default=None),
     }
+    if not method.single:
+        row["at_budget"] = at_budgets(row["curves"])
     # Retraining is one state, whatever it costs, and no curve.
     chosen = points[0] if method.single and points else _strongest(points)
     if chosen is not None:
@@ -205,6 +206,25 @@ def at_budget(points: Iterable[tuple[float, float]], budget: float) -> tuple[flo
             return last[1] + share * (forget - last[1]), known
         last, most, known = (retain, forget), max(most, forget), "between"
     return most, "end"
+
+
+def at_budgets(curves: Sequence[Sequence[Sequence[Any]]]) -> dict[str, tuple[float, str]]:
+    """:func:`at_budget` for every budget, each on the curve that forgets most there on calibration.
+
+    Args:
+        curves: of one setting each, points as a file has them: value, seconds, drops by side.
+    """
+    found = {}
+    for budget in BUDGETS:
+        by_side = [
+            [
+                at_budget([(p[2][side], p[2]["forget"]) for p in curve], budget)
+                for side in ("calibration", "retain")
+            ]
+            for curve in curves
+        ]
+        found[f"{budget:g}"] = max(by_side, key=lambda pair: pair[0][0])[1]
+    return found
 
 
 @contextlib.contextmanager

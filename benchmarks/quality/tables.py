@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runner import BUDGET, BUDGETS, marked
+from .runner import BUDGET, BUDGETS, at_budgets, marked
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -42,6 +42,10 @@ def load(paths: Iterable[Path], holding: str = "methods") -> list[Document]:
         try:
             document = json.loads(path.read_text())
             order = (document["data_set"], document["scenario"], document["seed"])
+            for row in document["methods"].values() if holding == "methods" else ():
+                # Read anew: files of before took the setting of the largest budget for all.
+                if row.get("at_budget"):
+                    row["at_budget"] = at_budgets(row["curves"])
             found.append((order, document[holding] and document))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no results of benchmarks.quality: {error}") from error

@@ -131,9 +131,25 @@ def test_the_section_marks_the_best_and_shows_the_gold_standard(documents):
     assert set(STYLES) <= {m.name for m in METHODS}
 
 
+def test_baselines_are_shown_at_the_time_of_the_step_as_well(documents):
+    def state(seconds, forget, calibration):
+        return [1, seconds, {"forget": forget, "retain": 0.0, "calibration": calibration}]
+
+    late, beyond = state(0.3, 95.0, 1.0), state(0.1, 94.0, 5.5)
+    for found, other in zip(documents, (40.0, 20.0), strict=False):
+        found["methods"]["influence"] = row(80.0, seconds=0.25)
+        for name in ("GradDiff (KL)", "NPO", "gradient ascent"):
+            found["methods"][name]["curves"] = [[late, beyond]]
+        curves = [[state(0.1, 10.0, 0.0), late], [state(0.25, other, 5.0), beyond]]
+        found["methods"]["GradDiff"]["curves"] = curves
+    lines = section(Results(documents[:2])).splitlines()
+    assert cells(lines, "in the step's time: influence / best trained one")[1] == "80 / 30"
+
+
 def text(scenario: str, recipe: str):
-    sizes = {"profile": {"name": "reduced"}}
-    return document(scenario=scenario) | {"model": f"SmolLM2, {recipe}", "recipe": sizes}
+    profile = {"name": "reduced", "blocks": 2, "candidates": 10, "title_tokens": 5}
+    sizes = {"recipe": {"profile": profile}, "cases": {"forget": 40, "retain": 100}}
+    return document(scenario=scenario) | {"model": f"SmolLM2, {recipe}", **sizes}
 
 
 def test_text_cases_stand_side_by_side_by_model(documents):
@@ -145,6 +161,9 @@ def test_text_cases_stand_side_by_side_by_model(documents):
     assert lines[start + 2] == "| | genre | users |"
     assert lines[start + 4].split(" | ")[1].endswith("/ 61.0**")
     assert sum("SmolLM2, q/v; reduced text" in line for line in lines) == 1
+    (sizes,) = [line for line in lines if line.startswith("Drops of MRR@10")]
+    assert "the last 2 of 30 blocks" in sizes
+    assert "a prompt is 2.5 % of the deleted side" in sizes
     headings = [line for line in page(results).splitlines() if line.startswith("## SmolLM2")]
     assert len(headings) == 3
 

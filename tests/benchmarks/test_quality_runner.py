@@ -36,6 +36,24 @@ def test_reading_a_curve_off(points, budget, wanted):
     assert (pytest.approx(value), known) == wanted
 
 
+def test_each_budget_takes_the_setting_that_calibration_prefers_there():
+    """Also where the other users, whose figures count, would prefer another one."""
+
+    def point(calibration, retain, forget):
+        drops = {"calibration": calibration, "retain": retain, "forget": forget}
+        return [1, 0.1, drops]
+
+    careful = [point(0.5, 1.0, 8.0), point(6.0, 5.0, 20.0)]
+    bold = [point(1.5, 2.0, 9.0), point(4.0, 8.0, 50.0)]
+    found = runner.at_budgets([careful, bold])
+    # Calibration at 1 %: careful 8 + 0.5/5.5 x 12 = 9.1, bold 6; of careful the other side has 8.
+    assert found["1"] == (pytest.approx(8.0), "between")
+    # At 5 %: careful 17.8, bold 50 (its end); of bold the other side has 9 + 3/6 x 41.
+    assert found["5"] == (pytest.approx(29.5), "between")
+    # At 0.5 %: careful 8, bold 3; of careful the other side is on the way to its first state.
+    assert found["0.5"] == (pytest.approx(4.0), "first")
+
+
 def test_marks_of_what_is_not_between_two_states():
     assert marked("2.0", "between", "between") == "2.0"
     assert marked("2.0", "between", "end") == "≥ 2.0"
