@@ -1,8 +1,8 @@
 """scores: moments and weight norms of all layers -> R, U, S (two or three launches), then γ (one).
 
-Bytes per neuron, all fp64: 4 moments and the norm are read and the unscaled U written (48), that
-and R's input are read again and S written (32), the maximum is searched (8), S is read and γ
-written (12): 100 in all with the default choices. The 3,584 rank neurons of a 7B model are bound by
+Bytes per neuron, all fp64: three moments and the norm are read, unscaled R and U written (48), both
+are read again and U and S written (32), the maximum is searched (8), S is read and γ written (12):
+100 in all with the default choices. The 3,584 rank neurons of a 7B model are bound by
 the launches; the 1.3 million output neurons of its 224 projections take 140 MB, 50 μs at 2.9 TB/s,
 next to about 30 fp64 operations a neuron, which is one operation for 4 bytes. Loads are 8 bytes
 wide: a layer begins anywhere.
