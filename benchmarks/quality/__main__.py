@@ -56,15 +56,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     data_sets = options.data_sets or profile.data_sets
     seeds = options.seeds or profile.seeds
+    scenarios = options.scenarios or profile.scenarios
     shared = ["--data", str(options.data)] if options.data else []
     pairs = [["--data-set", name, "--seed", str(seed)] for seed in seeds for name in data_sets]
+    every = [_file(out, pair, scenario) for pair in pairs for scenario in scenarios]
+    better = [file for file in every if _is_better(file, coarse, profile.share)]
+    if better:
+        print(
+            f"error: {_shown(better[0])} was measured on more users or with finer curves than "
+            f"this would be ({len(better)} such files); write elsewhere with --out.",
+            file=sys.stderr,
+        )
+        return 2
     print(f"recommenders: {len(pairs)}, trained where the cache has them not", flush=True)
     failed = _all([[*pair, *shared] for pair in pairs], options.workers)
     cells, files = [], []
     # Seeds outermost: a run that is cut short has covered all scenarios.
     for pair in pairs:
-        for scenario in options.scenarios or profile.scenarios:
-            file = out / f"{pair[1]}-{pair[3]}-{scenario}.json"
+        for scenario in scenarios:
+            file = _file(out, pair, scenario)
             files.append(file)
             if not options.again and _is_there(file, coarse, profile.share, options.methods):
                 print(f"kept: {_shown(file)} (--again measures it anew)")
@@ -80,6 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text_tables(results))
     print(f"{time.perf_counter() - began:.0f} s in all; results: {_shown(out)}")
     return 1 if failed else 0
+
+
+def _file(out: Path, pair: list[str], scenario: str) -> Path:
+    return out / f"{pair[1]}-{pair[3]}-{scenario}.json"
+
+
+def _is_better(file: Path, coarse: bool, share: float) -> bool:
+    """Whether the file says more than one measured like this would."""
+    if not file.exists():
+        return False
+    (found,) = load([file])
+    return found["share"] > share or (coarse and not found["coarse"])
 
 
 def _is_there(file: Path, coarse: bool, share: float, methods: str) -> bool:

@@ -230,11 +230,18 @@ def test_cells_that_are_there_are_kept(tmp_path, monkeypatch, capsys):
     command.main([*options, "--data-sets", "ml-100k", "--workers", "1", "--again"])
     assert len(jobs[1]) == 4
     # What was measured in another way, or with fewer methods, does not stand in.
-    for changes in ({"coarse": False}, {"share": 1.0}, {"methods": {"NPO": row(1.0)}}):
+    for changes in ({"share": 0.1}, {"methods": {"NPO": row(1.0)}}):
         kept.write_text(json.dumps(document() | changes))
         jobs.clear()
         command.main([*options, "--data-sets", "ml-100k", "--workers", "1"])
         assert len(jobs[1]) == 4, changes
+    # What says more is not overwritten by what says less.
+    for changes in ({"coarse": False}, {"share": 1.0}):
+        kept.write_text(json.dumps(document() | changes))
+        jobs.clear()
+        assert command.main([*options, "--data-sets", "ml-100k", "--again"]) == 2
+        assert not jobs
+        assert "ml-100k-0-genre.json was measured on more users" in capsys.readouterr().err
 
 
 def test_a_failing_cell_fails_the_run(tmp_path, capsys):
