@@ -648,31 +648,61 @@ _ROW = {
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The file's content, checked.
+    """The file's content, checked: medians, quartiles and ratios are those of its rounds.
 
     Raises:
         ValueError: it is not what :func:`write_results` writes; the text says where.
     """
-    document = json.loads(Path(path).read_text())
+    try:
+        document = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error}).") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ValueError(f"{path}: not a benchmark result of schema {SCHEMA}.")
+    environment = document.get("environment")
     for key in _ENVIRONMENT:
-        if key not in document.get("environment", {}):
+        if not isinstance(environment, dict) or key not in environment:
             raise ValueError(f"{path}: environment.{key} is missing.")
-    for index, row in enumerate(document.get("results", ())):
+    if environment["device"] not in ("cpu", "cuda") or not isinstance(environment["date"], str):
+        raise ValueError(f"{path}: environment.device or environment.date is none.")
+    for key in ("results", "skipped"):
+        if not isinstance(document.get(key), list):
+            raise ValueError(f"{path}: {key} is missing or no list.")
+    for index, row in enumerate(document["results"]):
         where = f"{path}: results[{index}]"
         for key, kind in _ROW.items():
-            if key not in row or not isinstance(row[key], kind):
+            if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
                 raise ValueError(f"{where}.{key} is missing or of a wrong type.")
-        for key in ("median", "q1", "q3"):
-            for part in ("seconds", "ratio"):
-                if not isinstance(row[part].get(key), (int, float)):
-                    raise ValueError(f"{where}.{part}.{key} is missing or not a number.")
-        if not isinstance(row["seconds"].get("rounds"), list) or not row["seconds"]["rounds"]:
+        rounds = row["seconds"].get("rounds")
+        if not isinstance(rounds, list) or not rounds or not all(map(_is_time, rounds)):
             raise ValueError(f"{where}.seconds.rounds must hold the time of every round.")
-    if "results" not in document or "skipped" not in document:
-        raise ValueError(f"{path}: results or skipped is missing.")
+        _check_spread(row["seconds"], rounds, f"{where}.seconds")
+    times = {_place(row, "candidate"): row["seconds"]["rounds"] for row in document["results"]}
+    for index, row in enumerate(document["results"]):
+        where = f"{path}: results[{index}]"
+        own, base = row["seconds"]["rounds"], times.get(_place(row, "baseline"))
+        if base is None or len(base) != len(own):
+            raise ValueError(f"{where}: its baseline is missing or has other rounds.")
+        ratio = [b / s for b, s in zip(base, own, strict=True)]
+        _check_spread(row["ratio"], ratio, f"{where}.ratio")
     return document
+
+
+def _place(row: Mapping[str, Any], key: str) -> tuple[str, str, str]:
+    return row["group"], row["case"], row[key]
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_spread(spread: Mapping[str, Any], values: Sequence[float], where: str) -> None:
+    for key, wanted in Spread.of(values).to_json().items():
+        value = spread.get(key)
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{where}.{key} is missing or not a number.")
+        if not math.isclose(value, wanted, rel_tol=1e-9):
+            raise ValueError(f"{where}.{key} is {value}, but its rounds say {wanted}.")
 
 
 def output_path(suite: str, *, save: bool = False, profile: Profile | None = None) -> Path:

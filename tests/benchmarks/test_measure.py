@@ -221,6 +221,14 @@ def test_the_file_comes_back_as_it_was_written(tmp_path):
         (lambda d: d["results"][0].update(bytes="many"), r"results\[0\].bytes"),
         (lambda d: d["results"][0]["ratio"].pop("q3"), r"results\[0\].ratio.q3"),
         (lambda d: d["results"][0]["seconds"].update(rounds=[]), "rounds"),
+        (lambda d: d["results"][0]["seconds"].update(rounds=[0.0]), "time of every round"),
+        (lambda d: d["results"][0]["seconds"].update(rounds=["1"]), "time of every round"),
+        (lambda d: d["results"][0]["seconds"].update(median=2.0), "its rounds say 1.0"),
+        (lambda d: d["results"][0]["ratio"].update(median=9.0), "ratio.median is 9.0"),
+        (lambda d: d["results"][0].update(baseline="other"), "baseline is missing"),
+        (lambda d: d.update(results=None), "results is missing or no list"),
+        (lambda d: d["environment"].update(device="tpu"), "environment.device"),
+        (lambda d: d["environment"].update(date=None), "environment.date"),
         (lambda d: d.pop("skipped"), "skipped"),
     ],
 )
@@ -230,6 +238,13 @@ def test_a_damaged_file_is_refused_with_the_place(tmp_path, damage, message):
     damage(document)
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=message):
+        m.read_results(path)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json: not a JSON file"):
         m.read_results(path)
 
 
