@@ -68,6 +68,23 @@ def test_a_monotone_loss_is_met_closely(power, crossing):
     rise = (search.loss_after - before) / (budget * before)
     assert rise >= 0.97 or crossing - search.chosen <= high / 2**11
     assert search.note == ""
+    assert len(search.curve) <= 5  # bisection: up to 12
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_few_tries_where_the_loss_is_smooth(seed):
+    """Sums of powers, flat or even falling at first, as losses of edits are."""
+    rng = random.Random(seed)
+    high, budget = rng.choice([1.0, 7.0, 32.0]), rng.choice([0.01, 0.05])
+    slope, curvature = rng.uniform(-0.02, 0.1), rng.uniform(0.05, 5)
+    power = rng.choice([2, 3])
+
+    def loss_at(value):
+        return 1 + slope * value + curvature * value**power
+
+    search = search_strength(loss_at, 1.0, budget, high)
+    assert 0.97 * budget <= search.loss_after - 1 <= budget
+    assert len(search.curve) <= 9
 
 
 def test_when_even_the_maximum_stays_inside_it_is_taken_and_said():

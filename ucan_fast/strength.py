@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 _STEPS = 12
 #: Close enough: the search stops when this share of the budget is left, or of the value range.
 _CLOSE = 0.02
+#: What of the budget is aimed at: past it a try is lost, and from 1 - _CLOSE on it is the last one.
+_AIM = 0.99
 
 
 @dataclass
@@ -42,10 +44,12 @@ def search_strength(
     parameter: str = "strength",
     guard: Callable[[float], str] | None = None,
 ) -> StrengthSearch:
-    """Bisection over [0, high]; never ends outside the budget.
+    """The largest value in [0, high] that is found; never ends outside the budget.
 
-    The loss need not be monotone: the result is the largest value *tried* along the bisection
-    that stayed inside, and 0 is inside by definition.
+    The interval is cut where a power law through its ends meets the budget, and halved wherever
+    that did not halve it: half as many tries as by bisection alone, each of which runs the model
+    over the calibration data. The loss need not be monotone: the result is the largest value
+    *tried* that stayed inside, and 0 is inside by definition.
 
     Args:
         loss_at: mean retain NLL with that value in force.
@@ -77,16 +81,13 @@ def search_strength(
             "the selection, not the budget, limits what is forgotten."
         )
         return search
-    low = 0.0
+    bracket = _Bracket(high, search.curve[-1][1] - loss_before, _AIM * allowed)
     for _ in range(_STEPS):
         left = loss_before + allowed - search.loss_after
-        if low and left <= _CLOSE * allowed:
+        if search.chosen and left <= _CLOSE * allowed:
             break
-        middle = (low + high) / 2
-        if inside(middle):
-            low = middle
-        else:
-            high = middle
+        value = bracket.next()
+        bracket.add(value, inside(value), search.curve[-1][1] - loss_before)
     if not search.chosen and not refused[1]:
         search.note = (
             f"no {parameter} above {high:.3g} stays within the budget of {100 * budget:g} % retain "
@@ -97,25 +98,63 @@ def search_strength(
     return search
 
 
+class _Bracket:
+    """Two values, the lower one inside and the upper one outside, and how far the loss rose there.
+
+    Args:
+        high: outside.
+        rise: of the loss there; nan and inf where it is none.
+        aim: the rise that is looked for.
+    """
+
+    def __init__(self, high: float, rise: float, aim: float) -> None:
+        self.low, self.high, self.aim = (0.0, 0.0), (high, rise), aim
+        # The upper value before the present one.
+        self.beyond = (high, math.inf)
+        self._halve = False
+
+    def next(self) -> float:
+        """The value to try."""
+        (low, low_rise), (high, high_rise) = self.low, self.high
+        crosses = 0 < self.aim < high_rise < math.inf  # not so where the upper one was refused
+        if self._halve or not crosses:
+            return (low + high) / 2
+        other, other_rise = self.low if low > 0 and 0 < low_rise < self.aim else self.beyond
+        power = 2.0  # from 0 losses rise like a square
+        if 0 < other_rise < math.inf and other != high:
+            steepness = math.log(high_rise / other_rise) / math.log(high / other)
+            power = steepness if steepness > 1e-3 else power
+        value = high * math.exp(math.log(self.aim / high_rise) / power)
+        margin = (high - low) / 20
+        return min(max(value, low + margin), high - margin)
+
+    def add(self, value: float, inside: bool, rise: float) -> None:
+        """The value was tried."""
+        width = self.high[0] - self.low[0]
+        if inside:
+            self.low = value, rise
+        else:
+            self.beyond, self.high = self.high, (value, rise)
+        self._halve = not self._halve and self.high[0] - self.low[0] > width / 2
+
+
 def match_loss(
     loss_at: Callable[[float], float], loss_before: float, target: float
 ) -> tuple[float, float]:
-    """The value in [0, 1] whose loss comes closest to ``target``, by bisection.
+    """The value in [0, 1] whose loss comes closest to ``target``, as :func:`search_strength` looks.
 
     Returns:
         The value and its loss; the caller compares the loss with the target.
     """
     tried = [(0.0, loss_before)]
-    low, high = 0.0, 1.0
+    high = 1.0
     if target > loss_before:
         tried.append((high, loss_at(high)))
+        bracket = _Bracket(high, tried[-1][1] - loss_before, target - loss_before)
         for _ in range(_STEPS if not tried[-1][1] <= target else 0):
             if abs(tried[-1][1] - target) <= _CLOSE * (target - loss_before):
                 break
-            middle = (low + high) / 2
-            tried.append((middle, loss_at(middle)))
-            if tried[-1][1] <= target:
-                low = middle
-            else:
-                high = middle
+            value = bracket.next()
+            tried.append((value, loss_at(value)))
+            bracket.add(value, tried[-1][1] <= target, tried[-1][1] - loss_before)
     return min(tried, key=lambda pair: math.inf if pair[1] != pair[1] else abs(pair[1] - target))
