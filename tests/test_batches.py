@@ -48,6 +48,14 @@ def test_every_integer_dtype(model, dtype):
     assert groups(model, {"input_ids": IDS, "token_groups": G.to(dtype)}) == G.tolist()
 
 
+def test_unsigned_groups(model):
+    """-1 is no number of theirs, 255 no group."""
+    given = G.clamp_min(0).to(torch.uint8)
+    assert groups(model, {"input_ids": IDS, "token_groups": given}) == [[0, 1, 0], [0, 0, 1]]
+    wrapped = {"input_ids": IDS, "token_groups": G.to(torch.uint8)}
+    refused(model, [wrapped], "torch.uint8 in [0, 255]")
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
 def test_every_mask_dtype(model, dtype):
     batch = {"input_ids": IDS, "attention_mask": MASK.to(dtype)}
@@ -159,7 +167,46 @@ def test_refusals_name_the_batch(model, two_sided):
     refused(two_sided, [{**pair, "decoder_attention_mask": mask}], "decoder_attention_mask")
 
 
+def test_ids_that_are_not_embedded_are_named(model, two_sided):
+    good = {"input_ids": IDS}
+    for wrong in (hm.VOCAB, -1):
+        ids = IDS.clone()
+        ids[1, 2] = wrong
+        words = ("batch 1: input_ids", f"token id {wrong},", "40 tokens, 0..39")
+        refused(model, [good, {"input_ids": ids}], *words)
+        refused(model, [good, {"input_ids": ids.int()}], *words)
+        pair = {**good, "decoder_input_ids": ids}
+        refused(two_sided, [pair], "batch 0: decoder_input_ids", f"id {wrong},")
+        # The decoder's input is made of them.
+        refused(two_sided, [{**good, "labels": ids}], "batch 0: labels", f"id {wrong},")
+    for dtype in (torch.float32, torch.bool, torch.int16, torch.uint8):
+        refused(model, [good, {"input_ids": IDS.to(dtype)}], "batch 1", "input_ids", str(dtype))
+
+
+def test_ids_are_compared_with_what_the_model_embeds(model):
+    batch = {"input_ids": torch.tensor([[5, 49]])}
+    assert groups(hm.Wrapped(torch.nn.Identity(), 4), batch) == [[1, 1]]  # unknown
+    saved = hm.lora(hm.llama(layers=1), modules_to_save=["embed_tokens"])
+    refused(saved, [batch], "token id 49,")
+    larger = hm.llama(layers=1)
+    larger.resize_token_embeddings(50)
+    larger.config.vocab_size = hm.VOCAB
+    larger = hm.lora(larger)
+    assert groups(larger, batch) == [[1, 1]]
+    refused(larger, [{"input_ids": torch.tensor([[50]])}], "50 tokens, 0..49")
+    base = hm.llama(layers=1)
+    # PaliGemma and its kin put another id in the place of their image token's.
+    base.config.image_token_id = 49
+    base.config.pad_token_id = -1
+    assert groups(base, batch) == [[1, 1]]
+    refused(base, [{"input_ids": torch.tensor([[49, -1]])}], "token id -1,")
+    embeddings = {"inputs_embeds": torch.full((1, 2, 16), 99.0)}
+    assert groups(model, embeddings) == [[1, 1]]
+
+
 def test_one_batch_is_not_a_list_of_batches(model):
+    for wrong in (None, 5):
+        refused(model, wrong, "iterable of batches")
     for wrong in ({"input_ids": IDS}, IDS, "data.jsonl"):
         refused(model, wrong, "iterable of batches")
         with pytest.raises(uf.UcanError, match="forget"):

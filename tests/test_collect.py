@@ -969,6 +969,16 @@ def test_any_iterable_and_only_once(way):
     assert_equals_hooks(collect(way, model, loader), expected)
 
 
+def test_empty_batches_are_skipped(way):
+    model = hm.lora(hm.llama(layers=1))
+    empty = [{key: value[:0] for key, value in MIXED[0].items()}]
+    empty.append({key: value[:, :0] for key, value in MIXED[0].items()})
+    expected = expected_sums(way, model, MIXED)
+    assert_equals_hooks(collect(way, model, [*empty, *MIXED, *empty]), expected)
+    with pytest.raises(uf.UcanError, match="no batch with a token"):
+        collect(way, model, empty)
+
+
 def test_progress():
     model = hm.lora(hm.llama(layers=1))
     told = []

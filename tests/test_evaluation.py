@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_models import VOCAB, llama, lora, t5
 from trained_model import (
+    BAD_LABELS,
     GROUP,
     assert_same_weights,
     forget_batches,
@@ -232,6 +233,24 @@ def test_embeddings_with_labels_are_scored():
     loss = group_loss(model, [{**embedded, "labels": batch["input_ids"]}], "forget")
     expected = group_loss(model, [batch], "forget")
     assert (loss.tokens, loss.nll) == (expected.tokens, pytest.approx(expected.nll, rel=1e-5))
+
+
+@pytest.mark.parametrize("kind", list(BAD_LABELS))
+def test_labels_that_cannot_be_scored_are_named(kind):
+    change, match = BAD_LABELS[kind]
+    first, second = forget_batches()
+    second = {**second, "labels": change(second["input_ids"])}
+    with pytest.raises(uf.UcanError, match=match):
+        group_loss(trained(), [first, second], "forget")
+
+
+def test_int32_batches_are_those_of_int64():
+    model = trained()
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in forget_batches()]
+    narrow = [{key: value.int() for key, value in batch.items()} for batch in batches]
+    assert group_loss(model, narrow, "forget") == group_loss(model, batches, "forget")
+    plain = [{key: b[key] for key in ("input_ids", "attention_mask")} for b in narrow]
+    assert group_loss(model, plain, "forget") == group_loss(model, batches, "forget")
 
 
 def nothing_scored() -> dict:

@@ -10,7 +10,14 @@ import influence_oracle as oracle
 import pytest
 import torch
 from torch import nn
-from trained_model import assert_same_weights, forget_batches, retain_batches, trained, weights
+from trained_model import (
+    BAD_LABELS,
+    assert_same_weights,
+    forget_batches,
+    retain_batches,
+    trained,
+    weights,
+)
 
 import ucan_fast as uf
 from ucan_fast.factor_pass import collect_factors, draw_labels, factor_memory, row_uniforms
@@ -487,6 +494,7 @@ def test_adapter_states_are_refused_by_name(state):
             config=uf.UcanConfig(strength=2.0),
             evaluate=False,
         )
+        state = "a plan is applied"
     with pytest.raises(uf.UcanError, match=state):
         collect_factors(model, batches())
 
@@ -511,6 +519,31 @@ def test_sets_without_a_scored_position_are_refused():
     lonely = {"input_ids": torch.full((3, 1), 5)}
     with pytest.raises(uf.UcanError, match="no retain position is scored"):
         collect_factors(trained(), [lonely])
+
+
+@pytest.mark.parametrize("kind", list(BAD_LABELS))
+def test_labels_that_cannot_be_scored_are_named(kind):
+    change, match = BAD_LABELS[kind]
+    first, second = forget_batches()
+    second = {**second, "labels": change(second["input_ids"])}
+    with pytest.raises(uf.UcanError, match=match):
+        collect_factors(trained(), [first, second])
+
+
+def test_int32_batches_and_empty_ones_change_nothing():
+    model, data = trained(), forget_batches()
+    expected = collect_factors(model, data)
+    narrow = [{key: value.int() for key, value in batch.items()} for batch in data]
+    empty = [{key: value[:0] for key, value in data[0].items()}]
+    empty.append({key: value[:, :0] for key, value in data[0].items()})
+    got = collect_factors(model, empty + narrow)
+    for key, gradient in expected.gradients.items():
+        assert torch.equal(got.gradients[key], gradient), key
+    for name in expected.layers:
+        for which in FACTORS:
+            assert torch.equal(got.factor(name, which), expected.factor(name, which))
+    with pytest.raises(uf.UcanError, match="no batch with a token"):
+        collect_factors(model, empty)
 
 
 def test_values_that_are_not_finite_are_named():

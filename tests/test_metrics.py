@@ -174,6 +174,16 @@ def test_token_nll_by_hand_and_its_limits():
         token_nll(logits, torch.tensor([0]))
 
 
+@pytest.mark.parametrize("function", [token_nll, token_z_scores])
+def test_labels_of_every_integer_dtype(function):
+    logits, labels = torch.randn(3, 5), torch.tensor([1, 4, 0])
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(function(logits, labels.to(dtype)), function(logits, labels))
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(UcanError, match=f"labels are {dtype}; expected integer"):
+            function(logits, labels.clamp_max(1).to(dtype))
+
+
 def test_token_nll_has_the_gradient_of_cross_entropy():
     logits = torch.tensor([[0.0, 0.0]], requires_grad=True)
     token_nll(logits, torch.tensor([1])).sum().backward()

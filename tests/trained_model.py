@@ -248,3 +248,13 @@ def save_project(folder):
     }.items():
         write_lines(folder / f"{name}.jsonl", lines)
     return folder
+
+
+#: What is made of input_ids, and how the message about the second batch goes.
+BAD_LABELS = {
+    "too large": (lambda ids: ids + 40, r"batch 1: labels reach from .* 0\.\.39; ignored .* -100"),
+    "negative": (lambda ids: torch.full_like(ids, -1), r"batch 1: labels reach from -1 to -1"),
+    "short": (lambda ids: ids[:, 1:], r"batch 1: labels .* as the tokens are, not torch.int64 \("),
+    "float": (lambda ids: ids.float(), r"batch 1: labels .* integers .* not torch.float32"),
+    "list": (lambda ids: ids.tolist(), r"batch 1: labels .* not a list"),
+}

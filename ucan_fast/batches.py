@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import base_config, module_device, named_modules, unwrap
+from .adapter import base_config, base_model, module_device, named_modules, unwrap
 from .errors import UcanError, UcanWarning
 
 FORGET, RETAIN, IGNORED = 0, 1, -1
 GROUPS = {"forget": FORGET, "retain": RETAIN}
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _OURS = ("token_groups", "decoder_token_groups")
+# What torch looks embeddings up by.
+_IDS = (torch.int64, torch.int32)
+# Ids that stand for an image and the like: some models replace them before they embed.
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech).*token_(id|index)$")
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class Batch:
         inputs: keyword arguments for the model, on its device; ours are taken out.
         groups: int8 ``[B, T]`` of the (encoder's) tokens: 0 forget, 1 retain, -1 ignored.
         decoder_groups: the same for the decoder's tokens of an encoder-decoder model.
+        where: what messages call it.
     """
 
     inputs: dict[str, Any]
     groups: torch.Tensor
     decoder_groups: torch.Tensor | None = None
+    where: str = "the batch"
 
     def forward_inputs(self) -> dict[str, Any]:
         """What the model is called with when no loss is wanted from it."""
@@ -74,6 +81,8 @@ def check_iterable(batches: object, what: str) -> None:
     """Refuse a single batch (or worse) where batches are wanted."""
     if isinstance(batches, (Mapping, torch.Tensor, str)):
         raise UcanError(f"{what} must be an iterable of batches, not one {type(batches).__name__}.")
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise UcanError(f"{what} must be an iterable of batches, not {type(batches).__name__}.")
 
 
 def reusable(batches: Iterable[Mapping[str, Any]], what: str) -> Iterable[Mapping[str, Any]]:
@@ -101,20 +110,86 @@ def read_batches(
     """Check every batch and find the group of every token.
 
     Raises:
-        UcanError: a batch is no mapping, lacks input_ids, or its masks or groups do not fit. The
-            batch is named by its index.
+        UcanError: a batch is no mapping, lacks input_ids, holds ids that the model does not embed,
+            or its masks or groups do not fit. The batch is named by its index.
     """
     check_iterable(batches, "batches")
     default = group_index(group)
-    device = module_device(model)
-    encoder_decoder = bool(getattr(base_config(model), "is_encoder_decoder", False))
+    known = _Known.of(model)
     for index, batch in enumerate(batches):
-        yield _read(batch, f"batch {index}", default, device, encoder_decoder)
+        yield _read(batch, f"batch {index}", default, known)
 
 
-def _read(
-    batch: Mapping[str, Any], where: str, default: int, device: torch.device, encoder_decoder: bool
-) -> Batch:
+@dataclass(frozen=True)
+class _Known:
+    """What batches are checked against.
+
+    Attributes:
+        embedded: how many tokens the (encoder's) input embeddings hold; None: unknown.
+        decoder_embedded: the same of the decoder.
+        placeholders: token ids that the model may replace before it embeds.
+    """
+
+    device: torch.device
+    encoder_decoder: bool
+    embedded: int | None
+    decoder_embedded: int | None
+    placeholders: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Known:
+        base, config = base_model(model), base_config(model)
+        two_sided = bool(getattr(config, "is_encoder_decoder", False))
+        values = getattr(config, "__dict__", {}).items()
+        placeholders = tuple(v for k, v in values if _PLACEHOLDER.search(k) and isinstance(v, int))
+        decoder = _embedded(base, "get_decoder") if two_sided else None
+        return cls(module_device(model), two_sided, _embedded(base), decoder, placeholders)
+
+    def check_ids(self, ids: torch.Tensor, key: str, where: str, embedded: int | None) -> None:
+        """Refuse what an embedding cannot look up: on a GPU that would end the whole process."""
+        if not ids.numel():
+            return
+        if ids.dtype not in _IDS:
+            raise UcanError(
+                f"{where}: {key} must be int64 or int32 token ids, not {ids.dtype}; convert them "
+                "with .long()."
+            )
+        if embedded is None:
+            return
+        low, high = torch.stack((ids.min(), ids.max())).tolist()
+        if low >= 0 and high < embedded:
+            return
+        known = torch.tensor(self.placeholders, dtype=ids.dtype, device=ids.device)
+        unknown = ids[((ids < 0) | (ids >= embedded)) & ~torch.isin(ids, known)]
+        if unknown.numel():
+            raise UcanError(
+                f"{where}: {key} holds the token id {int(unknown[0])}, but the model embeds "
+                f"{embedded} tokens, 0..{embedded - 1}. Use the tokenizer that belongs to the "
+                "model, and one of its ids for padding."
+            )
+
+
+def _embedded(base: nn.Module, *part: str) -> int | None:
+    """Rows of the input embeddings of a Hugging Face model (or a part of it), None if unknown."""
+    module = base
+    try:
+        for getter in (*part, "get_input_embeddings"):
+            module = getattr(module, getter)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    while isinstance(module, nn.Module) and not isinstance(module, nn.Embedding):
+        # PEFT's wrappers.
+        module = module._modules.get("base_layer", module._modules.get("original_module"))
+    if module is None:
+        return None
+    # A weight may have been replaced by a larger one, or packed.
+    weight = module.weight
+    whole = weight.dim() == 2 and weight.shape[1] == module.embedding_dim
+    return weight.shape[0] if whole else module.num_embeddings
+
+
+def _read(batch: Mapping[str, Any], where: str, default: int, known: _Known) -> Batch:
+    device = known.device
     if not isinstance(batch, Mapping):
         raise UcanError(f"{where} is a {type(batch).__name__}; a batch is a dict of tensors.")
     tokens = batch.get("input_ids")
@@ -123,22 +198,28 @@ def _read(
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
         shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise UcanError(f"{where}: input_ids must be a tensor [batch, tokens], not {shape}.")
+    if batch.get("input_ids") is not None:
+        known.check_ids(tokens, "input_ids", where, known.embedded)
     groups = _groups(
         batch.get("token_groups"), batch.get("attention_mask"), tokens.shape, default, where, ""
     )
     decoder_groups = None
-    if encoder_decoder:
-        decoder_tokens = batch.get("decoder_input_ids")
+    if known.encoder_decoder:
+        decoder_tokens, labels = batch.get("decoder_input_ids"), batch.get("labels")
+        key = "labels" if decoder_tokens is None else "decoder_input_ids"
         if decoder_tokens is None:
-            decoder_tokens = batch.get("labels")
-        if not isinstance(decoder_tokens, torch.Tensor) or decoder_tokens.dim() != 2:
-            raise UcanError(
-                f"{where}: an encoder-decoder model needs decoder_input_ids or labels "
-                "[batch, tokens]."
-            )
+            decoder_tokens = labels
+        for given in (decoder_tokens, decoder_tokens if labels is None else labels):
+            if not isinstance(given, torch.Tensor) or given.dim() != 2:
+                raise UcanError(
+                    f"{where}: an encoder-decoder model needs decoder_input_ids or labels "
+                    "[batch, tokens]."
+                )
+        ids = decoder_tokens[decoder_tokens != -100] if key == "labels" else decoder_tokens
+        known.check_ids(ids, key, where, known.decoder_embedded)
         mask = batch.get("decoder_attention_mask")
-        if mask is None and batch.get("labels") is not None:
-            mask = batch["labels"] != -100
+        if mask is None and labels is not None:
+            mask = labels != -100
         decoder_groups = _groups(
             batch.get("decoder_token_groups"),
             mask,
@@ -154,7 +235,7 @@ def _read(
         for key, value in batch.items()
         if key not in _OURS
     }
-    return Batch(inputs, groups.to(device), decoder_groups)
+    return Batch(inputs, groups.to(device), decoder_groups, where)
 
 
 def _groups(
@@ -182,9 +263,13 @@ def _groups(
                 f"{where}: {prefix}token_groups is {got}, but the tokens are {tuple(shape)}; "
                 "every token needs its own group."
             )
-        # bool is refused too: a forget mask would be read the wrong way round (0 is forget).
-        if given.dtype not in _INTEGERS or ((given < IGNORED) | (given > RETAIN)).any():
-            values = "" if given.is_complex() else f" in [{given.min()}, {given.max()}]"
+        # As Python's integers: -1 as an unsigned one would be 255. bool is refused too: a forget
+        # mask would be read the wrong way round (0 is forget).
+        if given.dtype not in INTEGERS or (
+            given.numel() and not (int(given.min()) >= IGNORED and int(given.max()) <= RETAIN)
+        ):
+            ordered = given.numel() and not given.is_complex()
+            values = f" in [{given.min()}, {given.max()}]" if ordered else ""
             raise UcanError(
                 f"{where}: {prefix}token_groups must be integers 0 (forget), 1 (retain) or "
                 f"-1 (ignored), not {given.dtype}{values}."

@@ -119,6 +119,8 @@ def collect_at_origin(
     options = _forward_options(model, layers)
     with _quiet(model), pass_.attached(), decide_once():
         for batch in track(read_batches(model, batches, group), batches, progress, "collect"):
+            if not batch.groups.numel():  # models cannot be run on nothing
+                continue
             pass_.begin(batch)
             model(**{**batch.forward_inputs(), **options})
             pass_.end()
@@ -198,7 +200,7 @@ class _Pass:
             }
         idle = [r.layer.name for r in self.recorders if not r.calls]
         if not self.batches:
-            raise UcanError("there was no batch; nothing was recorded.")
+            raise UcanError("there was no batch with a token; nothing was recorded.")
         if idle:
             raise UcanError(
                 f"{idle[0]} was never called with its adapter while the model ran"

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import Batch, eval_mode, group_index, read_batches
+from .batches import INTEGERS, Batch, eval_mode, group_index, read_batches
 from .errors import UcanError
-from .metrics import kl_divergence, perplexity, prediction_shift, token_nll
+from .metrics import check_labels, kl_divergence, perplexity, prediction_shift, token_nll
 from .progress import Progress, track
 
 #: Sequences are run in slices so that one slice's fp32 logits stay below this many bytes.
 LOGITS_BYTES = 256 * 2**20
+
+#: Ends the message about labels out of range.
+IGNORED_LABELS = "ignored positions are -100"
 
 #: Puts an edit on the model for the length of a with block.
 Edit = Callable[[], contextlib.AbstractContextManager]
@@ -128,19 +131,27 @@ class ScoredSlice:
         inputs: what the model is called with.
         mask: bool ``[B, T]``, the positions whose logits are scored; every row has one.
         labels: token ids ``[P]`` of those positions, row by row.
+        where: what messages call the batch.
     """
 
     inputs: dict[str, Any]
     mask: torch.Tensor
     labels: torch.Tensor
+    where: str
 
     def run(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits ``[P, V]`` and labels ``[P]`` of the scored positions."""
+        """Logits ``[P, V]`` and labels ``[P]`` of the scored positions.
+
+        Raises:
+            UcanError: a label is no token of the vocabulary.
+        """
         output = model(**self.inputs)
         logits = output["logits"] if isinstance(output, Mapping) else output.logits
         # Prefix tuning and the like prepend positions; the last ones are the tokens'.
         logits = logits[:, -self.mask.shape[1] :]
-        return logits[self.mask].float(), self.labels
+        logits = logits[self.mask].float()
+        check_labels(logits, self.labels, self.where, IGNORED_LABELS)
+        return logits, self.labels
 
 
 def scored_slices(
@@ -171,21 +182,38 @@ def scored_slices(
         # (split makes one empty part of no rows.)
         for part in rows.split(step) if len(rows) else ():
             inputs = _rows(batch.forward_inputs(), part, mask.shape[0])
-            yield ScoredSlice(inputs, mask[part], labels[part][mask[part]])
+            yield ScoredSlice(inputs, mask[part], labels[part][mask[part]], batch.where)
+
+
+def _labels(batch: Batch, shape: torch.Size) -> torch.Tensor | None:
+    """The batch's own labels, int64, or None."""
+    labels = batch.inputs.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, torch.Tensor):
+        found = f"a {type(labels).__name__}"
+    elif labels.shape != shape or labels.dtype not in INTEGERS:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+    else:
+        return labels.long()
+    raise UcanError(
+        f"{batch.where}: labels must be a tensor of integers {tuple(shape)}, as the tokens are, "
+        f"not {found}."
+    )
 
 
 def _scored(batch: Batch, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where logits are scored ``[B, T]``, and the label at every position."""
+    """Where logits are scored ``[B, T]``, and the label at every position, int64."""
     if batch.decoder_groups is not None:
-        labels = batch.inputs.get("labels")
+        labels = _labels(batch, batch.decoder_groups.shape)
         if labels is None:
-            raise UcanError("scoring an encoder-decoder model needs labels in every batch.")
+            raise UcanError(f"{batch.where}: scoring an encoder-decoder model needs labels.")
         return (batch.decoder_groups == wanted) & (labels != -100), labels
-    tokens = batch.inputs.get("labels")
+    tokens = _labels(batch, batch.groups.shape)
+    if tokens is None and batch.inputs.get("input_ids") is not None:
+        tokens = batch.inputs["input_ids"].long()
     if tokens is None:
-        tokens = batch.inputs.get("input_ids")
-    if tokens is None:
-        raise UcanError("scoring needs input_ids or labels in every batch.")
+        raise UcanError(f"{batch.where}: scoring needs input_ids or labels.")
     scored = (batch.groups == wanted) & (tokens != -100)
     # The logits at position t predict token t + 1.
     mask = torch.zeros_like(scored)

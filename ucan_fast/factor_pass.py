@@ -28,9 +28,10 @@ from .batches import IGNORED, Batch, group_index, read_batches
 from .collect import _SAME_INPUT, _quiet, _role, is_recompute
 from .config import VARIANTS
 from .errors import UcanError
-from .evaluation import LOGITS_BYTES, _rows, _scored, _vocabulary
+from .evaluation import IGNORED_LABELS, LOGITS_BYTES, _rows, _scored, _vocabulary
 from .factors import FACTORS, InfluenceFactors, LayerFactors
 from .marks import check_is_origin
+from .metrics import check_labels
 from .neurons import Piece
 from .progress import Progress, track
 
@@ -278,7 +279,9 @@ class _Pass:
                 handle.remove()
 
     def run(self, model: nn.Module, batch: Batch) -> None:
-        """One batch, in slices whose fp32 logits stay below LOGITS_BYTES."""
+        """One batch, in slices whose fp32 logits stay below LOGITS_BYTES; an empty one is none."""
+        if not batch.groups.numel():
+            return
         self.batches += 1
         true, labels = _scored(batch, self.group)
         anywhere, _ = _scored(_ungrouped(batch, self.group), self.group)
@@ -295,7 +298,7 @@ class _Pass:
         for part in rows.split(step) if len(rows) else ():
             inputs = _rows(batch.forward_inputs(), part, true.shape[0])
             self.tokens = {role: _Tokens.of(member[part]) for role, member in tokens.items()}
-            self._slice(model, inputs, true[part], anywhere[part], labels[part])
+            self._slice(model, inputs, true[part], anywhere[part], labels[part], batch.where)
 
     def _slice(
         self,
@@ -304,6 +307,7 @@ class _Pass:
         true: torch.Tensor,
         anywhere: torch.Tensor,
         labels: torch.Tensor,
+        where: str,
     ) -> None:
         self.last_input = None
         for recorder in self.recorders:
@@ -315,7 +319,9 @@ class _Pass:
             uses = [tensor for target in self.targets for tensor in target.parameters]
             if true.any():
                 self.positions += int(true.sum())
-                loss = _summed_nll(logits[true], labels[true])
+                scored, wanted = logits[true], labels[true]
+                check_labels(scored, wanted, where, IGNORED_LABELS)
+                loss = _summed_nll(scored, wanted)
                 self._add_gradients(gradients(loss, uses, keep=self.curvature))
             if self.curvature:
                 scored = logits[anywhere]
@@ -343,7 +349,7 @@ class _Pass:
 
     def finish(self, group: str) -> InfluenceFactors:
         if not self.batches:
-            raise UcanError("there was no batch; nothing was recorded.")
+            raise UcanError("there was no batch with a token; nothing was recorded.")
         factors = InfluenceFactors(
             {key: total.cpu() for key, total in self.gradients.items()},
             float(self.positions),

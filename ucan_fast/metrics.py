@@ -84,10 +84,12 @@ def perplexity(nll_sum: float, tokens: int) -> float:
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[label] per position: fp32 `[P]`, in nats.
 
-    `logits` is `[P, V]` in any float dtype (computed in fp32), `labels` `[P]` holds token ids.
-    Differentiable. UcanError: shapes do not fit or a label is outside of 0..V-1 (drop -100 first).
+    `logits` is `[P, V]` in any float dtype (computed in fp32), `labels` `[P]` holds token ids of
+    any integer dtype. Differentiable. UcanError: shapes do not fit or a label is outside of 0..V-1
+    (drop -100 first).
     """
-    _check_labels(logits, labels, "token_nll")
+    check_labels(logits, labels, "token_nll")
+    labels = labels.long()
     parts = [
         torch.nn.functional.cross_entropy(logits[rows].float(), labels[rows], reduction="none")
         for rows in _row_chunks(logits)
@@ -104,7 +106,8 @@ def token_z_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     1e-6, as in open-unlearning: where all tokens are equally likely the score is 0. UcanError as
     for `token_nll`.
     """
-    _check_labels(logits, labels, "token_z_scores")
+    check_labels(logits, labels, "token_z_scores")
+    labels = labels.long()
     parts = []
     for rows in _row_chunks(logits):
         log_p = torch.log_softmax(logits[rows].detach().double(), dim=-1)
@@ -231,16 +234,29 @@ def _same_logits(original: torch.Tensor, unlearned: torch.Tensor, name: str) -> 
         )
 
 
-def _check_labels(logits: torch.Tensor, labels: torch.Tensor, name: str) -> None:
+def check_labels(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    name: str,
+    ignored: str = "leave ignored positions (-100) out",
+) -> None:
+    """Refuse labels `[P]` that are no tokens of logits `[P, V]`.
+
+    `name` begins the message, `ignored` ends it.
+    """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise UcanError(
             f"{name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
             "[P, V] and [P]."
         )
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
+    if not labels.numel():
+        return
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise UcanError(f"{name}: labels are {labels.dtype}; expected integer token ids.")
+    if not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
         raise UcanError(
             f"{name}: labels reach from {int(labels.min())} to {int(labels.max())}, but the "
-            f"vocabulary is 0..{logits.shape[1] - 1}; leave ignored positions (-100) out."
+            f"vocabulary is 0..{logits.shape[1] - 1}; {ignored}."
         )
 
 
