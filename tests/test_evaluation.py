@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
-from helpers_models import VOCAB, llama, lora, t5
+import transformers
+from helpers_models import VOCAB, llama, lora, t5, token_batch
 from trained_model import (
     BAD_LABELS,
     GROUP,
+    OTHER_MODELS,
     assert_same_weights,
     forget_batches,
     nll,
@@ -219,6 +221,89 @@ def test_inputs_per_sequence_are_sliced_and_others_passed_on(monkeypatch):
     expected = group_loss(model, batches, "forget")
     monkeypatch.setattr(evaluation, "LOGITS_BYTES", 1)
     assert group_loss(model, batches, "forget").nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+def qwen2_vl() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+            },
+        },
+        vision_config={
+            "embed_dim": 16,
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "mlp_ratio": 1,
+        },
+    )
+    return lora(transformers.Qwen2VLForConditionalGeneration(config), targets=["q_proj", "k_proj"])
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_batches_with_inputs_of_other_first_dimensions_are_run_whole(count, monkeypatch):
+    """Positions of Qwen2-VL are [3, B, T]: with three sequences the wrong axis would be cut."""
+    model, generator = qwen2_vl(), torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 38, (count, 8), generator=generator)
+    places = torch.randint(0, 50, (3, count, 8), generator=generator)
+    groups = torch.zeros_like(ids)
+    groups[1] = -1
+    nll = 0.0
+    for row in (row for row in range(count) if row != 1):
+        with torch.no_grad():
+            one = model(input_ids=ids[row][None], position_ids=places[:, row][:, None]).logits[0]
+        log_p = one[:-1].double().log_softmax(-1)
+        nll -= float(log_p.gather(1, ids[row, 1:, None]).sum())
+    batch = {"input_ids": ids, "position_ids": places, "token_groups": groups}
+    rows = []
+    model.register_forward_hook(lambda _m, _x, y: rows.append(len(y.logits)))
+    for limit in (evaluation.LOGITS_BYTES, 1):
+        monkeypatch.setattr(evaluation, "LOGITS_BYTES", limit)
+        loss = group_loss(model, [batch], "forget")
+        assert loss.tokens == 7 * (count - 1)
+        assert loss.nll == pytest.approx(nll, rel=1e-5)
+    assert rows == [count, count]
+
+
+def test_positions_for_all_sequences_stay_as_they_are(monkeypatch):
+    model = trained()
+    batches = forget_batches()
+    expected = group_loss(model, batches, "forget")
+    length = batches[0]["input_ids"].shape[1]
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 1)
+    rows = []
+    model.register_forward_hook(lambda _m, _x, y: rows.append(len(y.logits)))
+    shared = [{**batch, "position_ids": torch.arange(length)[None]} for batch in batches]
+    assert group_loss(model, shared, "forget").nll == pytest.approx(expected.nll, rel=1e-6)
+    assert set(rows) == {1}
+
+
+@pytest.mark.parametrize("kind", list(OTHER_MODELS))
+def test_models_that_predict_no_next_token_are_refused_by_name(kind):
+    model = OTHER_MODELS[kind]()
+    batch = token_batch([6, 4])
+    with pytest.raises(uf.UcanError, match=f"{kind} cannot be scored: .*calibration=function"):
+        group_loss(model, [batch], "forget")
+    # What the message advises.
+    result = uf.unlearn(
+        model,
+        forget=[batch],
+        retain=[token_batch([5, 6], seed=1)],
+        calibration=lambda m: m(**batch)[0].square().mean(),
+        evaluate=False,
+    )
+    assert result.plan.attenuated
 
 
 def test_embeddings_with_labels_are_scored():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from trained_model import (
     BAD_LABELS,
+    OTHER_MODELS,
     assert_same_weights,
     forget_batches,
     retain_batches,
@@ -20,6 +21,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
+from ucan_fast import evaluation
 from ucan_fast.factor_pass import collect_factors, draw_labels, factor_memory, row_uniforms
 from ucan_fast.factors import FACTORS
 
@@ -160,16 +162,36 @@ def test_a_shared_input_that_is_no_longer_shared_gets_its_own_factor(case):
 
 
 def test_slices_do_not_change_the_sums(monkeypatch):
-    from ucan_fast import factor_pass
-
     model, data = model64(), batches()
     whole = collect_factors(model, data)
-    monkeypatch.setattr(factor_pass, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 1)
     single = collect_factors(model, data)
     for name in whole.layers:
         assert whole.layers[name].tokens == single.layers[name].tokens
         for which in FACTORS:
             a, b = whole.factor(name, which), single.factor(name, which)
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * float(a.abs().max())), (name, which)
+
+
+def test_a_batch_that_cannot_be_cut_gives_the_same_sums(monkeypatch):
+    """It is run whole, and sequences without a token of the group are left out all the same."""
+    model, data = hm.lora(hm.llama(dtype=torch.float64)).double(), batches()
+    data[0]["token_groups"][1] = -1
+    data[0]["token_groups"][2] = 0
+    cut = collect_factors(model, data)
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 1)
+    calls = []
+    model.register_forward_hook(lambda _m, _x, y: calls.append(len(y.logits)))
+    marked = [{**batch, "of_the_caller": torch.arange(len(batch["input_ids"]))} for batch in data]
+    whole = collect_factors(model, marked)
+    assert calls == [3, 2]
+    assert whole.positions == cut.positions
+    for key, gradient in cut.gradients.items():
+        assert torch.allclose(whole.gradients[key], gradient, rtol=1e-9, atol=1e-12), key
+    for name in cut.layers:
+        assert whole.layers[name].tokens == cut.layers[name].tokens
+        for which in FACTORS:
+            a, b = cut.factor(name, which), whole.factor(name, which)
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * float(a.abs().max())), (name, which)
 
 
@@ -519,6 +541,12 @@ def test_sets_without_a_scored_position_are_refused():
     lonely = {"input_ids": torch.full((3, 1), 5)}
     with pytest.raises(uf.UcanError, match="no retain position is scored"):
         collect_factors(trained(), [lonely])
+
+
+@pytest.mark.parametrize("kind", list(OTHER_MODELS))
+def test_models_that_predict_no_next_token_are_refused_by_name(kind):
+    with pytest.raises(uf.UcanError, match=f"{kind} cannot be scored: .*evaluate=False"):
+        collect_factors(OTHER_MODELS[kind](), [hm.token_batch([6, 4])])
 
 
 @pytest.mark.parametrize("kind", list(BAD_LABELS))

@@ -292,6 +292,20 @@ def test_only_these_sequences():
     assert torch.allclose(some.scores["min-k++"], everything.scores["min-k++"][wanted], rtol=1e-4)
 
 
+def test_batches_that_cannot_be_cut_have_the_same_sequences():
+    model = trained()
+    batches = forget_batches()
+    batches[0]["token_groups"] = torch.zeros_like(batches[0]["input_ids"])
+    batches[0]["token_groups"][1] = -1
+    marked = [{**b, "of_the_caller": torch.arange(len(b["input_ids"]))} for b in batches]
+    for only in (None, {0, 2, 5}):
+        expected = sequence_scores(model, batches, only=only)
+        whole = sequence_scores(model, marked, only=only)
+        assert torch.equal(whole.tokens, expected.tokens)
+        for attack in ATTACKS:
+            torch.testing.assert_close(whole.scores[attack], expected.scores[attack])
+
+
 def test_zlib_compresses_the_text_of_the_scored_tokens():
     model = trained()
     batches = variant(forget_batches(count=4, size=4), "labels")

@@ -11,6 +11,7 @@ import functools
 import json
 
 import torch
+import transformers
 from helpers_models import VOCAB, llama, lora
 from torch import nn
 
@@ -257,4 +258,28 @@ BAD_LABELS = {
     "short": (lambda ids: ids[:, 1:], r"batch 1: labels .* as the tokens are, not torch.int64 \("),
     "float": (lambda ids: ids.float(), r"batch 1: labels .* integers .* not torch.float32"),
     "list": (lambda ids: ids.tolist(), r"batch 1: labels .* not a list"),
+}
+
+
+#: Models with an adapter whose logits, if any, are not those of the next token.
+OTHER_MODELS = {
+    "LlamaModel": lambda: lora(llama(layers=1).model, targets=["q_proj"]),
+    "LlamaForSequenceClassification": lambda: lora(
+        transformers.LlamaForSequenceClassification(llama(layers=1).config), targets=["q_proj"]
+    ),
+    "LlamaForTokenClassification": lambda: lora(
+        transformers.LlamaForTokenClassification(llama(layers=1).config), targets=["q_proj"]
+    ),
+    "BertForMaskedLM": lambda: lora(
+        transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                vocab_size=VOCAB,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        ),
+        targets=["query", "value"],
+    ),
 }

@@ -10,16 +10,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapter import base_model
 from .batches import INTEGERS, Batch, eval_mode, group_index, read_batches
 from .errors import UcanError
 from .metrics import check_labels, kl_divergence, perplexity, prediction_shift, token_nll
 from .progress import Progress, track
 
-#: Sequences are run in slices so that one slice's fp32 logits stay below this many bytes.
+#: Sequences are run in slices so that one slice's fp32 logits stay below this many bytes. A batch
+#: with inputs that cannot be cut (images, ...) is run whole.
 LOGITS_BYTES = 256 * 2**20
+
+# Dimensions of what holds one row per sequence. Of other inputs it is not known: pixel_values may
+# hold images or patches, and the position_ids of Qwen2-VL are [3, B, T].
+_PER_SEQUENCE = {
+    "input_ids": 2,
+    "inputs_embeds": 3,
+    "attention_mask": 2,
+    "position_ids": 2,
+    "token_type_ids": 2,
+    "mm_token_type_ids": 2,
+    "labels": 2,
+    "decoder_input_ids": 2,
+    "decoder_inputs_embeds": 3,
+    "decoder_attention_mask": 2,
+    "decoder_position_ids": 2,
+}
 
 #: Ends the message about labels out of range.
 IGNORED_LABELS = "ignored positions are -100"
+
+# Hugging Face's classes whose logits are no next token's, by the end of their names.
+_OTHER_HEADS = ("ForMaskedLM", "Classification", "ForMultipleChoice", "ForQuestionAnswering")
 
 #: Puts an edit on the model for the length of a with block.
 Edit = Callable[[], contextlib.AbstractContextManager]
@@ -129,27 +150,28 @@ class ScoredSlice:
 
     Attributes:
         inputs: what the model is called with.
-        mask: bool ``[B, T]``, the positions whose logits are scored; every row has one.
+        positions: bool ``[B, T]``, where its logits are scored.
         labels: token ids ``[P]`` of those positions, row by row.
         where: what messages call the batch.
     """
 
     inputs: dict[str, Any]
-    mask: torch.Tensor
+    positions: torch.Tensor
     labels: torch.Tensor
     where: str
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The positions of the scored sequences alone, bool ``[S, T]``; every row has one."""
+        return self.positions[self.positions.any(1)]
 
     def run(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[P, V]`` and labels ``[P]`` of the scored positions.
 
         Raises:
-            UcanError: a label is no token of the vocabulary.
+            UcanError: a label is no token of the vocabulary, or there are no logits per token.
         """
-        output = model(**self.inputs)
-        logits = output["logits"] if isinstance(output, Mapping) else output.logits
-        # Prefix tuning and the like prepend positions; the last ones are the tokens'.
-        logits = logits[:, -self.mask.shape[1] :]
-        logits = logits[self.mask].float()
+        logits = token_logits(model, self.inputs, self.positions.shape)[self.positions].float()
         check_labels(logits, self.labels, self.where, IGNORED_LABELS)
         return logits, self.labels
 
@@ -167,8 +189,10 @@ def scored_slices(
             order of the batches; None: all.
 
     Raises:
-        UcanError: a batch is malformed (it is named by its index).
+        UcanError: a batch is malformed (it is named by its index), or the model predicts no next
+            token.
     """
+    check_predicts_tokens(model)
     wanted = group_index(group)
     number = 0
     for batch in read_batches(model, batches, group):
@@ -177,12 +201,74 @@ def scored_slices(
         first, number = number, number + len(rows)
         if only is not None:
             rows = rows[[index for index in range(len(rows)) if first + index in only]]
-        per_row = mask.shape[1] * 4 * _vocabulary(model)
-        step = max(1, LOGITS_BYTES // max(per_row, 1))
-        # (split makes one empty part of no rows.)
-        for part in rows.split(step) if len(rows) else ():
-            inputs = _rows(batch.forward_inputs(), part, mask.shape[0])
-            yield ScoredSlice(inputs, mask[part], labels[part][mask[part]], batch.where)
+        for inputs, taken, chosen in slices(model, batch, rows, mask.shape):
+            positions = mask[taken] & chosen
+            yield ScoredSlice(inputs, positions, labels[taken][positions], batch.where)
+
+
+def slices(
+    model: nn.Module, batch: Batch, rows: torch.Tensor, shape: torch.Size
+) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """The wanted rows of a batch, in slices whose logits fit LOGITS_BYTES, or in one.
+
+    Args:
+        rows: numbers of the wanted sequences ``[S]``.
+        shape: ``[B, T]`` of the logits.
+
+    Yields:
+        What the model is called with; the numbers of the sequences in it ``[R]``; which of them
+        are wanted, bool ``[R, 1]``. A batch that cannot be cut comes whole.
+    """
+    if not len(rows):
+        return
+    inputs = batch.forward_inputs()
+    step = max(1, LOGITS_BYTES // max(shape[1] * 4 * _vocabulary(model), 1))
+    parts = rows.split(step)
+    everything = len(parts) == 1 and len(rows) == shape[0]
+    if everything or not _can_be_cut(inputs, shape[0]):
+        chosen = torch.zeros(shape[0], 1, dtype=torch.bool, device=rows.device)
+        chosen[rows] = True
+        yield inputs, torch.arange(shape[0], device=rows.device), chosen
+        return
+    for part in parts:
+        yield _rows(inputs, part), part, torch.ones_like(part, dtype=torch.bool)[:, None]
+
+
+def check_predicts_tokens(model: nn.Module) -> None:
+    """Refuse models of other tasks, by the name of their class.
+
+    A masked LM's logits have the right shape, but are those of the token at their own place.
+    """
+    names = [kind.__name__ for kind in type(base_model(model)).__mro__]
+    if any(name.endswith(_OTHER_HEADS) for name in names):
+        raise UcanError(_no_language_model(model, "its logits do not predict the next token"))
+
+
+def token_logits(model: nn.Module, inputs: Mapping[str, Any], shape: torch.Size) -> torch.Tensor:
+    """The model's logits ``[B, T, V]`` at the tokens, whose shape ``[B, T]`` is given.
+
+    Raises:
+        UcanError: the output has none of this form.
+    """
+    output = model(**inputs)
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    if logits is None:
+        logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise UcanError(_no_language_model(model, "its output has no logits"))
+    if logits.dim() != 3 or logits.shape[0] != shape[0] or logits.shape[1] < shape[1]:
+        found = f"its logits are {tuple(logits.shape)} for tokens {tuple(shape)}"
+        raise UcanError(_no_language_model(model, found))
+    # Prefix tuning and the like prepend positions; the last ones are the tokens'.
+    return logits[:, -shape[1] :]
+
+
+def _no_language_model(model: nn.Module, found: str) -> str:
+    return (
+        f"{type(base_model(model)).__name__} cannot be scored: {found}. What is scored is the next "
+        "token of a causal or encoder-decoder language model. method='attenuate' can do without: "
+        "pass calibration=function (model -> loss) and evaluate=False."
+    )
 
 
 def _labels(batch: Batch, shape: torch.Size) -> torch.Tensor | None:
@@ -225,10 +311,23 @@ def _scored(batch: Batch, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
     return mask, tokens.roll(-1, dims=1)
 
 
-def _rows(inputs: dict[str, Any], rows: torch.Tensor, batch_size: int) -> dict[str, Any]:
+def _can_be_cut(inputs: Mapping[str, Any], sequences: int) -> bool:
+    """Whether some of the sequences can be taken out of everything the model gets."""
+    for key, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            known = value.dim() == _PER_SEQUENCE.get(key) and value.shape[0] in (1, sequences)
+            if value.dim() and not known:
+                return False
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            return False
+    return True
+
+
+def _rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    # One row for all sequences, such as position_ids [1, T], stays.
     return {
         key: value[rows]
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch_size
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] > 1
         else value
         for key, value in inputs.items()
     }

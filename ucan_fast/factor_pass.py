@@ -28,7 +28,13 @@ from .batches import IGNORED, Batch, group_index, read_batches
 from .collect import _SAME_INPUT, _quiet, _role, is_recompute
 from .config import VARIANTS
 from .errors import UcanError
-from .evaluation import IGNORED_LABELS, LOGITS_BYTES, _rows, _scored, _vocabulary
+from .evaluation import (
+    IGNORED_LABELS,
+    _scored,
+    check_predicts_tokens,
+    slices,
+    token_logits,
+)
 from .factors import FACTORS, InfluenceFactors, LayerFactors
 from .marks import check_is_origin
 from .metrics import check_labels
@@ -83,12 +89,14 @@ def collect_factors(
 
     Raises:
         UcanError: as :func:`ucan_fast.collect`; also an adapter variant (DoRA and the like), a
-            scaling of 0, a layer that no gradient reaches, or no scored position of the group.
+            scaling of 0, a layer that no gradient reaches, no scored position of the group, or a
+            model that predicts no next token.
     """
     group_index(group)
     _check_variant(variant, rank, blocks)
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
+    check_predicts_tokens(model)
     layers = influence_layers(model, adapter, variant, blocks)
     origin = fingerprint(model, adapter)
     check_is_origin(model, adapter, origin)
@@ -279,7 +287,7 @@ class _Pass:
                 handle.remove()
 
     def run(self, model: nn.Module, batch: Batch) -> None:
-        """One batch, in slices whose fp32 logits stay below LOGITS_BYTES; an empty one is none."""
+        """One batch, in :func:`ucan_fast.evaluation.slices`; an empty one is none."""
         if not batch.groups.numel():
             return
         self.batches += 1
@@ -294,11 +302,12 @@ class _Pass:
         if not self.curvature:
             wanted = true.any(1)
         rows = wanted.nonzero().squeeze(1)
-        step = max(1, LOGITS_BYTES // max(true.shape[1] * 4 * _vocabulary(model), 1))
-        for part in rows.split(step) if len(rows) else ():
-            inputs = _rows(batch.forward_inputs(), part, true.shape[0])
-            self.tokens = {role: _Tokens.of(member[part]) for role, member in tokens.items()}
-            self._slice(model, inputs, true[part], anywhere[part], labels[part], batch.where)
+        for inputs, taken, chosen in slices(model, batch, rows, true.shape):
+            self.tokens = {
+                role: _Tokens.of(member[taken] & chosen) for role, member in tokens.items()
+            }
+            at = (true[taken] & chosen, anywhere[taken] & chosen, labels[taken])
+            self._slice(model, inputs, *at, batch.where)
 
     def _slice(
         self,
@@ -313,9 +322,7 @@ class _Pass:
         for recorder in self.recorders:
             recorder.calls = 0
         with torch.enable_grad():
-            output = model(**inputs)
-            logits = output["logits"] if isinstance(output, Mapping) else output.logits
-            logits = logits[:, -true.shape[1] :]
+            logits = token_logits(model, inputs, true.shape)
             uses = [tensor for target in self.targets for tensor in target.parameters]
             if true.any():
                 self.positions += int(true.sum())
