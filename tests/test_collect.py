@@ -18,6 +18,7 @@ import numpy
 import peft
 import pytest
 import torch
+import transformers
 from oracle import (
     assert_equals_hooks,
     assert_relative,
@@ -1024,6 +1025,23 @@ def test_full_logits_only_where_the_head_is_measured(adapted_head, way):
         assert "base_model.model.lm_head" in stats.layers
     else:
         assert shapes == [(3, 1, hm.VOCAB), (2, 1, hm.VOCAB)]
+
+
+def test_layers_between_trunk_and_head_see_every_token(way):
+    """BERT's head has a dense layer before its output embeddings."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=hm.VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+    )
+    model = hm.lora(transformers.BertLMHeadModel(config), targets="all-linear")
+    stats = collect(way, model, MIXED)
+    assert "base_model.model.cls.predictions.transform.dense" in stats.layers
+    assert_equals_hooks(stats, expected_sums(way, model, MIXED))
 
 
 def test_only_the_sites_asked_for(way):

@@ -529,7 +529,7 @@ def _role(name: str) -> str:
 
 
 def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any]:
-    """No cache, and no full-vocabulary logits where nothing in the head is measured."""
+    """No cache, and no full-vocabulary logits where nothing after the trunk is measured."""
     base = base_model(model)
     try:
         # Kept by class: a forward that was put on the instance may hold the model.
@@ -540,11 +540,12 @@ def _forward_options(model: nn.Module, layers: list[LoraLayer]) -> dict[str, Any
     options: dict[str, Any] = {}
     if "use_cache" in accepted:
         options["use_cache"] = False
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    measured = {id(layer.module) for layer in layers}
-    if "logits_to_keep" in accepted and head is not None:
-        inside_head = any(id(m) in measured for m in head.modules())
-        if not inside_head:
+    trunk = base._modules.get(getattr(base, "base_model_prefix", ""))
+    if "logits_to_keep" in accepted and trunk is not None:
+        # What is not in the trunk may see the last position only: a head, and layers before it.
+        others = [part for part in base._modules.values() if part not in (None, trunk)]
+        measured = {layer.module for layer in layers}
+        if not any(m in measured for part in others for m in part.modules()):
             options["logits_to_keep"] = 1
     return options
 
