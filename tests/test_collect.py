@@ -1248,6 +1248,15 @@ def test_refuses_unknown_sites(ready):
     assert_refused(attention, MIXED, "mlp", "q_proj", sites=["mlp"])
 
 
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+def test_a_parametrised_weight_is_refused_by_name(which):
+    """Writing to it would change nothing: it is computed from others in every call."""
+    model = hm.lora(hm.llama(layers=1))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    torch.nn.utils.parametrizations.weight_norm(getattr(layer, which)["default"])
+    assert_refused(model, MIXED, "up_proj", which, "parametrised")
+
+
 def test_refuses_an_attenuated_adapter(way):
     model = hm.lora(hm.llama(layers=1))
     if way == "accelerated":

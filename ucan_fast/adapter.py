@@ -247,6 +247,12 @@ def unmeasurable(module: nn.Module, adapter: str) -> str | None:
         return "Megatron tensor-parallel layers are not supported"
     if _is_tensor_parallel(module):
         return "its base layer is tensor parallel"
+    for which in ("lora_A", "lora_B"):
+        if module._modules[which]._modules[adapter]._parameters.get("weight") is None:
+            return (
+                f"its {which} weight is computed from others (parametrised), so writing to it "
+                "changes nothing"
+            )
     layer = LoraLayer("", module, adapter)
     for weight in (layer.a, layer.b):
         reason = _unusual_weight(weight)

@@ -132,6 +132,8 @@ def unlearn(
     with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
         job = _Job(model, adapter, config, progress, origin)
         check_iterable(forget, "forget")
+        if retain is not None:
+            check_iterable(retain, "retain")
         if holdout is not None and not (gradients and config.auto_strength):
             raise UcanError("holdout= is for method='influence' or 'gates' with strength='auto'.")
         if evaluate or config.auto_strength or gradients:

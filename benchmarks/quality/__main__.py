@@ -41,7 +41,7 @@ class Profile:
 
 PROFILES = {
     # The longest first, so that no worker waits for the last one for long.
-    "quick": Profile(("ml-100k",), ("genre", "users", "one-user"), (0,), True, 0.4),
+    "quick": Profile(("ml-100k",), ("genre", "one-user"), (0,), True, 0.4),
     "full": Profile(tuple(DATA_SETS), SCENARIOS, (0, 1, 2), False),
 }
 
