@@ -572,6 +572,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
+def renamed_tensors(path: Path, rename) -> None:
+    """The file with every name rewritten; tensors named None are left out."""
+    tensors = {rename(n): value.clone() for n, value in load_file(path).items()}
+    tensors.pop(None, None)
+    save_file(tensors, path, {"format": "pt"})
+
+
 def other_adapter(folder: Path) -> None:
     tensors = adapter_of(folder)
     name = sorted(tensors)[0]
@@ -592,8 +599,8 @@ def fewer_layers(base: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "adapter_config.json"
+def edit_config(folder: Path, *, file: str = "adapter_config.json", **changes) -> None:
+    path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -669,6 +676,30 @@ REFUSED = {
     ),
     "malformed base config": (
         lambda p: (p / "base" / "config.json").write_text("{oops"),
+        {},
+        "cannot load the base model",
+    ),
+    "base without a matrix": (
+        lambda p: renamed_tensors(
+            p / "base" / "model.safetensors", lambda n: None if "1.mlp.up_proj" in n else n
+        ),
+        {},
+        "no weights for model.layers.1.mlp.up_proj.weight; give",
+    ),
+    "base without its head": (
+        lambda p: renamed_tensors(
+            p / "base" / "model.safetensors", lambda n: None if "lm_head" in n else n
+        ),
+        {},
+        "no weights for lm_head.weight; give",
+    ),
+    "base of other names": (
+        lambda p: renamed_tensors(p / "base" / "model.safetensors", lambda n: f"module.{n}"),
+        {},
+        "no weights for lm_head.weight and 20 more; give",
+    ),
+    "base of other shapes": (
+        lambda p: edit_config(p / "base", file="config.json", intermediate_size=20),
         {},
         "cannot load the base model",
     ),
@@ -832,6 +863,26 @@ def test_help_explains(command, words, capsys):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"ucan-fast {uf.__version__}"
+
+
+def test_a_head_that_is_tied_is_not_missing(tmp_path):
+    base = hm.gpt2()
+    model = hm.lora(base)
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    assert not any("lm_head" in name for name in load_file(weights))
+    # What the model has no place for is no fault.
+    tensors = {"optimizer.step": torch.zeros(1), **load_file(weights)}
+    save_file({n: value.clone() for n, value in tensors.items()}, weights, {"format": "pt"})
+    write_lines(tmp_path / "set.jsonl", [{"input_ids": [5, 6, 7]}])
+    code, _, err = run(tmp_path, "collect", data="set.jsonl", out="bank")
+    assert (code, err) == (0, "")
+    # The embedding that the head is tied to is.
+    renamed_tensors(weights, lambda n: None if n.endswith("wte.weight") else n)
+    code, _, err = run(tmp_path, "collect", data="set.jsonl", out="other")
+    assert code == 1
+    assert "no weights for lm_head.weight and 1 more; give" in err
 
 
 # An unlearned adapter is no origin

@@ -473,9 +473,14 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(arguments.base)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        base = kind.from_pretrained(
-            arguments.base, dtype=dtypes.get(arguments.dtype, "auto"), device_map=None
-        ).to(device)
+        base, loading = kind.from_pretrained(
+            arguments.base,
+            dtype=dtypes.get(arguments.dtype, "auto"),
+            device_map=None,
+            output_loading_info=True,
+        )
+        _check_base(loading, arguments.base)
+        base = base.to(device)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UcanError(f"cannot load the base model {arguments.base}: {error}") from error
     try:
@@ -498,6 +503,24 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     model.eval()
     accelerate(model)
     return model, tokenizer
+
+
+def _check_base(loading: dict[str, Any], base: str) -> None:
+    """Refuse a base without some of its weights: transformers fills them with random values.
+
+    Tied weights, which no file holds twice, are not among the missing ones.
+    """
+    # (name, shape in the file, shape in the model) each.
+    mismatched = [found[0] for found in loading["mismatched_keys"]]
+    for names, problem, advice in (
+        (sorted(loading["missing_keys"]), "it has no weights for", "give the whole model"),
+        (sorted(mismatched), "its config.json asks for another shape of", "mend its config.json"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise UcanError(
+                f"cannot load the base model {base}: {problem} {names[0]}{more}; {advice}."
+            )
 
 
 def _device(name: str | None):
