@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from .adapter import fingerprint, remove_layers, resolve_adapter, tuner_layers, unwrap
 from .batches import reusable
 from .errors import UcanError
 from .evaluation import Loss, forget_shift, group_loss
+from .loading import load_beside
 from .membership import ATTACKS, Auc, Decode, auc, privleak, sequence_scores
 from .plans import load_plan
 from .progress import Progress
@@ -177,7 +177,8 @@ def audit(
         decode: text of token ids (``tokenizer.decode``), for the attack "zlib".
 
     Raises:
-        UcanError: an adapter cannot be loaded or does not fit the model, the retrained one is the
+        UcanError: an adapter cannot be loaded, does not fit the model, or needs another base than
+            the original (see :func:`ucan_fast.loading.load_beside`), the retrained one is the
             original, or ``relearn_steps`` is no whole number of at least 0.
     """
     if not isinstance(relearn_steps, int) or isinstance(relearn_steps, bool) or relearn_steps < 0:
@@ -368,18 +369,7 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike, name: str
     layers = {n for n, _ in tuner_layers(model)}
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        try:
-            loaded = model.load_adapter(str(folder), adapter_name=name)
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            SafetensorError,
-        ) as error:
-            raise UcanError(f"cannot load the adapter {folder}: {error}") from error
-        check_loaded(loaded, folder)
+        load_beside(model, adapter, folder, name)
         yield
     finally:
         if name in model.peft_config:
@@ -391,24 +381,6 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike, name: str
             parameter.requires_grad_(wanted)
         for module in training:
             module.training = True
-
-
-def check_loaded(loaded: Any, folder: str | os.PathLike) -> None:
-    """Refuse an adapter that fits the model only in part, of which PEFT merely warns.
-
-    Args:
-        loaded: what PEFT's ``load_adapter`` returned.
-
-    Raises:
-        UcanError: weights are missing from the adapter, or have no place in the model.
-    """
-    for names, problem in (
-        (loaded.missing_keys, "it has no weights for"),
-        (loaded.unexpected_keys, "the base model has no place for its"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            raise UcanError(f"cannot load the adapter {folder}: {problem} {names[0]}{more}.")
 
 
 def _check_plan(

@@ -452,7 +452,6 @@ def _model_arguments(parser: argparse.ArgumentParser, adapter: str = "a PEFT ada
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from peft import PeftModel
-    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -462,7 +461,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from .accelerate import accelerate
-    from .audit import check_loaded
+    from .loading import check_base, check_loaded, refused_as
 
     if not _progress(arguments):
         logging.disable_progress_bar()
@@ -470,7 +469,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if arguments.dtype != "auto" and arguments.dtype not in dtypes:
         raise UcanError(f"--dtype must be auto or one of {', '.join(dtypes)}.")
-    try:
+    with refused_as(f"the base model {arguments.base}"):
         config = AutoConfig.from_pretrained(arguments.base)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         base, loading = kind.from_pretrained(
@@ -479,17 +478,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             device_map=None,
             output_loading_info=True,
         )
-        _check_base(loading, arguments.base)
+        check_base(loading, arguments.base)
         base = base.to(device)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UcanError(f"cannot load the base model {arguments.base}: {error}") from error
-    try:
+    with refused_as(f"the adapter {arguments.adapter}"):
         model = PeftModel.from_pretrained(base, arguments.adapter)
         # Again, for what from_pretrained does not return: weights that the adapter lacks are
         # PEFT's fresh initialisation, and only warned of.
         loaded = model.load_adapter(arguments.adapter, model.active_adapter)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UcanError(f"cannot load the adapter {arguments.adapter}: {error}") from error
     check_loaded(loaded, arguments.adapter)
     _check_not_unlearned(arguments, model)
     _limit_length(arguments, config)
@@ -503,24 +498,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     model.eval()
     accelerate(model)
     return model, tokenizer
-
-
-def _check_base(loading: dict[str, Any], base: str) -> None:
-    """Refuse a base without some of its weights: transformers fills them with random values.
-
-    Tied weights, which no file holds twice, are not among the missing ones.
-    """
-    # (name, shape in the file, shape in the model) each.
-    mismatched = [found[0] for found in loading["mismatched_keys"]]
-    for names, problem, advice in (
-        (sorted(loading["missing_keys"]), "it has no weights for", "give the whole model"),
-        (sorted(mismatched), "its config.json asks for another shape of", "mend its config.json"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            raise UcanError(
-                f"cannot load the base model {base}: {problem} {names[0]}{more}; {advice}."
-            )
 
 
 def _device(name: str | None):
