@@ -626,6 +626,11 @@ REFUSED = {
         {},
         "forget.jsonl:2",
     ),
+    "misspelt key in the forget set": (
+        lambda p: (p / "forget.jsonl").write_text('{"input_ids": [4, 5], "token_group": [1, 0]}'),
+        {},
+        "forget.jsonl:1: unknown key 'token_group'",
+    ),
     "truncated retain set": (lambda p: truncate(p / "retain.jsonl"), {}, "retain.jsonl:"),
     "empty forget set": (
         lambda p: (p / "forget.jsonl").write_text(""),

@@ -31,7 +31,8 @@ _INPUTS = (
 
 _SETS = """\
 Sets are JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, or {"input_ids": [...]},
-each with an optional "token_groups" (0 forget, 1 retain, -1 ignored, one per token).
+each with an optional "token_groups" (0 forget, 1 retain, -1 ignored, one per token); beside
+"input_ids" also an "attention_mask" (tokens of 0 are left out). Other keys are refused.
 For encoder-decoder models: {"prompt": ..., "completion": ...} (what the encoder reads, and the
 labels), or {"input_ids": [...], "labels": [...]}; "token_groups" are the encoder's tokens', and
 "decoder_token_groups" the labels'.
