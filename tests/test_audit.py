@@ -648,6 +648,11 @@ def test_a_bad_number_of_steps_is_refused(outputs, steps):
         run(outputs / "one", relearn_steps=steps)
 
 
+def test_a_seed_beyond_64_bits_is_refused(outputs):
+    with pytest.raises(uf.UcanError, match="seed must be an integer in"):
+        run(outputs / "one", seed=2**64)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("where", ["fine", "holdout", "relearning", "rounding", "attacks"])
 def test_attacks_leave_the_model_as_it_was(attacked, where, training):

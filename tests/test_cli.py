@@ -299,6 +299,14 @@ def test_options_reach_the_configuration(project, out):
     assert written == json.loads(expected.to_json())
 
 
+def test_a_configuration_with_a_byte_order_mark(project, out):
+    config = out.parent / "config.json"
+    config.parent.mkdir()
+    config.write_bytes(b'\xef\xbb\xbf{"strength": 2.0}')
+    assert unlearn(project, out, "--no-evaluate", config=config)[0] == 0
+    assert_same_adapter(out, project / "done")
+
+
 def test_a_preset_is_where_options_start_from(project, out):
     code, *_ = unlearn(project, out, "--preset", "best", "--seed", "3")
     assert code == 0
@@ -579,6 +587,13 @@ def renamed_tensors(path: Path, rename) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def pickled(folder: Path, content) -> None:
+    """An adapter_model.bin of this content."""
+    (folder / WEIGHTS).unlink()
+    path = folder / "adapter_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
 def other_adapter(folder: Path) -> None:
     tensors = adapter_of(folder)
     name = sorted(tensors)[0]
@@ -704,9 +719,58 @@ REFUSED = {
         "no weights for lm_head.weight and 20 more; give",
     ),
     "base of other shapes": (
-        lambda p: edit_config(p / "base", file="config.json", intermediate_size=20),
+        lambda p: edit_config(p / "base", file="config.json", vocab_size=41),
+        {},
+        "by its config.json lm_head.weight has the shape (41, 32), in its file (40, 32); give",
+    ),
+    "base of an unknown activation": (
+        lambda p: edit_config(p / "base", file="config.json", hidden_act="nope"),
+        {},
+        "base: its config.json or a file of its weights is damaged or holds what does not belong "
+        "there (KeyError: 'nope').",
+    ),
+    "base of an unknown dtype": (
+        lambda p: edit_config(p / "base", file="config.json", dtype="nope"),
+        {},
+        "(AttributeError: module 'torch' has no attribute 'nope')",
+    ),
+    "base of impossible heads": (
+        lambda p: edit_config(p / "base", file="config.json", num_attention_heads=3),
         {},
         "cannot load the base model",
+    ),
+    "adapter whose pattern is none": (
+        lambda p: edit_config(p / "adapter", target_modules="((("),
+        {},
+        "'(((' in its adapter_config.json or the file of its weights is no regular expression",
+    ),
+    "adapter of an impossible rank": (
+        lambda p: edit_config(p / "adapter", r="four"),
+        {},
+        "adapter: its adapter_config.json or the file of its weights is damaged or holds what does "
+        "not belong there (TypeError",
+    ),
+    "adapter config nested too deeply": (
+        lambda p: (p / "adapter" / "adapter_config.json").write_text("[" * 100_000),
+        {},
+        "not belong there (RecursionError",
+    ),
+    "adapter of junk": (lambda p: pickled(p / "adapter", b"junk"), {}, "there (error: unpack"),
+    "empty adapter": (lambda p: pickled(p / "adapter", b""), {}, "there (EOFError: no more is"),
+    "adapter of a list": (
+        lambda p: pickled(p / "adapter", [1]),
+        {},
+        "(AttributeError: 'list' object",
+    ),
+    "adapter of code": (
+        lambda p: pickled(p / "adapter", {"a": Path("x")}),
+        {},
+        "(UnpicklingError: it holds more than tensors)",
+    ),
+    "half a character in the forget set": (
+        lambda p: (p / "forget.jsonl").write_text('{"text": "i4 \\ud83d i5"}'),
+        {},
+        "forget.jsonl:1: the text holds \\ud83d",
     ),
     "no base": (lambda p: shutil.rmtree(p / "base"), {}, "cannot load the base model"),
     "unknown key in the config": (
@@ -718,6 +782,11 @@ REFUSED = {
         lambda p: (p / "config.json").write_text('{"fraction": 5}'),
         {"config": "config.json"},
         "fraction",
+    ),
+    "config nested too deeply": (
+        lambda p: (p / "config.json").write_text("[" * 100_000),
+        {"config": "config.json"},
+        "config.json: UcanConfig: not valid JSON",
     ),
     "malformed config": (
         lambda p: (p / "config.json").write_text("{oops"),
@@ -757,6 +826,7 @@ FLAGS = {
     "site that the model lacks": (["--site", "mlp"], "mlp"),
     "negative strength": (["--strength", "-1"], "strength"),
     "fraction out of range": (["--fraction", "1.5"], "fraction"),
+    "seed beyond 64 bits": (["--seed", str(2**64)], "seed must be an integer in"),
     "unknown dtype": (["--dtype", "int3"], "--dtype"),
     "unknown device": (["--device", "abacus"], "abacus"),
     "no such CUDA device": (["--device", "cuda:77"], "cuda:77"),
@@ -943,6 +1013,34 @@ def test_sequences_beyond_the_models_positions_lose_their_beginning(tmp_path):
     assert short.startswith("11 ")
 
 
+def roberta():
+    # Positions 2..9: those of the padding and before are none.
+    return transformers.RobertaForCausalLM(
+        transformers.RobertaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=10, is_decoder=True, pad_token_id=1,
+            bos_token_id=0, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def mpt():
+    config = transformers.MptConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=8, vocab_size=40)
+    return transformers.MptForCausalLM(config)
+
+
+@pytest.mark.parametrize(("make", "targets"), [(roberta, ["query", "value"]), (mpt, ["Wqkv"])])
+def test_positions_that_a_model_counts_in_its_own_way(tmp_path, make, targets):
+    model = hm.lora(make(), targets=targets)
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    write_lines(tmp_path / "set.jsonl", [{"input_ids": [4 + i % 30 for i in range(12)]}])
+    code, text, err = run(tmp_path, "collect", data="set.jsonl", out="bank")
+    assert code == 0, err
+    assert "1 of 1 sequences are longer than 8 tokens" in err
+    assert text.startswith("8 ")
+
+
 # Encoder-decoder models
 
 
@@ -1124,6 +1222,12 @@ def test_audit_refuses_what_it_cannot_read(spoilt, out):
     assert code == 1
     assert "cannot load the adapter" in err
     assert nothing_left(out)
+
+
+def test_audit_refuses_a_seed_beyond_64_bits(project, out, no_loading):
+    code, _, err = audit(project, "--seed", str(2**64), out=out)
+    assert code == 1
+    assert f"refused: seed must be an integer in [-2**63, 2**64 - 1], not {2**64}" in err
 
 
 def test_audit_replaces_only_its_own_output_and_only_when_asked(project, out):

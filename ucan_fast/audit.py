@@ -23,7 +23,7 @@ from .loading import load_beside
 from .membership import ATTACKS, Auc, Decode, auc, privleak, sequence_scores
 from .plans import load_plan
 from .progress import Progress
-from .recovery import PRECISIONS, Relearning, relearn, rounded_losses
+from .recovery import PRECISIONS, Relearning, check_seed, relearn, rounded_losses
 from .report import DISCLAIMER, REPORT, json_values
 from .reversible import ReversiblePlan
 
@@ -179,12 +179,14 @@ def audit(
     Raises:
         UcanError: an adapter cannot be loaded, does not fit the model, or needs another base than
             the original (see :func:`ucan_fast.loading.load_beside`), the retrained one is the
-            original, or ``relearn_steps`` is no whole number of at least 0.
+            original, ``relearn_steps`` is no whole number of at least 0, or ``seed`` none of 64
+            bits.
     """
     if not isinstance(relearn_steps, int) or isinstance(relearn_steps, bool) or relearn_steps < 0:
         raise UcanError(
             f"relearn_steps must be a whole number of at least 0, not {relearn_steps!r}."
         )
+    check_seed(seed)
     model = unwrap(model)
     adapter = resolve_adapter(model, None)
     forget = reusable(forget, "forget")
@@ -406,7 +408,7 @@ def _check_report(path: Path, original: str, edited: str) -> tuple[bool, str]:
     try:
         report = json.loads(path.read_text())
         stated = report["fingerprint_before"], report["fingerprint_after"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return False, f"{path.name} cannot be read: {error!r}"
     if stated == (original, edited):
         return True, "the deletion report names these two adapters"

@@ -145,7 +145,9 @@ def _collect(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     from .audit import audit
     from .files import atomic_write
+    from .recovery import check_seed
 
+    check_seed(arguments.seed)
     if arguments.out is not None:
         _check_output_file(arguments, _is_findings)
     unlearned = Path(arguments.unlearned)
@@ -226,7 +228,7 @@ def _is_statistics(path: Path) -> bool:
 def _is_findings(path: Path) -> bool:
     try:
         return {"checks", "fingerprints", "passed"} <= set(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -462,7 +464,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from .accelerate import accelerate
-    from .loading import check_base, check_loaded, refused_as
+    from .loading import ADAPTER_FILES, BASE_FILES, check_base, check_loaded, refused_as
 
     if not _progress(arguments):
         logging.disable_progress_bar()
@@ -470,25 +472,27 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if arguments.dtype != "auto" and arguments.dtype not in dtypes:
         raise UcanError(f"--dtype must be auto or one of {', '.join(dtypes)}.")
-    with refused_as(f"the base model {arguments.base}"):
+    with refused_as(f"the base model {arguments.base}", BASE_FILES):
         config = AutoConfig.from_pretrained(arguments.base)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         base, loading = kind.from_pretrained(
             arguments.base,
             dtype=dtypes.get(arguments.dtype, "auto"),
             device_map=None,
+            # To be told which: without it only the log says so.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
         check_base(loading, arguments.base)
         base = base.to(device)
-    with refused_as(f"the adapter {arguments.adapter}"):
+    with refused_as(f"the adapter {arguments.adapter}", ADAPTER_FILES):
         model = PeftModel.from_pretrained(base, arguments.adapter)
         # Again, for what from_pretrained does not return: weights that the adapter lacks are
         # PEFT's fresh initialisation, and only warned of.
         loaded = model.load_adapter(arguments.adapter, model.active_adapter)
     check_loaded(loaded, arguments.adapter)
     _check_not_unlearned(arguments, model)
-    _limit_length(arguments, config)
+    _limit_length(arguments, config, base)
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.base)
@@ -534,11 +538,19 @@ def _check_not_unlearned(arguments: argparse.Namespace, model: Any) -> None:
         )
 
 
-def _limit_length(arguments: argparse.Namespace, config: Any) -> None:
+def _limit_length(arguments: argparse.Namespace, config: Any, base: Any) -> None:
     """--max-length, at most what the model has positions for."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        limit = arguments.max_length or MAX_LENGTH
+    text = config.get_text_config()
+    # MPT has a name of its own.
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits += [
+        # RoBERTa and its kin count positions from behind the padding's.
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in base.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    limits = [limit for limit in limits if isinstance(limit, int) and limit >= 1]
+    limit = min(limits, default=arguments.max_length or MAX_LENGTH)
     if arguments.max_length is not None and arguments.max_length > limit:
         warnings.warn(
             f"--max-length {arguments.max_length} is more than the model's {limit} positions; "
@@ -573,9 +585,12 @@ def _config(arguments: argparse.Namespace):
     config = UcanConfig.preset(arguments.preset or "paper")
     if arguments.config is not None:
         try:
-            config = UcanConfig.from_json(Path(arguments.config).read_text())
+            # -sig: what editors on Windows begin a file with is read over.
+            config = UcanConfig.from_json(Path(arguments.config).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UcanError(f"cannot read {arguments.config}: {error}") from error
+        except UcanError as error:
+            raise UcanError(f"{arguments.config}: {error}") from error
     names = ("method", "influence_variant", "site", "contrast", "decay", "fraction")
     names += ("max_retain_loss_increase", "seed", "strength")
     changes = {n: getattr(arguments, n) for n in names}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 
 from .errors import UcanError
 
+BASE_FILES = "its config.json or a file of its weights"
+ADAPTER_FILES = "its adapter_config.json or the file of its weights"
 # PEFT's initialisations that leave the base as it is; all others take the adapter's first values
 # out of the base weights.
 _INIT_ASIDE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -23,8 +27,11 @@ _INIT_FIELDS = (
 
 
 @contextlib.contextmanager
-def refused_as(what: str) -> Iterator[None]:
+def refused_as(what: str, files: str) -> Iterator[None]:
     """Every failure in the with block as a refusal: ``cannot load {what}: reason``.
+
+    Args:
+        files: which of its files may be at fault where the failure itself does not say so.
 
     Raises:
         UcanError: instead of anything but a UcanError or an interrupt.
@@ -36,19 +43,25 @@ def refused_as(what: str) -> Iterator[None]:
     except Exception as error:
         # Damaged files fail in as many ways as there are parsers: struct.error, EOFError,
         # UnpicklingError, re.error, AttributeError of null where a table should be, ...
-        raise UcanError(f"cannot load {what}: {_reason(error)}") from error
+        raise UcanError(f"cannot load {what}: {_reason(error, files)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, files: str) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "there is not enough memory."
+    if isinstance(error, re.error):
+        return f"{error.pattern!r} in {files} is no regular expression: {text}."
     # These are written for readers; a KeyError's text is but the key.
-    if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and text:
+    written = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
+    if written and not isinstance(error, RecursionError) and text:
         return text
-    name = type(error).__name__
-    if name == "UnpicklingError":
-        # Its text advises to load it all the same, which runs what is in the file.
-        return "a file is damaged or holds more than tensors (UnpicklingError)"
-    return f"a file is damaged or holds what does not belong there ({name}: {text[:200]})"
+    # The advice of torch.load is to load it all the same, which runs what is in the file.
+    text = "it holds more than tensors" if isinstance(error, UnpicklingError) else text[:300]
+    return (
+        f"{files} is damaged or holds what does not belong there "
+        f"({type(error).__name__}: {text or 'no more is known'})."
+    )
 
 
 def check_base(loading: Mapping[str, Any], base: str) -> None:
@@ -57,21 +70,25 @@ def check_base(loading: Mapping[str, Any], base: str) -> None:
     Tied weights, which no file holds twice, are not among the missing ones.
 
     Args:
-        loading: what ``from_pretrained(..., output_loading_info=True)`` returned of it.
+        loading: what ``from_pretrained(..., output_loading_info=True)`` returned of it, which
+            names other shapes only with ``ignore_mismatched_sizes=True``.
 
     Raises:
         UcanError: weights are missing, or of another shape.
     """
-    # (name, shape in the file, shape in the model) each.
-    mismatched = [found[0] for found in loading["mismatched_keys"]]
-    for names, problem, advice in (
-        (sorted(loading["missing_keys"]), "it has no weights for", "give the whole model"),
-        (sorted(mismatched), "its config.json asks for another shape of", "mend its config.json"),
-    ):
-        if names:
-            raise UcanError(
-                f"cannot load the base model {base}: {problem} {_first(names)}; {advice}."
-            )
+    mismatched = sorted((name, tuple(a), tuple(b)) for name, a, b in loading["mismatched_keys"])
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise UcanError(
+            f"cannot load the base model {base}: by its config.json {name} has the shape {wanted}, "
+            f"in its file {found}; give the config.json that belongs to the weights."
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UcanError(
+            f"cannot load the base model {base}: it has no weights for {_first(missing)}; give the "
+            "whole model."
+        )
 
 
 def check_loaded(loaded: Any, folder: str | os.PathLike) -> None:
@@ -111,7 +128,7 @@ def load_beside(model: nn.Module, adapter: str, folder: str | os.PathLike, name:
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
-    with refused_as(f"the adapter {folder}"):
+    with refused_as(f"the adapter {folder}", ADAPTER_FILES):
         config = PeftConfig.from_pretrained(str(folder))
         _check_same_base(model.peft_config[adapter], config, folder)
         _check_base_values(model, load_peft_weights(str(folder), device="cpu"), folder)
