@@ -1158,6 +1158,15 @@ def test_collect_refuses_unknown_sites_and_bad_data(project, out):
     assert nothing_left(out)
 
 
+def test_collect_takes_sites_or_factors(project, out, no_loading):
+    code, _, err = run(
+        project, "collect", "--factors", "diagonal", "--sites", "input", data="all.jsonl", out=out
+    )
+    assert code == 2
+    assert "leave it out with --factors" in err
+    assert nothing_left(out)
+
+
 # audit
 
 
@@ -1383,6 +1392,13 @@ def test_a_process_unlearns(project, out):
     assert "neurons attenuated" in process.stdout
 
 
+def test_the_command_lines_own_module_runs_it(tmp_path):
+    command = [sys.executable, "-m", "ucan_fast.cli", "unlearn", "--base", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert process.returncode == 2
+    assert "the following arguments are required: --adapter" in process.stderr
+
+
 def test_a_process_refuses_without_a_traceback(spoilt, out):
     truncate(spoilt / "bank.safetensors")
     process = started(
@@ -1496,3 +1512,15 @@ def test_a_bank_of_the_other_kind_is_refused(project, out):
     assert code == 1
     assert "is no ucan_fast.influence_factors file" in err
     assert nothing_left(out)
+
+
+@pytest.mark.parametrize("flags", [["--preset", "best"], ["--method", "gates"]])
+def test_a_bank_without_calibration_is_refused_before_any_work(project, out, flags, monkeypatch):
+    bank = out.parent / "bank.safetensors"
+    code, *_ = run(project, "collect", "--factors", "diagonal", data="all.jsonl", out=bank)
+    assert code == 0
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
+    code, _, err = unlearn(project, out, *flags, retain=None, bank=bank)
+    assert code == 1
+    assert "give retain data with --calibration, or --strength in nats" in err
+    assert not out.exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .config import PRESETS
+from .config import PRESETS, UcanConfig
 from .errors import UcanError, UcanWarning
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -81,6 +81,12 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     measured = ActivationStats if config.method == "attenuate" else InfluenceFactors
     bank = None if arguments.bank is None else measured.load(arguments.bank)
+    if bank is not None and arguments.calibration is None and _needs_retain_loss(config):
+        raise UcanError(
+            f"method {config.method!r} with strength 'auto' measures the retain budget, and a bank "
+            "holds nothing to measure it on: give retain data with --calibration, or --strength in "
+            "nats."
+        )
     previous = None
     if arguments.previous is not None:
         previous = measured.load(Path(arguments.previous) / ADAPTER_STATS)
@@ -116,7 +122,16 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _needs_retain_loss(config: UcanConfig) -> bool:
+    # Attenuation takes a strength of its own where there is nothing to search with.
+    return config.auto_strength and config.method != "attenuate"
+
+
 def _collect(arguments: argparse.Namespace) -> int:
+    if arguments.factors is not None and arguments.sites is not None:
+        return _usage(
+            "collect", "--sites are of activation statistics; leave it out with --factors"
+        )
     from .collect import collect
     from .factor_pass import collect_factors
 
@@ -579,9 +594,7 @@ def _read(
     )
 
 
-def _config(arguments: argparse.Namespace):
-    from .config import UcanConfig
-
+def _config(arguments: argparse.Namespace) -> UcanConfig:
     config = UcanConfig.preset(arguments.preset or "paper")
     if arguments.config is not None:
         try:
@@ -639,3 +652,7 @@ def _usage(command: str, message: str) -> int:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if issubclass(category, UcanWarning):
         print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
