@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import shutil
+import warnings
 
+import peft
 import pytest
 import torch
-from helpers_models import llama, lora
+from helpers_models import gpt2, llama, lora
 from safetensors.torch import load_file, save_file
 from trained_model import (
     MEMBERS,
@@ -322,6 +324,99 @@ def test_the_model_is_the_same_afterwards(outputs, fails, training):
     uf.collect(model, forget_batches())  # no mark of the plan is left
 
 
+# Adapters that have to do with the base weights
+
+
+# The base, and the adapter's settings.
+BESIDE = {
+    "pissa": (llama, {"init_lora_weights": "pissa"}),
+    "olora": (llama, {"init_lora_weights": "olora"}),
+    "replicated layers": (llama, {"layer_replication": [[0, 2], [1, 2]]}),
+    "all biases": (gpt2, {"bias": "all"}),
+    "biases of its layers": (gpt2, {"bias": "lora_only"}),
+}
+
+
+def written_adapter(folder, make, *, factor=1.0, **settings):
+    model = lora(make(), **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.add_(0.1 * factor)
+    model.save_pretrained(folder)
+    return folder
+
+
+def reloaded(make, folder):
+    return peft.PeftModel.from_pretrained(make(), folder).eval()
+
+
+@pytest.mark.parametrize("kind", list(BESIDE))
+def test_the_base_is_the_same_for_both_adapters(tmp_path, kind):
+    make, settings = BESIDE[kind]
+    folder = written_adapter(tmp_path / "original", make, **settings)
+    model = reloaded(make, folder)
+    sets = {"forget": forget_batches(), "retain": retain_batches(count=16)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", uf.UcanWarning)  # biases are not attenuated
+        result = uf.unlearn(model, **sets, config=uf.UcanConfig(strength=2.0))
+    model.save_pretrained(tmp_path / "done")
+    result.plan.save(tmp_path / "done" / PLAN)
+    result.report.save(tmp_path / "done")
+    model = reloaded(make, folder)
+    before, state = weights(model), state_of(model)
+    findings = audit(model, tmp_path / "done", **sets, plan=tmp_path / "done" / PLAN)
+    assert findings.passed, str(findings)
+    assert_same_weights(model, before)
+    assert state_of(model) == state
+    for mine, theirs in (("original", "before"), ("unlearned", "U-CAN")):
+        expected = result.report.metrics[theirs]
+        for name, value in findings.metrics[mine].items():
+            assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-7), (mine, name)
+
+
+@pytest.mark.parametrize(
+    ("make", "ours", "theirs", "message"),
+    [
+        (llama, {}, {"init_lora_weights": "pissa"}, "its init_lora_weights is pissa, the orig"),
+        (llama, {"init_lora_weights": "olora"}, {}, "init_lora_weights is True, the original's o"),
+        (
+            llama,
+            {"init_lora_weights": "pissa"},
+            {"init_lora_weights": "pissa", "lora_alpha": 5},
+            "its lora_alpha is 5, the original's 9, so the two stand on different base weights",
+        ),
+        (
+            llama,
+            {},
+            {"layer_replication": [[0, 2], [1, 2]]},
+            "its layer_replication is [[0, 2], [1, 2]], the original's None",
+        ),
+        (gpt2, {"bias": "all"}, {"bias": "all", "factor": 2}, "bias are not those of the original"),
+        (gpt2, {}, {"bias": "all"}, "bias are not those of the original"),
+    ],
+)
+def test_an_adapter_on_another_base_is_refused(tmp_path, make, ours, theirs, message):
+    folder = written_adapter(tmp_path / "original", make, **ours)
+    other = written_adapter(tmp_path / "other", make, **{"seed": 2, **theirs})
+    model = reloaded(make, folder)
+    before, state = weights(model), state_of(model)
+    with pytest.raises(uf.UcanError, match="other beside the original") as refusal:
+        audit(model, other, forget=forget_batches())
+    assert message in str(refusal.value)
+    assert_same_weights(model, before)
+    assert state_of(model) == state
+
+
+def test_the_global_random_numbers_are_not_used_up(outputs):
+    model = trained()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    audit(model, outputs / "one", forget=forget_batches(), holdout=forget_batches(seed=77))
+    assert torch.equal(torch.rand(3), expected)
+
+
 # Attacks
 
 
@@ -551,6 +646,11 @@ def test_a_reference_of_more_layers_leaves_the_model_as_it_was(tmp_path):
 def test_a_bad_number_of_steps_is_refused(outputs, steps):
     with pytest.raises(uf.UcanError, match="relearn_steps must be a whole number"):
         run(outputs / "one", relearn_steps=steps)
+
+
+def test_a_seed_beyond_64_bits_is_refused(outputs):
+    with pytest.raises(uf.UcanError, match="seed must be an integer in"):
+        run(outputs / "one", seed=2**64)
 
 
 @pytest.mark.parametrize("training", [False, True])

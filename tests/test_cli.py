@@ -299,6 +299,14 @@ def test_options_reach_the_configuration(project, out):
     assert written == json.loads(expected.to_json())
 
 
+def test_a_configuration_with_a_byte_order_mark(project, out):
+    config = out.parent / "config.json"
+    config.parent.mkdir()
+    config.write_bytes(b'\xef\xbb\xbf{"strength": 2.0}')
+    assert unlearn(project, out, "--no-evaluate", config=config)[0] == 0
+    assert_same_adapter(out, project / "done")
+
+
 def test_a_preset_is_where_options_start_from(project, out):
     code, *_ = unlearn(project, out, "--preset", "best", "--seed", "3")
     assert code == 0
@@ -572,6 +580,20 @@ def truncate(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
+def renamed_tensors(path: Path, rename) -> None:
+    """The file with every name rewritten; tensors named None are left out."""
+    tensors = {rename(n): value.clone() for n, value in load_file(path).items()}
+    tensors.pop(None, None)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def pickled(folder: Path, content) -> None:
+    """An adapter_model.bin of this content."""
+    (folder / WEIGHTS).unlink()
+    path = folder / "adapter_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
 def other_adapter(folder: Path) -> None:
     tensors = adapter_of(folder)
     name = sorted(tensors)[0]
@@ -592,8 +614,8 @@ def fewer_layers(base: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "adapter_config.json"
+def edit_config(folder: Path, *, file: str = "adapter_config.json", **changes) -> None:
+    path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -618,6 +640,11 @@ REFUSED = {
         lambda p: (p / "forget.jsonl").write_text('{"input_ids": [4, 5]}\n{"input_ids": [4\n'),
         {},
         "forget.jsonl:2",
+    ),
+    "misspelt key in the forget set": (
+        lambda p: (p / "forget.jsonl").write_text('{"input_ids": [4, 5], "token_group": [1, 0]}'),
+        {},
+        "forget.jsonl:1: unknown key 'token_group'",
     ),
     "truncated retain set": (lambda p: truncate(p / "retain.jsonl"), {}, "retain.jsonl:"),
     "empty forget set": (
@@ -672,6 +699,79 @@ REFUSED = {
         {},
         "cannot load the base model",
     ),
+    "base without a matrix": (
+        lambda p: renamed_tensors(
+            p / "base" / "model.safetensors", lambda n: None if "1.mlp.up_proj" in n else n
+        ),
+        {},
+        "no weights for model.layers.1.mlp.up_proj.weight; give",
+    ),
+    "base without its head": (
+        lambda p: renamed_tensors(
+            p / "base" / "model.safetensors", lambda n: None if "lm_head" in n else n
+        ),
+        {},
+        "no weights for lm_head.weight; give",
+    ),
+    "base of other names": (
+        lambda p: renamed_tensors(p / "base" / "model.safetensors", lambda n: f"module.{n}"),
+        {},
+        "no weights for lm_head.weight and 20 more; give",
+    ),
+    "base of other shapes": (
+        lambda p: edit_config(p / "base", file="config.json", vocab_size=41),
+        {},
+        "by its config.json lm_head.weight has the shape (41, 32), in its file (40, 32); give",
+    ),
+    "base of an unknown activation": (
+        lambda p: edit_config(p / "base", file="config.json", hidden_act="nope"),
+        {},
+        "base: its config.json or a file of its weights is damaged or holds what does not belong "
+        "there (KeyError: 'nope').",
+    ),
+    "base of an unknown dtype": (
+        lambda p: edit_config(p / "base", file="config.json", dtype="nope"),
+        {},
+        "(AttributeError: module 'torch' has no attribute 'nope')",
+    ),
+    "base of impossible heads": (
+        lambda p: edit_config(p / "base", file="config.json", num_attention_heads=3),
+        {},
+        "cannot load the base model",
+    ),
+    "adapter whose pattern is none": (
+        lambda p: edit_config(p / "adapter", target_modules="((("),
+        {},
+        "'(((' in its adapter_config.json or the file of its weights is no regular expression",
+    ),
+    "adapter of an impossible rank": (
+        lambda p: edit_config(p / "adapter", r="four"),
+        {},
+        "adapter: its adapter_config.json or the file of its weights is damaged or holds what does "
+        "not belong there (TypeError",
+    ),
+    "adapter config nested too deeply": (
+        lambda p: (p / "adapter" / "adapter_config.json").write_text("[" * 100_000),
+        {},
+        "not belong there (RecursionError",
+    ),
+    "adapter of junk": (lambda p: pickled(p / "adapter", b"junk"), {}, "there (error: unpack"),
+    "empty adapter": (lambda p: pickled(p / "adapter", b""), {}, "there (EOFError: no more is"),
+    "adapter of a list": (
+        lambda p: pickled(p / "adapter", [1]),
+        {},
+        "(AttributeError: 'list' object",
+    ),
+    "adapter of code": (
+        lambda p: pickled(p / "adapter", {"a": Path("x")}),
+        {},
+        "(UnpicklingError: it holds more than tensors)",
+    ),
+    "half a character in the forget set": (
+        lambda p: (p / "forget.jsonl").write_text('{"text": "i4 \\ud83d i5"}'),
+        {},
+        "forget.jsonl:1: the text holds \\ud83d",
+    ),
     "no base": (lambda p: shutil.rmtree(p / "base"), {}, "cannot load the base model"),
     "unknown key in the config": (
         lambda p: (p / "config.json").write_text('{"sight": "input"}'),
@@ -682,6 +782,11 @@ REFUSED = {
         lambda p: (p / "config.json").write_text('{"fraction": 5}'),
         {"config": "config.json"},
         "fraction",
+    ),
+    "config nested too deeply": (
+        lambda p: (p / "config.json").write_text("[" * 100_000),
+        {"config": "config.json"},
+        "config.json: UcanConfig: not valid JSON",
     ),
     "malformed config": (
         lambda p: (p / "config.json").write_text("{oops"),
@@ -721,6 +826,7 @@ FLAGS = {
     "site that the model lacks": (["--site", "mlp"], "mlp"),
     "negative strength": (["--strength", "-1"], "strength"),
     "fraction out of range": (["--fraction", "1.5"], "fraction"),
+    "seed beyond 64 bits": (["--seed", str(2**64)], "seed must be an integer in"),
     "unknown dtype": (["--dtype", "int3"], "--dtype"),
     "unknown device": (["--device", "abacus"], "abacus"),
     "no such CUDA device": (["--device", "cuda:77"], "cuda:77"),
@@ -834,6 +940,26 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"ucan-fast {uf.__version__}"
 
 
+def test_a_head_that_is_tied_is_not_missing(tmp_path):
+    base = hm.gpt2()
+    model = hm.lora(base)
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    assert not any("lm_head" in name for name in load_file(weights))
+    # What the model has no place for is no fault.
+    tensors = {"optimizer.step": torch.zeros(1), **load_file(weights)}
+    save_file({n: value.clone() for n, value in tensors.items()}, weights, {"format": "pt"})
+    write_lines(tmp_path / "set.jsonl", [{"input_ids": [5, 6, 7]}])
+    code, _, err = run(tmp_path, "collect", data="set.jsonl", out="bank")
+    assert (code, err) == (0, "")
+    # The embedding that the head is tied to is.
+    renamed_tensors(weights, lambda n: None if n.endswith("wte.weight") else n)
+    code, _, err = run(tmp_path, "collect", data="set.jsonl", out="other")
+    assert code == 1
+    assert "no weights for lm_head.weight and 1 more; give" in err
+
+
 # An unlearned adapter is no origin
 
 
@@ -885,6 +1011,34 @@ def test_sequences_beyond_the_models_positions_lose_their_beginning(tmp_path):
     assert cut.startswith("66 ")
     code, short, _ = run(tmp_path, "collect", "--max-length", "9", data="cut.jsonl", out="short")
     assert short.startswith("11 ")
+
+
+def roberta():
+    # Positions 2..9: those of the padding and before are none.
+    return transformers.RobertaForCausalLM(
+        transformers.RobertaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=10, is_decoder=True, pad_token_id=1,
+            bos_token_id=0, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def mpt():
+    config = transformers.MptConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=8, vocab_size=40)
+    return transformers.MptForCausalLM(config)
+
+
+@pytest.mark.parametrize(("make", "targets"), [(roberta, ["query", "value"]), (mpt, ["Wqkv"])])
+def test_positions_that_a_model_counts_in_its_own_way(tmp_path, make, targets):
+    model = hm.lora(make(), targets=targets)
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    write_lines(tmp_path / "set.jsonl", [{"input_ids": [4 + i % 30 for i in range(12)]}])
+    code, text, err = run(tmp_path, "collect", data="set.jsonl", out="bank")
+    assert code == 0, err
+    assert "1 of 1 sequences are longer than 8 tokens" in err
+    assert text.startswith("8 ")
 
 
 # Encoder-decoder models
@@ -1004,6 +1158,15 @@ def test_collect_refuses_unknown_sites_and_bad_data(project, out):
     assert nothing_left(out)
 
 
+def test_collect_takes_sites_or_factors(project, out, no_loading):
+    code, _, err = run(
+        project, "collect", "--factors", "diagonal", "--sites", "input", data="all.jsonl", out=out
+    )
+    assert code == 2
+    assert "leave it out with --factors" in err
+    assert nothing_left(out)
+
+
 # audit
 
 
@@ -1068,6 +1231,12 @@ def test_audit_refuses_what_it_cannot_read(spoilt, out):
     assert code == 1
     assert "cannot load the adapter" in err
     assert nothing_left(out)
+
+
+def test_audit_refuses_a_seed_beyond_64_bits(project, out, no_loading):
+    code, _, err = audit(project, "--seed", str(2**64), out=out)
+    assert code == 1
+    assert f"refused: seed must be an integer in [-2**63, 2**64 - 1], not {2**64}" in err
 
 
 def test_audit_replaces_only_its_own_output_and_only_when_asked(project, out):
@@ -1223,6 +1392,13 @@ def test_a_process_unlearns(project, out):
     assert "neurons attenuated" in process.stdout
 
 
+def test_the_command_lines_own_module_runs_it(tmp_path):
+    command = [sys.executable, "-m", "ucan_fast.cli", "unlearn", "--base", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert process.returncode == 2
+    assert "the following arguments are required: --adapter" in process.stderr
+
+
 def test_a_process_refuses_without_a_traceback(spoilt, out):
     truncate(spoilt / "bank.safetensors")
     process = started(
@@ -1336,3 +1512,15 @@ def test_a_bank_of_the_other_kind_is_refused(project, out):
     assert code == 1
     assert "is no ucan_fast.influence_factors file" in err
     assert nothing_left(out)
+
+
+@pytest.mark.parametrize("flags", [["--preset", "best"], ["--method", "gates"]])
+def test_a_bank_without_calibration_is_refused_before_any_work(project, out, flags, monkeypatch):
+    bank = out.parent / "bank.safetensors"
+    code, *_ = run(project, "collect", "--factors", "diagonal", data="all.jsonl", out=bank)
+    assert code == 0
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
+    code, _, err = unlearn(project, out, *flags, retain=None, bank=bank)
+    assert code == 1
+    assert "give retain data with --calibration, or --strength in nats" in err
+    assert not out.exists()

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from ucan_fast import UcanConfig, UcanError
 
@@ -112,9 +113,10 @@ def test_auto_is_only_for_strength():
 
 
 def test_seed():
-    for value in (0, 1, 12345, -3):
+    for value in (0, 1, 12345, -3, -(2**63), 2**64 - 1):
         assert UcanConfig(seed=value).seed == value
-    for value in (True, 1.0, "1", None, math.nan):
+        torch.Generator().manual_seed(value)
+    for value in (True, 1.0, "1", None, math.nan, -(2**63) - 1, 2**64):
         with pytest.raises(UcanError, match="seed must be an integer"):
             UcanConfig(seed=value)
 
@@ -194,6 +196,7 @@ def test_json_fields_that_are_missing_take_their_defaults():
 @pytest.mark.parametrize(
     ("text", "match"),
     [
+        ("[" * 100_000, "not valid JSON"),
         ('{"fractoin": 0.1}', r"unknown field 'fractoin'; known are .*fraction"),
         ('{"zzz": 1, "beta": 2}', "unknown field 'beta', 'zzz'"),
         ('{"fraction": NaN}', "fraction must be a number"),

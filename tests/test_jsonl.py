@@ -182,9 +182,63 @@ def test_groups_and_truncation_of_both_sides(tmp_path):
     assert [b.get("decoder_token_groups") for b in batches] == [None, [[-1, 1]], None, [[0, 1]]]
 
 
+def test_tokens_of_an_attention_mask_of_0_are_left_out(tmp_path):
+    path = written(
+        tmp_path,
+        {"input_ids": [5, 6, 7, 0, 99], "attention_mask": [1, 1, 1, 0, 0]},
+        {"input_ids": [0, 8, 9], "attention_mask": [0, 1, 1], "token_groups": [1, 0, 1]},
+        {"input_ids": [8, 9], "attention_mask": [1, 1]},
+    )
+    first, second = map(lists, read_jsonl(path, None, vocabulary=40))
+    assert first == {
+        "input_ids": [[5, 6, 7], [8, 9, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[5, 6, 7], [8, 9, -100]],
+    }
+    assert second["input_ids"] == second["labels"] == [[8, 9]]
+    assert second["token_groups"] == [[0, 1]]
+    # Of a pair it is the encoder's.
+    path = written(
+        tmp_path,
+        {
+            "input_ids": [0, 5, 6],
+            "attention_mask": [0, 1, 1],
+            "token_groups": [0, 1, 0],
+            "labels": [7, 8, 9],
+            "decoder_token_groups": [0, 0, 1],
+        },
+    )
+    (batch,) = read_jsonl(path, None, encoder_decoder=True)
+    assert lists(batch) == {
+        "input_ids": [[5, 6]],
+        "attention_mask": [[1, 1]],
+        "token_groups": [[1, 0]],
+        "labels": [[7, 8, 9]],
+        "decoder_token_groups": [[0, 0, 1]],
+    }
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"input_ids": [1, 2]}\n{"input_ids": [3, 4]}\n')
+    (batch,) = read_jsonl(path, None)
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 4]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (
+            {"input_ids": [4], "labels": [5], "decoder_groups": [0]},
+            "unknown key 'decoder_groups'; beside 'input_ids' + 'labels' a line may hold "
+            "'attention_mask', 'token_groups', 'decoder_token_groups'.",
+        ),
+        (
+            {"prompt": "i4", "completion": "i5", "labels": [6]},
+            "'labels' beside 'prompt' + 'completion': these are two kinds of line",
+        ),
+        ({"prompt": "i4", "completion": "i5", "attention_mask": [1, 1]}, "unknown key 'att"),
+        ({"prompt": "i4", "completion": "\ud83d"}, "the text holds \\ud83d, one half"),
         ({"text": "i4 i5"}, "found 'text'; an encoder-decoder model reads one sequence"),
         ({"input_ids": [4, 5]}, "needed are 'prompt' + 'completion', or 'input_ids' + 'labels'"),
         ({"input_ids": [4], "labels": [-1, 5]}, "labels must be token ids, or -100"),
@@ -221,6 +275,33 @@ BAD = {
         {"text": "i4 i5", "decoder_token_groups": [0, 0, 0]},
         "'decoder_token_groups' is for encoder-decoder",
     ),
+    "misspelt groups": (
+        {"input_ids": [1, 2], "token_group": [1, 0]},
+        "unknown key 'token_group'; beside 'input_ids' a line may hold 'attention_mask', "
+        "'token_groups'. Mend its name",
+    ),
+    "two unknown keys": ({"text": "i4 i5", "user": 7, "id": 1}, "unknown key 'user', 'id'; beside"),
+    "ids and text": ({"input_ids": [1, 2], "text": "i4"}, "'text' beside 'input_ids': these are"),
+    "ids and a prompt": (
+        {"input_ids": [1, 2], "prompt": "i4", "completion": "i5"},
+        "'prompt', 'completion' beside 'input_ids': these are two kinds of line",
+    ),
+    "text and a prompt": ({"text": "i4 i5", "prompt": "i4"}, "'prompt' beside 'text': these"),
+    "a mask of text": ({"text": "i4 i5", "attention_mask": [1, 1, 1]}, "unknown key 'attention_"),
+    "a short mask": ({"input_ids": [1, 2], "attention_mask": [1]}, "for each of the 2 tokens"),
+    "mask 2": ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "must hold 0 or 1"),
+    "mask -1": ({"input_ids": [1, 2], "attention_mask": [1, -1]}, "integers >= 0"),
+    "mask is null": ({"input_ids": [1, 2], "attention_mask": None}, "attention_mask must be a li"),
+    "all masked": (
+        {"input_ids": [1, 2], "attention_mask": [0, 0]},
+        "at least 2 tokens, this has 0",
+    ),
+    "groups of the unmasked": (
+        {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0], "token_groups": [0, 0]},
+        "each of the 3 tokens",
+    ),
+    "half a character": ({"text": "i4 \ud83d i5"}, "the text holds \\ud83d, one half of a pair"),
+    "half in a prompt": ({"prompt": "\udc00", "completion": "i5"}, "the text holds \\udc00"),
     "no JSON": ("{oops", "not valid JSON"),
     "half a line": ('{"input_ids": [1, 2', "not valid JSON"),
     "a list": ("[1, 2, 3]", "must be a JSON object"),

@@ -290,6 +290,8 @@ def test_a_one_shot_iterator_is_kept():
         ({"fraction": 1.0}, "fraction must lie"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"seed": 2**64}, "seed must be an integer in .*, not 18446744073709551616"),
+        ({"seed": 1.0}, "seed must be an integer"),
         ({"adapter": "nobody"}, "there is no adapter 'nobody'"),
     ],
 )

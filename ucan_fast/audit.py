@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from .adapter import fingerprint, remove_layers, resolve_adapter, tuner_layers, unwrap
 from .batches import reusable
 from .errors import UcanError
 from .evaluation import Loss, forget_shift, group_loss
+from .loading import load_beside
 from .membership import ATTACKS, Auc, Decode, auc, privleak, sequence_scores
 from .plans import load_plan
 from .progress import Progress
-from .recovery import PRECISIONS, Relearning, relearn, rounded_losses
+from .recovery import PRECISIONS, Relearning, check_seed, relearn, rounded_losses
 from .report import DISCLAIMER, REPORT, json_values
 from .reversible import ReversiblePlan
 
@@ -177,13 +177,16 @@ def audit(
         decode: text of token ids (``tokenizer.decode``), for the attack "zlib".
 
     Raises:
-        UcanError: an adapter cannot be loaded or does not fit the model, the retrained one is the
-            original, or ``relearn_steps`` is no whole number of at least 0.
+        UcanError: an adapter cannot be loaded, does not fit the model, or needs another base than
+            the original (see :func:`ucan_fast.loading.load_beside`), the retrained one is the
+            original, ``relearn_steps`` is no whole number of at least 0, or ``seed`` none of 64
+            bits.
     """
     if not isinstance(relearn_steps, int) or isinstance(relearn_steps, bool) or relearn_steps < 0:
         raise UcanError(
             f"relearn_steps must be a whole number of at least 0, not {relearn_steps!r}."
         )
+    check_seed(seed)
     model = unwrap(model)
     adapter = resolve_adapter(model, None)
     forget = reusable(forget, "forget")
@@ -368,18 +371,7 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike, name: str
     layers = {n for n, _ in tuner_layers(model)}
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        try:
-            loaded = model.load_adapter(str(folder), adapter_name=name)
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            SafetensorError,
-        ) as error:
-            raise UcanError(f"cannot load the adapter {folder}: {error}") from error
-        check_loaded(loaded, folder)
+        load_beside(model, adapter, folder, name)
         yield
     finally:
         if name in model.peft_config:
@@ -391,24 +383,6 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike, name: str
             parameter.requires_grad_(wanted)
         for module in training:
             module.training = True
-
-
-def check_loaded(loaded: Any, folder: str | os.PathLike) -> None:
-    """Refuse an adapter that fits the model only in part, of which PEFT merely warns.
-
-    Args:
-        loaded: what PEFT's ``load_adapter`` returned.
-
-    Raises:
-        UcanError: weights are missing from the adapter, or have no place in the model.
-    """
-    for names, problem in (
-        (loaded.missing_keys, "it has no weights for"),
-        (loaded.unexpected_keys, "the base model has no place for its"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            raise UcanError(f"cannot load the adapter {folder}: {problem} {names[0]}{more}.")
 
 
 def _check_plan(
@@ -434,7 +408,7 @@ def _check_report(path: Path, original: str, edited: str) -> tuple[bool, str]:
     try:
         report = json.loads(path.read_text())
         stated = report["fingerprint_before"], report["fingerprint_after"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return False, f"{path.name} cannot be read: {error!r}"
     if stated == (original, edited):
         return True, "the deletion report names these two adapters"

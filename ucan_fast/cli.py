@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .config import PRESETS
+from .config import PRESETS, UcanConfig
 from .errors import UcanError, UcanWarning
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -31,7 +31,8 @@ _INPUTS = (
 
 _SETS = """\
 Sets are JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, or {"input_ids": [...]},
-each with an optional "token_groups" (0 forget, 1 retain, -1 ignored, one per token).
+each with an optional "token_groups" (0 forget, 1 retain, -1 ignored, one per token); beside
+"input_ids" also an "attention_mask" (tokens of 0 are left out). Other keys are refused.
 For encoder-decoder models: {"prompt": ..., "completion": ...} (what the encoder reads, and the
 labels), or {"input_ids": [...], "labels": [...]}; "token_groups" are the encoder's tokens', and
 "decoder_token_groups" the labels'.
@@ -80,6 +81,12 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     measured = ActivationStats if config.method == "attenuate" else InfluenceFactors
     bank = None if arguments.bank is None else measured.load(arguments.bank)
+    if bank is not None and arguments.calibration is None and _needs_retain_loss(config):
+        raise UcanError(
+            f"method {config.method!r} with strength 'auto' measures the retain budget, and a bank "
+            "holds nothing to measure it on: give retain data with --calibration, or --strength in "
+            "nats."
+        )
     previous = None
     if arguments.previous is not None:
         previous = measured.load(Path(arguments.previous) / ADAPTER_STATS)
@@ -115,7 +122,16 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _needs_retain_loss(config: UcanConfig) -> bool:
+    # Attenuation takes a strength of its own where there is nothing to search with.
+    return config.auto_strength and config.method != "attenuate"
+
+
 def _collect(arguments: argparse.Namespace) -> int:
+    if arguments.factors is not None and arguments.sites is not None:
+        return _usage(
+            "collect", "--sites are of activation statistics; leave it out with --factors"
+        )
     from .collect import collect
     from .factor_pass import collect_factors
 
@@ -144,7 +160,9 @@ def _collect(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     from .audit import audit
     from .files import atomic_write
+    from .recovery import check_seed
 
+    check_seed(arguments.seed)
     if arguments.out is not None:
         _check_output_file(arguments, _is_findings)
     unlearned = Path(arguments.unlearned)
@@ -225,7 +243,7 @@ def _is_statistics(path: Path) -> bool:
 def _is_findings(path: Path) -> bool:
     try:
         return {"checks", "fingerprints", "passed"} <= set(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -452,7 +470,6 @@ def _model_arguments(parser: argparse.ArgumentParser, adapter: str = "a PEFT ada
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from peft import PeftModel
-    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -462,7 +479,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from .accelerate import accelerate
-    from .audit import check_loaded
+    from .loading import ADAPTER_FILES, BASE_FILES, check_base, check_loaded, refused_as
 
     if not _progress(arguments):
         logging.disable_progress_bar()
@@ -470,24 +487,27 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if arguments.dtype != "auto" and arguments.dtype not in dtypes:
         raise UcanError(f"--dtype must be auto or one of {', '.join(dtypes)}.")
-    try:
+    with refused_as(f"the base model {arguments.base}", BASE_FILES):
         config = AutoConfig.from_pretrained(arguments.base)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        base = kind.from_pretrained(
-            arguments.base, dtype=dtypes.get(arguments.dtype, "auto"), device_map=None
-        ).to(device)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UcanError(f"cannot load the base model {arguments.base}: {error}") from error
-    try:
+        base, loading = kind.from_pretrained(
+            arguments.base,
+            dtype=dtypes.get(arguments.dtype, "auto"),
+            device_map=None,
+            # To be told which: without it only the log says so.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        check_base(loading, arguments.base)
+        base = base.to(device)
+    with refused_as(f"the adapter {arguments.adapter}", ADAPTER_FILES):
         model = PeftModel.from_pretrained(base, arguments.adapter)
         # Again, for what from_pretrained does not return: weights that the adapter lacks are
         # PEFT's fresh initialisation, and only warned of.
         loaded = model.load_adapter(arguments.adapter, model.active_adapter)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UcanError(f"cannot load the adapter {arguments.adapter}: {error}") from error
     check_loaded(loaded, arguments.adapter)
     _check_not_unlearned(arguments, model)
-    _limit_length(arguments, config)
+    _limit_length(arguments, config, base)
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.base)
@@ -533,11 +553,19 @@ def _check_not_unlearned(arguments: argparse.Namespace, model: Any) -> None:
         )
 
 
-def _limit_length(arguments: argparse.Namespace, config: Any) -> None:
+def _limit_length(arguments: argparse.Namespace, config: Any, base: Any) -> None:
     """--max-length, at most what the model has positions for."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        limit = arguments.max_length or MAX_LENGTH
+    text = config.get_text_config()
+    # MPT has a name of its own.
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits += [
+        # RoBERTa and its kin count positions from behind the padding's.
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in base.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    limits = [limit for limit in limits if isinstance(limit, int) and limit >= 1]
+    limit = min(limits, default=arguments.max_length or MAX_LENGTH)
     if arguments.max_length is not None and arguments.max_length > limit:
         warnings.warn(
             f"--max-length {arguments.max_length} is more than the model's {limit} positions; "
@@ -566,15 +594,16 @@ def _read(
     )
 
 
-def _config(arguments: argparse.Namespace):
-    from .config import UcanConfig
-
+def _config(arguments: argparse.Namespace) -> UcanConfig:
     config = UcanConfig.preset(arguments.preset or "paper")
     if arguments.config is not None:
         try:
-            config = UcanConfig.from_json(Path(arguments.config).read_text())
+            # -sig: what editors on Windows begin a file with is read over.
+            config = UcanConfig.from_json(Path(arguments.config).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UcanError(f"cannot read {arguments.config}: {error}") from error
+        except UcanError as error:
+            raise UcanError(f"{arguments.config}: {error}") from error
     names = ("method", "influence_variant", "site", "contrast", "decay", "fraction")
     names += ("max_retain_loss_increase", "seed", "strength")
     changes = {n: getattr(arguments, n) for n in names}
@@ -623,3 +652,7 @@ def _usage(command: str, message: str) -> int:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if issubclass(category, UcanWarning):
         print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

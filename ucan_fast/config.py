@@ -37,6 +37,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "retain_gradient_weight": (0.0, math.inf),
     "trust_region": (0.0, math.inf),
 }
+#: What a seed must be.
+SEEDS = "an integer in [-2**63, 2**64 - 1]"
 _COUNTS = ("influence_rank", "influence_blocks")
 #: Named choices: what differs from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -84,7 +86,7 @@ class UcanConfig:
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
             ``"layer"``, the whole output of the layer.
         seed: for the random control, for drawing calibration batches, and for the labels that
-            the factors of an influence step are drawn with.
+            the factors of an influence step are drawn with. An integer of 64 bits.
         influence_variant: which matrices an influence step moves, and what is kept of their
             Kronecker factors. ``"all"``: everything. ``"b-only"``: B alone. ``"last-blocks"``: A
             and B of the last ``influence_blocks`` blocks. ``"eigenbasis"``: the large factors as
@@ -140,8 +142,8 @@ class UcanConfig:
                 _refuse(name, value, "a finite number or None")
         if self.strength != "auto" and (not _is_number(self.strength) or self.strength < 0):
             _refuse("strength", self.strength, "'auto' or a number >= 0")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            _refuse("seed", self.seed, "an integer")
+        if not is_seed(self.seed):
+            _refuse("seed", self.seed, SEEDS)
         for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -220,7 +222,7 @@ class UcanConfig:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UcanError(f"UcanConfig: not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise UcanError("UcanConfig: the JSON must be an object of fields.")
@@ -236,6 +238,11 @@ class UcanConfig:
                 f"UcanConfig: unknown field {', '.join(map(repr, unknown))}; "
                 f"known are {', '.join(known)}."
             )
+
+
+def is_seed(value: Any) -> bool:
+    """Whether torch's generators take it as a seed."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
 
 
 def _is_number(value: Any) -> bool:

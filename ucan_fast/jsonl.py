@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ from .errors import UcanError, UcanWarning
 _KINDS = "'text', 'prompt' + 'completion', or 'input_ids'"
 _PAIRS = "'prompt' + 'completion', or 'input_ids' + 'labels'"
 _GROUPS = {"input_ids": "token_groups", "labels": "decoder_token_groups"}
+# The keys that tell a line's kind, and what may stand beside them.
+_Kinds = dict[tuple[str, ...], tuple[str, ...]]
+_SEQUENCE_KEYS: _Kinds = {
+    ("input_ids",): ("attention_mask", "token_groups"),
+    ("text",): ("token_groups",),
+    ("prompt", "completion"): ("token_groups",),
+}
+_PAIR_KEYS: _Kinds = {
+    ("input_ids", "labels"): ("attention_mask", "token_groups", "decoder_token_groups"),
+    ("prompt", "completion"): ("token_groups", "decoder_token_groups"),
+}
 
 
 def read_jsonl(
@@ -33,8 +46,11 @@ def read_jsonl(
     * ``{"input_ids": [int, ...]}``: already tokenised.
 
     Each may carry ``"token_groups"``: one of 0 (forget), 1 (retain), -1 (ignored) per token; for
-    text the count must be that of its tokens. Sequences longer than ``max_length`` lose their
-    beginning, with a warning. Batches are padded on the tokenizer's side (right without one).
+    text the count must be that of its tokens. Beside ``"input_ids"`` an ``"attention_mask"`` may
+    stand, 1 or 0 per token: those of 0 are left out, and their groups with them. No other key may:
+    a misspelt one would be passed over, and other tokens be forgotten than were meant. Sequences
+    longer than ``max_length`` lose their beginning, with a warning. Batches are padded on the
+    tokenizer's side (right without one).
 
     For an encoder-decoder model the kinds are ``{"prompt": str, "completion": str}`` (the encoder
     reads the prompt, the decoder's labels are the completion, each with the special tokens that
@@ -47,8 +63,8 @@ def read_jsonl(
         encoder_decoder: whether the model is one.
 
     Raises:
-        UcanError: a line is malformed (file, line and reason are given), there is no tokenizer
-            for text, or the file has no line.
+        UcanError: a line is malformed or holds an unknown key (file, line and reason are given),
+            there is no tokenizer for text, or the file has no line.
 
     Warns:
         UcanWarning: sequences were cut to ``max_length``.
@@ -59,6 +75,8 @@ def read_jsonl(
         # Bytes, so that a line that is no UTF-8 can be named.
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                # What editors on Windows begin a file with.
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     where = f"{path}:{number}"
                     rows.append(_row(line, where, tokenizer, vocabulary, encoder_decoder))
@@ -108,19 +126,9 @@ def _row(
         raise UcanError(f"{where}: each line must be a JSON object with {kinds}.")
     read = _pair if encoder_decoder else _sequence
     row = read(entry, where, tokenizer)
-    for key, values in row.items():
-        if not values:
-            raise UcanError(f"{where}: {key} of this line have no token.")
-        largest = max(values)
-        # Without a known vocabulary at least what a tensor can hold.
-        if largest >= (vocabulary or 2**63):
-            raise UcanError(
-                f"{where}: token id {largest} is beyond the model's vocabulary of "
-                f"{vocabulary or 2**63} tokens."
-            )
     row.setdefault("labels", row["input_ids"])
     for tokens, key in _GROUPS.items():
-        if key not in entry:
+        if key not in entry or not row[tokens]:
             continue
         groups = _integers(entry[key], f"{where}: {key}", -1)
         if len(groups) != len(row[tokens]) or max(groups) > 1:
@@ -129,7 +137,40 @@ def _row(
                 f"it has {len(groups)} entries up to {max(groups)}."
             )
         row[key] = groups
+    if "attention_mask" in entry:
+        row = _attended(row, entry["attention_mask"], where, encoder_decoder)
+    if not encoder_decoder and len(row["input_ids"]) < 2:
+        raise UcanError(
+            f"{where}: a sequence needs at least 2 tokens, this has {len(row['input_ids'])}."
+        )
+    for key in ("input_ids", "labels"):
+        if not row[key]:
+            raise UcanError(f"{where}: {key} of this line have no token.")
+        largest = max(row[key])
+        # Without a known vocabulary at least what a tensor can hold.
+        if largest >= (vocabulary or 2**63):
+            raise UcanError(
+                f"{where}: token id {largest} is beyond the model's vocabulary of "
+                f"{vocabulary or 2**63} tokens."
+            )
     return row
+
+
+def _attended(
+    row: dict[str, list[int]], mask: Any, where: str, encoder_decoder: bool
+) -> dict[str, list[int]]:
+    """The row without the tokens that the mask hides, as tokenised dumps mark their padding."""
+    mask = _integers(mask, f"{where}: attention_mask", 0)
+    if len(mask) != len(row["input_ids"]) or max(mask) > 1:
+        raise UcanError(
+            f"{where}: attention_mask must hold 0 or 1 for each of the {len(row['input_ids'])} "
+            f"tokens; it has {len(mask)} entries up to {max(mask)}."
+        )
+    decoder = ("labels", "decoder_token_groups") if encoder_decoder else ()
+    return {
+        key: values if key in decoder else [v for v, m in zip(values, mask, strict=True) if m]
+        for key, values in row.items()
+    }
 
 
 def _sequence(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[int]]:
@@ -139,6 +180,7 @@ def _sequence(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[
                 f"{where}: {key!r} is for encoder-decoder models only; to score a part of a "
                 "sequence use 'prompt' + 'completion' or 'token_groups'."
             )
+    _check_keys(entry, where, _SEQUENCE_KEYS)
     if "input_ids" in entry:
         row = {"input_ids": _integers(entry["input_ids"], f"{where}: input_ids", 0)}
     elif isinstance(entry.get("text"), str):
@@ -152,14 +194,11 @@ def _sequence(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[
         }
     else:
         raise UcanError(f"{where}: found {_keys(entry)}; needed are {_KINDS}.")
-    if len(row["input_ids"]) < 2:
-        raise UcanError(
-            f"{where}: a sequence needs at least 2 tokens, this has {len(row['input_ids'])}."
-        )
     return row
 
 
 def _pair(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[int]]:
+    _check_keys(entry, where, _PAIR_KEYS)
     if "input_ids" in entry and "labels" in entry:
         labels = _integers(entry["labels"], f"{where}: labels", -100)
         if any(-100 < label < 0 for label in labels) or max(labels) < 0:
@@ -183,7 +222,27 @@ def _pair(entry: dict, where: str, tokenizer: Any | None) -> dict[str, list[int]
     )
 
 
-def _keys(entry: dict) -> str:
+def _check_keys(entry: dict, where: str, kinds: _Kinds) -> None:
+    """Refuse what would be passed over beside the keys that tell the line's kind."""
+    kind = next((kind for kind in kinds if all(key in entry for key in kind)), None)
+    if kind is None:
+        return
+    more = [key for key in entry if key not in (*kind, *kinds[kind])]
+    mixed = [key for key in more if any(key in other for other in kinds)]
+    named = " + ".join(map(repr, kind))
+    if mixed:
+        raise UcanError(
+            f"{where}: {_keys(mixed)} beside {named}: these are two kinds of line, so which tokens "
+            "are meant is unclear; leave one of them out."
+        )
+    if more:
+        raise UcanError(
+            f"{where}: unknown key {_keys(more)}; beside {named} a line may hold "
+            f"{_keys(kinds[kind])}. Mend its name or leave it out."
+        )
+
+
+def _keys(entry: Iterable[str]) -> str:
     return ", ".join(map(repr, entry)) or "nothing"
 
 
@@ -200,6 +259,15 @@ def _tokens(tokenizer: Any | None, where: str, *text: str, **options: Any) -> li
             f"{where}: text needs a tokenizer, and none was found with the base model; give "
             "--tokenizer, or 'input_ids' in the file."
         )
+    for value in (*text, options.get("text_target", "")):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(value[error.start])[1:-1]
+            raise UcanError(
+                f"{where}: the text holds {half}, one half of a pair that makes a character; write "
+                "the character itself, or both halves."
+            ) from error
     return list(tokenizer(*text, **options)["input_ids"])
 
 

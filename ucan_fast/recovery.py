@@ -17,6 +17,7 @@ from torch import nn
 
 from .adapter import adapter_parameters, resolve_adapter, unwrap
 from .batches import eval_mode, reusable
+from .config import SEEDS, is_seed
 from .errors import UcanError
 from .evaluation import Loss, ScoredSlice, group_loss, scored_slices
 from .factor_pass import differentiable, gradients, trainable
@@ -84,6 +85,7 @@ def relearn(
             differentiated, or training diverged. Every weight is as it was.
     """
     _check_options(steps, fraction, learning_rate)
+    check_seed(seed)
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
     forget = reusable(forget, "forget")
@@ -211,6 +213,16 @@ def _check_options(steps: int, fraction: float, learning_rate: float) -> None:
         raise UcanError(f"fraction must lie between 0 and 1, not {fraction!r}.")
     if not 0 < learning_rate < math.inf:
         raise UcanError(f"learning_rate must be positive, not {learning_rate!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what torch's generators do not take.
+
+    Raises:
+        UcanError: not an integer of 64 bits, with or without a sign.
+    """
+    if not is_seed(seed):
+        raise UcanError(f"seed must be {SEEDS}, not {seed!r}.")
 
 
 def _auc(
