@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from trained_model import assert_same_weights, weights
@@ -62,18 +64,20 @@ def test_the_names_are_those_of_tables_and_all_pass_back():
 
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
 def test_every_setting_of_the_grid_gives_another_edit(method):
-    first = []
+    second = []
     for setting in method.settings:
         case = ready()
         # Ratios as large as those of a real request, which the larger dampenings are for.
         for value in case.prepared[PREPARED].values():
             value /= 1000
         states = states_of(case, method, setting)
-        next(states)
-        first.append(snapshot(case.model))
+        # In the first state the KL term, of a model to itself, has moved nothing yet.
+        for _ in islice(states, 2):
+            state = snapshot(case.model)
+        second.append(state)
         states.close()
-    assert len(first) > 1
-    assert not any(same(one, other) for i, one in enumerate(first) for other in first[:i])
+    assert len(second) > 1
+    assert not any(same(one, other) for i, one in enumerate(second) for other in second[:i])
 
 
 @each

@@ -70,7 +70,11 @@ def test_dtypes_and_strides(dtype, layout):
     for wide in {torch.promote_types(dtype, torch.float32), torch.float64}:
         for tokens, k, r in ((1, 1, 1), (7, 33, 5), (129, 700, 20)):
             x, a = matrix(tokens, k, dtype, layout), matrix(r, k, wide, layout)
-            assert_exact(run(x, a), x, a)
+            z = run(x, a)
+            if layout == "expanded":  # one number, whose error torch may happen not to have
+                assert (z == z[0, 0]).all()
+                z, x, a = z[:1, :1], x[:1], a[:1]
+            assert_exact(z, x, a)
 
 
 def test_by_hand():
