@@ -176,7 +176,7 @@ def _embedded(base: nn.Module, *part: str) -> int | None:
         for getter in (*part, "get_input_embeddings"):
             module = getattr(module, getter)()
     except (AttributeError, NotImplementedError, TypeError):
-        return None
+        return None  # models of other libraries: ids are then the model's own to refuse
     while isinstance(module, nn.Module) and not isinstance(module, nn.Embedding):
         # PEFT's wrappers.
         module = module._modules.get("base_layer", module._modules.get("original_module"))

@@ -48,9 +48,9 @@ def add_lora(
 def _is_plain(
     base_out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
 ) -> bool:
-    """Whether two products of torch's own are the fastest there is: on the CPU, in one wide dtype.
+    """Whether torch's own ``addmm_`` is the fastest sum there is: on the CPU, in one wide dtype.
 
-    C++ only beats them where it takes moments as well, and of one token the two operators' own
+    C++ beats that one only where it takes moments as well, and of one token the two operators' own
     questions take longer than the products.
     """
     return (
