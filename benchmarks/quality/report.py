@@ -305,7 +305,8 @@ def figures(documents: Sequence[Document]) -> list[Figure]:
         panels = []
         for (name, scenario), together in groups(documents).items():
             if name == data_set:
-                panels.append({"scenario": scenario, "curves": _curves(together)})
+                curves = _curves(together)
+                panels.append({"scenario": scenario, "curves": curves, "left": _left(curves)})
         found.append(Figure(f"quality-{data_set}", {"data_set": data_set, "panels": panels}, _draw))
     return found
 
@@ -322,6 +323,12 @@ def _curves(documents: Sequence[Document]) -> dict[str, list[list[list[float]]]]
     return curves
 
 
+def _left(curves: Mapping[str, list[list[list[float]]]]) -> float:
+    """Where the axis begins: retained items may be ranked better after an edit than before."""
+    gains = [x for lines in curves.values() for line in lines for x, _ in line]
+    return min(-1.5, max(-20.0, min(gains, default=0.0) - 0.5))
+
+
 def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
     panels = data["panels"]
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
@@ -334,8 +341,8 @@ def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
                 x, y = zip(*curve, strict=True)
                 label = name if index == 0 else None
                 axis.plot(x, y, style, color=colour, linewidth=1.5, label=label, alpha=0.85)
-        axis.plot([-2, 10], [-2, 10], color="0.8", linewidth=0.8, zorder=0)
-        axis.set_xlim(-1.5, 9)
+        axis.plot([-20, 10], [-20, 10], color="0.8", linewidth=0.8, zorder=0)
+        axis.set_xlim(panel["left"], 9)
         axis.set_ylim(-5, 100)
         axis.set_title(panel["scenario"], fontsize=11)
         axis.grid(color="0.93")
