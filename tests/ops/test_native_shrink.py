@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from guarded import guarded, guarded_empty, linux, survives
 from native_helpers import (
     DTYPES,
     LAYOUTS,
@@ -99,6 +100,21 @@ def test_a_value_depends_on_its_own_rows_alone(dtype):
     assert torch.equal(run(x[37:], a), z[37:])
     assert torch.equal(run(x[3:4], a[20:21]), z[3:4, 20:21])
     assert torch.equal(run(x, a[16:]), z[:, 16:])
+
+
+def at_the_border(side: str) -> None:
+    for tokens, k, r in ((9, 300, 17), (1, 1, 1), (65, 257, 40)):
+        x, a = (guarded(matrix(rows, k, torch.float32), side) for rows in (tokens, r))
+        z = guarded_empty((tokens, r), torch.float32, side)
+        torch.ops.ucan_fast._shrink_native_(x, a, z)
+        assert_exact(z, x, a)
+
+
+@linux
+@pytest.mark.parametrize("side", ["start", "end"])
+def test_nothing_beyond_the_operands_is_touched(side):
+    """Panels and tiles that are not full: A, x and z end, or begin, at an inaccessible page."""
+    survives(at_the_border, side)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
