@@ -10,6 +10,7 @@ from .factors import InfluenceFactors
 from .gates import make_gates_plan
 from .guidance import Guidance, guide
 from .influence import InfluencePlan, make_influence_plan
+from .influence_walk import InfluenceWalk
 from .plan import AttenuationPlan
 from .report import DeletionReport
 from .scoring import make_plan
@@ -24,6 +25,7 @@ __all__ = [
     "Guidance",
     "InfluenceFactors",
     "InfluencePlan",
+    "InfluenceWalk",
     "Moments",
     "UcanConfig",
     "UcanError",

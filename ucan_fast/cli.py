@@ -357,11 +357,13 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         choices=sorted(PRESETS),
         help="paper: U-CAN, forward passes only (default). best: the influence step within 1 %% of "
-        "retain loss, one backward pass over the forget set",
+        "retain loss, one backward pass over the forget set. thorough: up to twelve such steps, "
+        "each of which also runs --retain (with --bank a sample is enough)",
     )
     for name, kind in (
         ("method", str),
         ("influence-variant", str),
+        ("influence-steps", int),
         ("site", str),
         ("contrast", str),
         ("decay", str),
@@ -604,7 +606,15 @@ def _config(arguments: argparse.Namespace) -> UcanConfig:
             raise UcanError(f"cannot read {arguments.config}: {error}") from error
         except UcanError as error:
             raise UcanError(f"{arguments.config}: {error}") from error
-    names = ("method", "influence_variant", "site", "contrast", "decay", "fraction")
+    names = (
+        "method",
+        "influence_variant",
+        "influence_steps",
+        "site",
+        "contrast",
+        "decay",
+        "fraction",
+    )
     names += ("max_retain_loss_increase", "seed", "strength")
     changes = {n: getattr(arguments, n) for n in names}
     return config.replace(**{n: value for n, value in changes.items() if value is not None})

@@ -36,15 +36,23 @@ _RANGES: dict[str, tuple[float, float]] = {
     "damping": (0.0, math.inf),
     "retain_gradient_weight": (0.0, math.inf),
     "trust_region": (0.0, math.inf),
+    "influence_radius": (1e-12, math.inf),
 }
 #: What a seed must be.
 SEEDS = "an integer in [-2**63, 2**64 - 1]"
-_COUNTS = ("influence_rank", "influence_blocks")
+_COUNTS = ("influence_rank", "influence_blocks", "influence_steps")
 #: Named choices: what differs from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # 5 % of retain loss cost 20 % of retained rankings in the comparison, 1 % about 4 %.
     "best": {"method": "influence", "max_retain_loss_increase": 0.01},
+    "thorough": {
+        "method": "influence",
+        "influence_steps": 12,
+        "damping": 0.03,
+        "retain_gradient_weight": 2.0,
+        "max_retain_loss_increase": 0.01,
+    },
 }
 
 
@@ -55,10 +63,10 @@ class UcanConfig:
 
     Attributes:
         method: ``"attenuate"``, the paper's soft attenuation, or ``"influence"``, one
-            preconditioned step up the forget loss (not in the paper). It reads the last six
-            fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and ``seed``.
-            ``"gates"``, the strongest attenuation (not in the paper): all inputs and outputs,
-            each by its slope and curvature. It reads the same fields but the three of
+            preconditioned step up the forget loss, or several (not in the paper). It reads the
+            last eight fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and
+            ``seed``. ``"gates"``, the strongest attenuation (not in the paper): all inputs and
+            outputs, each by its slope and curvature. It reads the same fields but those of
             ``influence_...``, and ``floor``.
         site: which neurons are measured and scaled. ``"input"``: the K inputs of a layer
             (column j of A). ``"rank"``: the r rank dimensions (column j of B). ``"output"``: the
@@ -98,7 +106,12 @@ class UcanConfig:
         retain_gradient_weight: κ, how much of the retain gradient is taken off the forget
             gradient.
         trust_region: ``"auto"`` goes no further than where the measured rise of the forget NLL is
-            off the predicted one by this share of it.
+            off the predicted one by this share of it. Of one step; several are short.
+        influence_steps: how many at most. More than one (:class:`ucan_fast.InfluenceWalk`) take
+            the gradients of both sets anew before each, stop by themselves where the forget set
+            is known no better than without the adapter, and need retain data at every step.
+        influence_radius: ε, how far one of several steps goes: nats of KL per retained token by
+            the factors' quadratic model.
 
     Raises:
         UcanError: a value is of the wrong type or out of its range; the field is named.
@@ -127,6 +140,8 @@ class UcanConfig:
     damping: float = 0.01
     retain_gradient_weight: float = 1.0
     trust_region: float = 1.0
+    influence_steps: int = 1
+    influence_radius: float = 5e-4
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -148,6 +163,12 @@ class UcanConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 _refuse(name, value, "an integer >= 1")
+        if self.influence_steps > 1 and (self.method != "influence" or not self.auto_strength):
+            raise UcanError(
+                f"UcanConfig: influence_steps={self.influence_steps} is for method='influence' "
+                f"with strength='auto', not method={self.method!r} with strength="
+                f"{self.strength!r}."
+            )
         if self.decay == "hard" and self.auto_strength and self.risk_threshold is not None:
             raise UcanError(
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "
@@ -190,7 +211,9 @@ class UcanConfig:
                 passes only. ``"best"``, what forgets most per retained recommendation on the small
                 recommenders of our comparison (``docs/quality.md``; not in every case on a real
                 language model): the influence step, within 1 % of retain loss; one backward pass
-                over the forget set, and a bank of factors.
+                over the forget set, and a bank of factors. ``"thorough"``, up to twelve such steps
+                on the way to where the forget set is known no better than without the adapter:
+                as many passes over it and over retain data.
             changes: fields on top of it.
 
         Raises:

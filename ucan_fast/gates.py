@@ -11,7 +11,7 @@ from .adapter import find_layers, one_walk, resolve_adapter, unwrap
 from .config import UcanConfig
 from .errors import UcanError
 from .factors import InfluenceFactors
-from .influence import _check_origin, _check_sets, _of_variant, _targets
+from .influence import _check_origin, _check_sets, of_variant, targets_of
 from .neurons import NeuronGroup, neuron_groups
 from .plan import AttenuationPlan
 
@@ -91,8 +91,8 @@ def score_gates(
 ) -> AttenuationPlan:
     """:func:`make_gates_plan` without its warning, for callers that search the strength."""
     _check_origin(model, adapter, forget, retain)
-    retain = _of_variant(retain, config)
-    _check_sets(_targets(model, adapter, config), forget, retain)
+    retain = of_variant(retain, config)
+    _check_sets(targets_of(model, adapter, config), forget, retain)
     layers = {layer.name: layer for layer in find_layers(model, adapter)}
     groups = neuron_groups(model, list(layers.values()), config.effective_site)
     scaling = {name: layer.scaling for name, layer in layers.items()}

@@ -145,7 +145,7 @@ class InfluencePlan(ReversiblePlan):
         Raises:
             UcanError: layers, sizes or shared parameters differ.
         """
-        found = _targets(model, adapter, self.config)
+        found = targets_of(model, adapter, self.config)
         if {t.key: t.parameter.shape for t in found} != {
             key: d.shape for key, d in self.directions.items()
         }:
@@ -267,10 +267,10 @@ def make_influence_plan(
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
     _check_origin(model, adapter, forget, retain)
-    retain = _of_variant(retain, config)
-    targets = _targets(model, adapter, config)
+    retain = of_variant(retain, config)
+    targets = targets_of(model, adapter, config)
     _check_sets(targets, forget, retain)
-    direction = _Direction(forget, retain, config)
+    direction = Direction(forget, retain, config)
     directions, rises = {}, {}
     for target in targets:
         directions[target.key], rises[target.key] = direction.of(target)
@@ -298,8 +298,11 @@ def make_influence_plan(
     return plan
 
 
-class _Direction:
-    """Solves for one matrix at a time; what several of them need is factorised once."""
+class Direction:
+    """Solves for one matrix at a time; what several of them need is factorised once.
+
+    The retain factors must be of the configuration's variant (:func:`of_variant`).
+    """
 
     def __init__(
         self, forget: InfluenceFactors, retain: InfluenceFactors, config: UcanConfig
@@ -307,19 +310,27 @@ class _Direction:
         self.forget, self.retain, self.config = forget, retain, config
         self._known: dict[tuple, object] = {}
 
+    def retain_gradients(self) -> dict[str, torch.Tensor]:
+        """R, by the keys of the targets."""
+        found = self.retain.gradients.items()
+        return {key: total / self.retain.positions for key, total in found}
+
     def of(self, target: Target) -> tuple[torch.Tensor, float]:
         """d in fp64, and ⟨G, d⟩."""
         forget = self.forget.gradients[target.key] / self.forget.positions
         retain = self.retain.gradients[target.key] / self.retain.positions
-        step = forget - self.config.retain_gradient_weight * retain
+        step = self.solve(target, forget - self.config.retain_gradient_weight * retain)
+        return step, float((forget * step).sum())
+
+    def solve(self, target: Target, gradient: torch.Tensor) -> torch.Tensor:
+        """F⁻¹ of one matrix's gradient, fp64."""
         left, right = ("s_z", "c_x") if target.which == "A" else ("s_y", "c_z")
         solve_left, solve_right = self._solver(target, left), self._solver(target, right)
         # Where the retain set has no curvature at all there is nothing to measure a step by.
         if solve_left is None or solve_right is None:
-            return torch.zeros_like(step), 0.0
+            return torch.zeros_like(gradient)
         tokens = sum(self.retain.layers[name].tokens for name in target.layers)
-        step = solve_right(solve_left(step).T).T * (self.retain.positions / tokens)
-        return step, float((forget * step).sum())
+        return solve_right(solve_left(gradient).T).T * (self.retain.positions / tokens)
 
     def _solver(self, target: Target, which: str):
         owners = tuple(
@@ -342,7 +353,8 @@ class _Direction:
         return factors[0] if len(factors) == 1 else sum(factors[1:], start=factors[0])
 
 
-def _targets(model: nn.Module, adapter: str, config: UcanConfig) -> list[Target]:
+def targets_of(model: nn.Module, adapter: str, config: UcanConfig) -> list[Target]:
+    """The matrices that a configuration moves."""
     variant = config.effective_variant
     layers = influence_layers(model, adapter, variant, config.influence_blocks)
     return find_targets(layers, variant)
@@ -366,7 +378,7 @@ def _check_origin(
             )
 
 
-def _of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors:
+def of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors:
     """The factors as the configuration wants them; full ones serve every variant but diagonals."""
     wanted = config.effective_variant
     if not retain.layers:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,16 @@ from .factor_pass import factor_memory
 from .factors import InfluenceFactors
 from .gates import score_gates
 from .influence import InfluencePlan, make_influence_plan
+from .influence_walk import InfluenceWalk
 from .plan import AttenuationPlan
-from .strength import search_strength
+from .strength import StrengthSearch, search_strength
 
 if TYPE_CHECKING:
     from .unlearn import _Job
 
 Batches = Iterable[Mapping[str, Any]]
+#: How often a step that leaves the retain budget is halved.
+_HALVINGS = 4
 
 
 @dataclass
@@ -148,7 +151,7 @@ def search_step(
         )
     edit, trust = plan._edit(job.model, job.adapter), job.config.trust_region
     before = group_loss(job.model, forget, "forget")
-    ceiling = _ceiling(job.model, holdout)
+    ceiling = ceiling_of(job.model, holdout)
     if before.mean >= ceiling:
         note = (
             f"the forget set is no better known than never-seen data (NLL {before.mean:.4f} "
@@ -204,6 +207,96 @@ def search_step(
     return chosen
 
 
+def search_walk(
+    job: _Job,
+    plan: InfluencePlan,
+    stats: InfluenceStats,
+    forget: Batches,
+    retain: Batches | None,
+    holdout: Batches | float | None,
+) -> InfluencePlan:
+    """As many influence steps as stay within the retain budget and below the holdout's NLL.
+
+    A step that does not is halved, up to :data:`_HALVINGS` times, and taken back if that was no
+    help; then the steps end.
+
+    Args:
+        plan: of one step, for what it says where there is no direction at all.
+        retain: where the retain gradients are taken, else on the calibration batches.
+
+    Raises:
+        UcanError: there is nothing to measure the retain loss or its gradient on, or no scored
+            holdout position.
+    """
+    if job.retain_loss is None:
+        raise UcanError(
+            "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
+            "cost are not taken: pass calibration= or retain=."
+        )
+    retain = job.calibration_batches if retain is None else retain
+    if retain is None:
+        raise UcanError(
+            "influence_steps > 1 takes the retain gradient anew before every step: pass retain= "
+            "batches (with a bank a sample is enough), or calibration= batches."
+        )
+    ceiling = ceiling_of(job.model, holdout)
+    walk = InfluenceWalk(
+        job.model,
+        forget,
+        retain,
+        stats.forget,
+        stats.retain,
+        job.config,
+        never_seen=ceiling,
+        adapter=job.adapter,
+    )
+    allowed = job.loss_before + job.config.max_retain_loss_increase * abs(job.loss_before)
+    search = StrengthSearch(
+        "steps", job.config.max_retain_loss_increase, job.loss_before, loss_after=job.loss_before
+    )
+
+    def fits() -> str:
+        """Why the state that the walk is in is refused, or ""."""
+        loss = job.retain_loss()
+        search.curve.append((walk.steps, loss))
+        if not loss <= allowed:  # nan is outside
+            return f"the budget of {100 * search.budget:g} % retain loss"
+        if ceiling < math.inf:
+            cost = group_loss(job.model, forget, "forget").mean
+            if not cost <= ceiling:
+                return f"never-seen data ({ceiling:.4f} nats per token)"
+        search.chosen, search.loss_after = walk.steps, loss
+        return ""
+
+    try:
+        while walk.steps < job.config.influence_steps:
+            if not walk.advance():
+                search.note = (
+                    "the forget set is known no better than without the adapter"
+                    + (" or than never-seen data" if ceiling < math.inf else "")
+                    + (": there is nothing to unlearn." if not walk.steps else ".")
+                )
+                break
+            refused = fits()
+            for _ in range(_HALVINGS if refused else 0):
+                walk.shorten()
+                refused = fits()
+                if not refused:
+                    break
+            else:
+                walk.lengthen()
+            if refused:
+                walk.back()
+                search.note = f"stopped by {refused}: no shorter step {walk.steps + 1} was within."
+                break
+        made = walk.plan()
+    finally:
+        walk.restore()
+    job.search, job.steps = search, walk.measured
+    made.note = made.note or search.note or plan.note
+    return made
+
+
 def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
     """What a report says about the step (after or before it was applied)."""
     originals = plan.edit(job.model, job.adapter).originals
@@ -233,6 +326,7 @@ def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
         ),
         "matrices": len(plan.directions),
         "parameters": sum(d.numel() for d in plan.directions.values()),
+        "steps": [asdict(step) for step in job.steps],
         "note": plan.note,
         "layers": layers,
     }
@@ -270,7 +364,8 @@ def _earlier(previous: Any) -> InfluenceFactors:
     )
 
 
-def _ceiling(model: nn.Module, holdout: Batches | float | None) -> float:
+def ceiling_of(model: nn.Module, holdout: Batches | float | None) -> float:
+    """What never-seen data cost, nats per token; infinite where nothing is said of them."""
     if holdout is None:
         return math.inf
     if isinstance(holdout, (int, float)) and not isinstance(holdout, bool):

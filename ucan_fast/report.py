@@ -214,9 +214,10 @@ class DeletionReport:
         if self._influence:
             memory = change["factor_bytes"]
             return (
-                f"{change['matrices']} matrices ({change['parameters']} parameters) moved by one "
-                f"influence step, variant `{change['variant']}`, whose predicted rise of the "
-                f"forget NLL is {change['strength']:.4g} nats per token. Factors: "
+                f"{change['matrices']} matrices ({change['parameters']} parameters) moved by "
+                f"{self._steps_text}, variant `{change['variant']}`, whose "
+                f"{self._rise_text} of the forget NLL is {change['strength']:.4g} nats per token. "
+                "Factors: "
                 + ", ".join(f"`{name}` {size / 2**20:.3g} MiB" for name, size in memory.items())
                 + "."
             )
@@ -259,6 +260,17 @@ class DeletionReport:
     def _guidance_text(self) -> str:
         text = self.guidance.text
         return text[0].upper() + text[1:]
+
+    @property
+    def _steps_text(self) -> str:
+        count = len(self.change["steps"])
+        return (
+            f"{count} influence steps" if self.config.influence_steps > 1 else "one influence step"
+        )
+
+    @property
+    def _rise_text(self) -> str:
+        return "measured rise" if self.change["steps"] else "predicted rise"
 
     @property
     def _influence(self) -> bool:
@@ -308,7 +320,7 @@ class DeletionReport:
         axes.set_xticks(range(0, len(blocks), step), blocks[::step])
         axes.set_xlabel("block of the model")
         if self._influence:
-            title = f"one step, predicted rise {self.change['strength']:.3g} nats"
+            title = f"{self._steps_text}, {self._rise_text} {self.change['strength']:.3g} nats"
             label = "moved, of the layer's norm (%)"
         else:
             title = f"{self.change['attenuated']} of {self.change['neurons']} neurons attenuated"

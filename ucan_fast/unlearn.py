@@ -34,7 +34,9 @@ from .influence_job import (
     influence_plan,
     influence_statistics,
     search_step,
+    search_walk,
 )
+from .influence_walk import Measured
 from .marks import check_is_origin
 from .neurons import moments_site
 from .plan import AttenuationPlan
@@ -131,6 +133,12 @@ def unlearn(
     model = unwrap(model)
     with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
         job = _Job(model, adapter, config, progress, origin)
+        if config.influence_steps > 1 and previous is not None:
+            raise UcanError(
+                "influence_steps > 1 runs the forget set anew before every step, and the data of "
+                "the earlier request are gone. Undo its plan and ask for both forget sets in one "
+                "request."
+            )
         check_iterable(forget, "forget")
         if retain is not None:
             check_iterable(retain, "retain")
@@ -149,7 +157,11 @@ def unlearn(
             job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
             earlier = previous.plan if isinstance(previous, UnlearnResult) else None
-            plan = _choose_strength(job, plan, forget, holdout, earlier)
+            if config.influence_steps > 1:
+                job.measure_loss_before()
+                plan = search_walk(job, plan, stats, forget, retain, holdout)
+            else:
+                plan = _choose_strength(job, plan, forget, holdout, earlier)
         if previous is not None and plan.is_noop:
             plan.note += " Nothing of the earlier requests' forget sets is unlearned either."
             if undone is not None:
@@ -224,6 +236,8 @@ class _Job:
     retain_loss: Callable[[], float] | None = None
     loss_before: float = float("nan")
     calibrated_on_batches: bool = False
+    calibration_batches: list | None = None
+    steps: list[Measured] = field(default_factory=list)
     no_retain_loss: str = "there is no calibration data (calibration= or retain=)"
 
     @contextmanager
@@ -293,8 +307,30 @@ class _Job:
             return
         if not batches:
             return
-        self.calibrated_on_batches = True
+        self.calibrated_on_batches, self.calibration_batches = True, batches
         self.retain_loss = lambda: group_loss(self.model, batches, "retain").mean
+
+    def measure_loss_before(self) -> None:
+        """The retain loss of the origin; one that is no number is none.
+
+        Raises:
+            UcanError: there is such a one, and a strength to be searched by it.
+        """
+        if self.retain_loss is None:
+            return
+        self.loss_before = self.retain_loss()
+        if math.isfinite(self.loss_before):
+            return
+        why = (
+            "no retain token of the calibration data is scored (it needs a token before it, "
+            "and a label other than -100)"
+            if self.calibrated_on_batches and math.isnan(self.loss_before)
+            else f"the retain loss is {self.loss_before} before any attenuation; check the "
+            "model, the calibration data or the calibration function"
+        )
+        if self.config.auto_strength:
+            raise UcanError(f"the retain budget cannot be measured: {why}.")
+        self.retain_loss, self.no_retain_loss = None, why
 
 
 class _Counted:
@@ -385,19 +421,7 @@ def _choose_strength(
     holdout: Batches | float | None,
     earlier: AttenuationPlan | InfluencePlan | None,
 ) -> AttenuationPlan | InfluencePlan:
-    if job.retain_loss is not None:
-        job.loss_before = job.retain_loss()
-        if not math.isfinite(job.loss_before):
-            why = (
-                "no retain token of the calibration data is scored (it needs a token before it, "
-                "and a label other than -100)"
-                if job.calibrated_on_batches and math.isnan(job.loss_before)
-                else f"the retain loss is {job.loss_before} before any attenuation; check the "
-                "model, the calibration data or the calibration function"
-            )
-            if job.config.auto_strength:
-                raise UcanError(f"the retain budget cannot be measured: {why}.")
-            job.retain_loss, job.no_retain_loss = None, why
+    job.measure_loss_before()
     if not job.config.auto_strength or plan.note:
         return plan
     if plan.config.method != "attenuate":

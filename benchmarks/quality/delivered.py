@@ -1,4 +1,4 @@
-"""What users get: both presets through ``unlearn``, search included, and the advice beside it.
+"""What users get: every preset through ``unlearn``, search included, and the advice beside it.
 
     python -m benchmarks.quality.delivered --data-set ml-100k --seed 0 --save
 
@@ -47,6 +47,8 @@ def deliver(case: Case, banks: dict[str, Any]) -> dict[str, Any]:
                 case.model,
                 forget=forget,
                 bank=banks["moments" if config.method == "attenuate" else "factors"],
+                # Run before every one of several steps; else there is the bank.
+                retain=case.retain if config.influence_steps > 1 else None,
                 calibration=case.calibration,
                 config=config,
                 evaluate=False,

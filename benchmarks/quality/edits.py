@@ -222,6 +222,23 @@ def influence(case: Case, **fields: Any) -> Iterator[State]:
     yield from _steps(case, plan, clock)
 
 
+def influence_steps(case: Case) -> Iterator[State]:
+    """Several influence steps as preset ``"thorough"`` takes them, the search aside: by number."""
+    sums, seconds = request_factors(case)
+    clock = Clock(seconds)
+    with clock:
+        config = uf.UcanConfig.preset("thorough", seed=case.seed)
+        walk = uf.InfluenceWalk(case.model, only(case.forget, FORGET), case.retain, *sums, config)
+    try:
+        while walk.steps < config.influence_steps:
+            with clock:
+                if not walk.advance():
+                    break
+            yield State(walk.steps, clock.seconds)
+    finally:
+        walk.restore()
+
+
 def gradient_step(case: Case) -> Iterator[State]:
     """One plain step up the forget NLL, by its predicted rise: what preconditioning adds to."""
     (forget, retain), seconds = request_factors(case)
@@ -313,5 +330,6 @@ BEYOND = (
     _influence("influence, last blocks", influence_variant="last-blocks"),
     _influence("influence, eigenbasis", influence_variant="eigenbasis"),
     _influence("influence, diagonals", influence_variant="diagonal"),
+    Method("influence, several steps", influence_steps, needs=("factors",), backward=True),
     Method("one plain gradient step", gradient_step, needs=("factors",), backward=True),
 )

@@ -1,0 +1,328 @@
+"""Several influence steps, the gradients of both sets taken anew before each: InfluenceWalk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import resolve_adapter, unwrap
+from .collect import _quiet
+from .config import UcanConfig
+from .errors import UcanError
+from .evaluation import (
+    IGNORED_LABELS,
+    _vocabulary,
+    check_predicts_tokens,
+    evaluating,
+    group_loss,
+    scored_slices,
+    token_logits,
+)
+from .factor_pass import differentiable, gradients, influence_layers, trainable
+from .factors import InfluenceFactors
+from .influence import (
+    Direction,
+    InfluencePlan,
+    StepEdit,
+    make_influence_plan,
+    of_variant,
+    targets_of,
+)
+from .metrics import check_labels, token_nll
+from .weights import ParameterEdit
+
+Batches = Iterable[Mapping[str, Any]]
+Gradients = dict[str, torch.Tensor]
+
+#: Share of the direction so far in the next one: without it steps swing across the retain set's
+#: steep directions, whose curvature was measured at the origin.
+_MOMENTUM = 0.7
+#: Nats that one step may raise the forget NLL by, as predicted: where the retain set is known by
+#: heart its curvature is next to nothing, and would let a step go anywhere.
+_MOST_RISE = 0.3
+
+
+@dataclass
+class Measured:
+    """What was known before a step.
+
+    Attributes:
+        forget_nll: mean over the scored forget positions, nats.
+        retain_nll: mean over the scored positions of the retain batches, nats.
+        known: share of the forget positions that are still more likely than their references.
+        rise: the rise of the forget NLL that the step predicts, nats.
+    """
+
+    forget_nll: float
+    retain_nll: float
+    known: float
+    rise: float
+
+
+class InfluenceWalk:
+    """Natural-gradient steps up the forget loss and down the retain loss, on an adapter in place.
+
+    Before step k both gradients are taken where the last one ended, by one pass over the forget
+    batches and one over the retain batches; the Kronecker factors stay those of the origin::
+
+        G = 1/n Σ ∇ nll_i   over the forget positions i with nll_i < reference_i
+        R = R_0 + R_S(now) - R_S(origin)
+        v = μ v + (1 - μ) (G - κ R),   d = F⁻¹ v,   W += c d
+        c = min(sqrt(2 ε / ⟨v, d⟩), ρ / ⟨G, d⟩)
+
+    with ε = ``influence_radius`` (c d is then ε nats of KL away by the factors' quadratic model),
+    κ = ``retain_gradient_weight``, μ = 0.7 and ρ = 0.3 nats. R_0 is the retain gradient of the
+    bank; that of the retain batches S comes in as a difference to the origin (a control variate:
+    Johnson and Zhang 2013), so that they may be a sample, and are no sample where they are all.
+
+    A position counts as long as the model knows it better than its reference: the model *without
+    the adapter*, blind guessing (ln V), and never-seen data where their cost is given. So the
+    steps end by themselves, at what never was fine-tuned on, and nothing is pushed beyond.
+
+    (Ours; not in the paper.) Natural gradients: Amari 1998; Kronecker factors and the trust region:
+    Martens and Grosse, arXiv 1503.05671.
+
+    The weights are written in place. :meth:`restore` brings the originals back bit by bit, and
+    :meth:`plan` makes a plan of where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forget: Batches,
+        retain: Batches,
+        forget_factors: InfluenceFactors,
+        retain_factors: InfluenceFactors,
+        config: UcanConfig | None = None,
+        *,
+        never_seen: float = math.inf,
+        adapter: str | None = None,
+    ) -> None:
+        """Check everything, and measure the references (one forward pass over ``forget``).
+
+        Args:
+            model: with the adapter that the factors were taken on.
+            forget: batches of D_f (see :func:`ucan_fast.collect`); kept in memory.
+            retain: batches of D_r, all or a sample; run once per step.
+            forget_factors, retain_factors: as for :func:`ucan_fast.make_influence_plan`.
+            config: with ``method="influence"``.
+            never_seen: nats per token that never-seen data cost; no reference is above it.
+            adapter: needed when several adapters are active.
+
+        Raises:
+            UcanError: as :func:`ucan_fast.make_influence_plan`; bad batches.
+        """
+        self.config = config or UcanConfig(method="influence")
+        self.model = unwrap(model)
+        self.adapter = resolve_adapter(self.model, adapter)
+        # Refuses what cannot be moved; a walk that has not begun is this plan at 0 nats.
+        self._first = make_influence_plan(
+            self.model, forget_factors, retain_factors, self.config, adapter=self.adapter
+        )
+        self._direction = Direction(
+            forget_factors, of_variant(retain_factors, self.config), self.config
+        )
+        self.targets = targets_of(self.model, self.adapter, self.config)
+        check_predicts_tokens(self.model)
+        self._forget, self._retain = list(forget), retain
+        self._bank = self._direction.retain_gradients()
+        self._sampled: Gradients | None = None
+        dtypes = {
+            t.key: torch.promote_types(t.parameter.dtype, torch.float32) for t in self.targets
+        }
+        self._moved = {
+            t.key: torch.zeros(t.parameter.shape, dtype=dtypes[t.key]) for t in self.targets
+        }
+        self._edit = StepEdit({t.key: t.parameter for t in self.targets}, self._moved)
+        self._momentum: Gradients | None = None
+        self._last: Gradients | None = None
+        self._scale = 1.0
+        self._rises = dict.fromkeys(self._moved, 0.0)
+        self.measured: list[Measured] = []
+        self._references = self._measure_references(never_seen)
+
+    @property
+    def steps(self) -> int:
+        """How many steps led here."""
+        return len(self.measured)
+
+    def advance(self) -> bool:
+        """Take one step from where the model is.
+
+        Returns:
+            False, and no step, where no forget position is known better than its reference, or no
+            direction is left.
+
+        Raises:
+            UcanError: a gradient or a weight would not be finite; the weights are the originals.
+        """
+        with self._restoring():
+            retain, retain_nll, _ = self._gradients(self._retain, "retain")
+            if self._sampled is None:
+                self._sampled = retain
+            forget, forget_nll, known = self._gradients(self._forget, "forget", self._references)
+            if not known:
+                return False
+            ahead = {
+                key: forget[key]
+                - self.config.retain_gradient_weight
+                * (self._bank[key] + retain[key] - self._sampled[key])
+                for key in forget
+            }
+            if self._momentum is not None:
+                ahead = {
+                    key: _MOMENTUM * self._momentum[key] + (1 - _MOMENTUM) * value
+                    for key, value in ahead.items()
+                }
+            step = {t.key: self._direction.solve(t, ahead[t.key]) for t in self.targets}
+            square, slopes = _dot(ahead, step), _dots(forget, step)
+            slope = sum(slopes.values())
+            if not (square > 0 and math.isfinite(square)):
+                return False
+            length = math.sqrt(2 * self.config.influence_radius / square)
+            if slope > 0:
+                length = min(length, _MOST_RISE / slope)
+            length *= self._scale
+            self._momentum = ahead
+            self._last = {key: length * value for key, value in step.items()}
+            self._rises = {key: self._rises[key] + length * slopes[key] for key in slopes}
+            self.measured.append(Measured(forget_nll, retain_nll, known, length * slope))
+            self._write(self._last, 1.0)
+        return True
+
+    def shorten(self) -> None:
+        """Halve the last step; the next ones are no longer than it, at first."""
+        self._scale /= 2
+        with self._restoring():
+            self._write(self._last, -0.5)
+        self._last = {key: value / 2 for key, value in self._last.items()}
+
+    def lengthen(self) -> None:
+        """Let the next steps be a fourth longer again, up to the full length."""
+        self._scale = min(1.0, 1.25 * self._scale)
+
+    def back(self) -> None:
+        """Take the last step back."""
+        with self._restoring():
+            self._write(self._last, -1.0)
+        self.measured.pop()
+
+    def restore(self) -> None:
+        """Every weight as it was before the walk, bit by bit."""
+        self._edit.restore()
+
+    def plan(self) -> InfluencePlan:
+        """The way from the origin to here, as a plan for the origin (not applied).
+
+        Its strength is the *measured* rise of the forget NLL; on the way back to 0 the weights
+        move in a straight line, not along the steps.
+        """
+        if not self.steps:
+            return replace(self._first, strength=0.0)
+        before = self.measured[0].forget_nll
+        rise = group_loss(self.model, self._forget, "forget").mean - before
+        if not rise > 0:
+            return replace(
+                self._first,
+                strength=0.0,
+                note=f"{self.steps} steps did not raise the forget loss ({rise:.3g} nats).",
+            )
+        total = sum(self._rises.values())
+        return replace(
+            self._first,
+            directions={key: moved / rise for key, moved in self._moved.items()},
+            shares={key: value / total for key, value in self._rises.items()},
+            strength=rise,
+        )
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    def _write(self, step: Gradients, times: float) -> None:
+        for key, value in step.items():
+            self._moved[key] += (times * value).to(self._moved[key])
+        self._edit.write(1.0)
+
+    @torch.inference_mode(False)
+    def _gradients(
+        self, batches: Batches, group: str, references: list[torch.Tensor] | None = None
+    ) -> tuple[Gradients, float, float]:
+        """Mean gradient, of positions below their references alone; mean NLL of all; the share
+        of those positions."""
+        uses = [tensor for target in self.targets for tensor in target.parameters]
+        sums = {t.key: torch.zeros_like(t.parameter, dtype=torch.float64) for t in self.targets}
+        total, positions, known = 0.0, 0, 0
+        with (
+            _quiet(self.model),
+            trainable(self.model, uses),
+            differentiable(self.model),
+            torch.enable_grad(),
+        ):
+            for index, piece in enumerate(scored_slices(self.model, batches, group)):
+                logits = token_logits(self.model, piece.inputs, piece.positions.shape)
+                logits = logits[piece.positions]
+                check_labels(logits, piece.labels, piece.where, IGNORED_LABELS)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                nll = nn.functional.cross_entropy(logits, piece.labels, reduction="none")
+                total += float(nll.detach().double().sum())
+                positions += len(nll)
+                if references is not None:
+                    nll = nll[nll.detach() < references[index]]
+                known += len(nll)
+                if not len(nll):
+                    continue
+                left = iter(gradients(nll.sum(), uses))
+                for target in self.targets:
+                    for _ in target.parameters:
+                        gradient = next(left)
+                        if gradient is not None:
+                            sums[target.key] += gradient
+        if not positions:
+            raise UcanError(
+                f"no {group} position is scored: a {group} token needs a token before it and, "
+                "where there are labels, a label other than -100."
+            )
+        if not all(torch.isfinite(total).all() for total in sums.values()):
+            raise UcanError(
+                f"the {group} gradient is not finite after {self.steps} steps; the weights are the "
+                "original ones again. Raise damping or lower influence_radius."
+            )
+        means = {key: (value / positions).cpu() for key, value in sums.items()}
+        return means, total / positions, known / positions
+
+    def _measure_references(self, never_seen: float) -> list[torch.Tensor]:
+        """Of every slice of the forget batches, the NLL ``[P]`` that its positions may cost."""
+        layers = influence_layers(self.model, self.adapter)
+        off = ParameterEdit({layer.name: layer.b.detach() for layer in layers})
+        most = min(never_seen, math.log(_vocabulary(self.model)))
+        found = []
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.b.zero_()
+            off._written()
+            with evaluating(self.model):
+                for piece in scored_slices(self.model, self._forget, "forget"):
+                    found.append(token_nll(*piece.run(self.model)).clamp(max=most))
+        finally:
+            off.restore()
+        return found
+
+
+def _dots(one: Gradients, other: Gradients) -> dict[str, float]:
+    return {key: float((one[key] * other[key]).sum()) for key in one}
+
+
+def _dot(one: Gradients, other: Gradients) -> float:
+    return sum(_dots(one, other).values())
