@@ -37,8 +37,14 @@ def rows(batches: list[dict], group: int):
             yield ids, labels, member
 
 
-def gradients(model: nn.Module, batches: list[dict], group: int) -> tuple[dict, int]:
-    """Sum over the scored positions of the group of the NLL's gradient, and how many there are."""
+def gradients(
+    model: nn.Module, batches: list[dict], group: int, below: list[float] | None = None
+) -> tuple[dict, int]:
+    """Sum over the scored positions of the group of the NLL's gradient, and how many there are.
+
+    Args:
+        below: one number per scored position: those that cost as much or more add nothing.
+    """
     model = fp64(model)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -51,12 +57,26 @@ def gradients(model: nn.Module, batches: list[dict], group: int) -> tuple[dict, 
         for t in range(1, len(ids)):
             if member[t] and labels[t] != -100:
                 count += 1
-                (-logits[t - 1].log_softmax(-1)[labels[t]]).backward(retain_graph=True)
+                nll = -logits[t - 1].log_softmax(-1)[labels[t]]
+                if below is None or nll < below[count - 1]:
+                    nll.backward(retain_graph=True)
     found = {}
     for name, layer in lora_layers(model).items():
         for letter, p in zip("AB", weights_of(layer), strict=True):
             found[f"{name}.lora_{letter}"] = p.grad
     return found, count
+
+
+@torch.no_grad()
+def costs(model: nn.Module, batches: list[dict], group: int) -> list[float]:
+    """NLL of every scored position of the group, in nats."""
+    model, found = fp64(model), []
+    for ids, labels, member in rows(batches, group):
+        logits = model(input_ids=ids[None]).logits[0]
+        for t in range(1, len(ids)):
+            if member[t] and labels[t] != -100:
+                found.append(float(-logits[t - 1].log_softmax(-1)[labels[t]]))
+    return found
 
 
 def factors(model: nn.Module, batches: list[dict], group: int, seed: int = 0) -> dict[str, dict]:

@@ -272,9 +272,9 @@ def search_walk(
         while walk.steps < job.config.influence_steps:
             if not walk.advance():
                 search.note = (
-                    "the forget set is known no better than without the adapter"
-                    + (" or than never-seen data" if ceiling < math.inf else "")
-                    + (": there is nothing to unlearn." if not walk.steps else ".")
+                    f"{walk.ended}: there is nothing to unlearn."
+                    if not walk.steps
+                    else f"ended after {walk.steps} steps: {walk.ended}."
                 )
                 break
             refused = fits()
@@ -283,8 +283,6 @@ def search_walk(
                 refused = fits()
                 if not refused:
                     break
-            else:
-                walk.lengthen()
             if refused:
                 walk.back()
                 search.note = f"stopped by {refused}: no shorter step {walk.steps + 1} was within."

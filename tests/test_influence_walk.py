@@ -1,0 +1,466 @@
+"""Several influence steps: against dense algebra, where they end, and what they leave behind."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import helpers_models as hm
+import influence_oracle as oracle
+import pytest
+import torch
+from plan_helpers import assert_same_bits, snapshot
+from trained_model import (
+    assert_same_weights,
+    forget_batches,
+    mean_nll,
+    random_batches,
+    retain_batches,
+    trained,
+    weights,
+)
+
+import ucan_fast as uf
+from ucan_fast import influence_walk
+from ucan_fast.influence_walk import InfluenceWalk
+
+CONFIG = uf.UcanConfig(method="influence", damping=0.03, retain_gradient_weight=2.0)
+STEPS = uf.UcanConfig.preset("thorough", influence_steps=4, max_retain_loss_increase=0.05)
+
+
+def model64():
+    return hm.lora(hm.gpt2(dtype=torch.float64), r=2, autocast_adapter_dtype=False).double()
+
+
+def walk_of(model, *, forget=None, retain=None, config=CONFIG, sample=None, **options):
+    """A walk whose factors are of all the retain batches, whatever sample it runs."""
+    forget = forget_batches(count=8) if forget is None else forget
+    retain = retain_batches(count=12) if retain is None else retain
+    factors = (
+        uf.collect_factors(model, forget, group="forget"),
+        uf.collect_factors(model, retain),
+    )
+    return InfluenceWalk(model, forget, sample or retain, *factors, config, **options)
+
+
+# The steps.
+
+
+def without_adapter(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B." in name:
+                p.zero_()
+    return model
+
+
+@pytest.mark.parametrize("most", [0.02, math.inf])
+def test_two_steps_are_those_of_the_formula(most, monkeypatch):
+    """Momentum, control variate, references and both limits of the length, by dense solves."""
+    monkeypatch.setattr(influence_walk, "_MOST_RISE", most)
+    model = model64()
+    forget, retain, sample = (
+        forget_batches(count=8),
+        retain_batches(count=12),
+        retain_batches(count=8, seed=3),
+    )
+    walk = walk_of(model, forget=forget, retain=retain, sample=sample)
+    now, factors = copy.deepcopy(model), oracle.factors(model, retain, 1)
+    sums, positions = oracle.gradients(model, retain, 1)
+    bank = mean(sums, positions)
+    at_origin = mean(*oracle.gradients(model, sample, 1))
+    limit = math.log(hm.VOCAB)
+    references = [min(c, limit) for c in oracle.costs(without_adapter(model), forget, 1)]
+    counted = [c < r for c, r in zip(oracle.costs(model, forget, 1), references, strict=True)]
+    assert 0 < sum(counted) < len(counted), "a case where the references decide"
+    momentum = None
+    for number in (1, 2):
+        g = mean(*oracle.gradients(now, forget, 1, below=references))
+        r = mean(*oracle.gradients(now, sample, 1))
+        ahead = {k: g[k] - 2.0 * (bank[k] + r[k] - at_origin[k]) for k in g}
+        if momentum is not None:
+            ahead = {k: 0.7 * momentum[k] + 0.3 * ahead[k] for k in g}
+        momentum = ahead
+        d = {k: solved(k, ahead[k], factors, positions) for k in ahead}
+        slope, square = dot(g, d), dot(ahead, d)
+        length = math.sqrt(2 * CONFIG.influence_radius / square)
+        limited = slope > 0 and most / slope < length
+        assert limited == (most == 0.02), "both limits are tried"
+        length = most / slope if limited else length
+        costs = oracle.costs(now, forget, 1)
+        moved = {k: length * v for k, v in d.items()}
+        with torch.no_grad():
+            for name, layer in oracle.lora_layers(now).items():
+                for letter, p in zip("AB", oracle.weights_of(layer), strict=True):
+                    p.add_(moved[f"{name}.lora_{letter}"])
+        assert walk.advance()
+        assert walk.steps == number
+        for (name, ours), theirs in zip(model.named_parameters(), now.parameters(), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9), (number, name)
+        said = walk.measured[-1]
+        assert said.forget_nll == pytest.approx(sum(costs) / len(costs), rel=1e-6)
+        below = [c < r for c, r in zip(costs, references, strict=True)]
+        assert said.known == pytest.approx(sum(below) / len(below))
+        assert said.rise == pytest.approx(length * slope, rel=1e-6)
+
+
+def mean(sums: dict, count: int) -> dict:
+    return {key: value / count for key, value in sums.items()}
+
+
+def dot(one: dict, other: dict) -> float:
+    return sum(float((one[key] * other[key]).sum()) for key in one)
+
+
+def solved(key: str, gradient: torch.Tensor, factors: dict, positions: int) -> torch.Tensor:
+    """F⁻¹ of it, F being the mean over scored positions."""
+    f = factors[key.rpartition(".")[0]]
+    left, right = ("s_z", "c_x") if key.endswith("A") else ("s_y", "c_z")
+    return (
+        positions
+        / f["tokens"]
+        * oracle.kronecker_solve(
+            oracle.damped(f[left], f["tokens"], CONFIG.damping),
+            gradient,
+            oracle.damped(f[right], f["tokens"], CONFIG.damping),
+        )
+    )
+
+
+def test_the_first_step_does_not_depend_on_the_sample(monkeypatch):
+    """At the origin the retain gradient is the bank's."""
+    monkeypatch.setattr(influence_walk, "_MOST_LOSS", math.inf)
+    one, other = trained(), trained()
+    walk_of(one).advance()
+    walk_of(other, sample=retain_batches(count=8, seed=99)).advance()
+    assert_same_weights(one, weights(other))
+
+
+@pytest.mark.parametrize("variant", ["b-only", "last-blocks", "eigenbasis", "diagonal"])
+def test_every_variant_moves_its_own_matrices(variant):
+    model = trained()
+    config = CONFIG.replace(influence_variant=variant, influence_rank=3, influence_blocks=1)
+    before = weights(model)
+    walk = walk_of(model, config=config)
+    for _ in range(2):
+        assert walk.advance()
+    moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
+    wanted = {
+        name
+        for name in before
+        if ".lora_" in name
+        and (variant != "b-only" or ".lora_B." in name)
+        and (variant != "last-blocks" or ".layers.1." in name)
+    }
+    assert moved == wanted
+    assert mean_nll(model, forget_batches(count=8), "forget") > walk.measured[0].forget_nll
+
+
+def test_accelerated_models_take_the_same_steps():
+    plain, fast = trained(), trained()
+    uf.accelerate(fast)
+    for model in (plain, fast):
+        walk = walk_of(model)
+        for _ in range(2):
+            assert walk.advance()
+    for (name, one), other in zip(weights(plain).items(), weights(fast).values(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_step_that_the_retain_batches_do_not_bear_is_halved(monkeypatch):
+    """Sets that are alike, and nothing that holds the retain side: every step costs it."""
+    forget, config = retain_batches(count=8, seed=5), CONFIG.replace(retain_gradient_weight=0.0)
+    costs, rises = {}, {}
+    before = mean_nll(trained(), retain_batches(count=12), "retain")
+    for most in (math.inf, 0.004, -1.0):
+        monkeypatch.setattr(influence_walk, "_MOST_LOSS", most)
+        model = trained()
+        walk = walk_of(model, forget=forget, config=config)
+        went = walk.advance()
+        costs[most] = mean_nll(model, retain_batches(count=12), "retain") - before
+        rises[most] = sum(walk._rises.values())
+        assert went == (most != -1.0)
+    assert costs[math.inf] > 0.008, "the case is one where the full step is too long"
+    assert 0 < costs[0.004] <= 0.004 * 1.001
+    # No length is short enough for a retain loss that must fall: the step is taken back.
+    assert walk.ended == "no shorter step 1 kept the retain batches"
+    assert walk.steps == 0
+    assert abs(costs[-1.0]) < 1e-4
+    assert rises[-1.0] == pytest.approx(0, abs=1e-9)
+    assert rises[0.004] in [pytest.approx(rises[math.inf] / 2**k) for k in (1, 2, 3, 4)]
+
+
+# Where they end.
+
+
+def test_what_the_adapter_does_not_know_is_left_alone():
+    """No position is better known with the adapter than without: nothing is to be forgotten."""
+    model = without_adapter(trained())
+    before = weights(model)
+    walk = walk_of(model)
+    assert not walk.advance()
+    assert walk.steps == 0
+    assert walk.plan().is_noop
+    assert_same_weights(model, before)
+
+
+def test_the_walk_ends_where_little_is_known_better_than_its_references():
+    """Without references the same steps go on for as long as they are asked for."""
+    model, free = trained(), trained()
+    walk, endless = walk_of(model), walk_of(free)
+    endless._references = [torch.full_like(r, math.inf) for r in endless._references]
+    origin = mean_nll(model, forget_batches(count=8), "forget")
+    for _ in range(30):
+        if not walk.advance():
+            break
+    assert walk.ended == "the forget set is known no better than its references"
+    for _ in range(walk.steps + 3):
+        assert endless.advance()
+    known, *_, last = [step.known for step in walk.measured]
+    assert known > 0.8 > 0.5 > last >= influence_walk._FORGOTTEN
+    assert endless.measured[-1].known == 1
+    assert mean_nll(model, forget_batches(count=8), "forget") > origin + 0.5
+
+
+def test_references_are_capped_by_never_seen_data():
+    free, capped = walk_of(trained()), walk_of(trained(), never_seen=1.5)
+    assert max(float(r.max()) for r in free._references) > 1.5
+    assert max(float(r.max()) for r in capped._references) == 1.5
+    for walk in (capped, free):
+        assert walk.advance()
+    assert capped.measured[0].known < free.measured[0].known
+
+
+# What they leave behind.
+
+
+def test_the_plan_is_where_the_model_is():
+    model = trained()
+    origin, walk = snapshot(model), walk_of(model)
+    before = mean_nll(model, forget_batches(count=8), "forget")
+    for _ in range(3):
+        assert walk.advance()
+    there, plan = weights(model), walk.plan()
+    rise = mean_nll(model, forget_batches(count=8), "forget") - before
+    assert plan.strength == pytest.approx(rise, rel=1e-4)
+    assert sum(plan.shares.values()) == pytest.approx(1)
+    walk.restore()
+    assert_same_bits(model, origin)
+    plan.apply(model)
+    for name, weight in weights(model).items():
+        assert torch.allclose(weight, there[name], rtol=1e-6, atol=1e-7), name
+    plan.undo(model)
+    assert_same_bits(model, origin)
+
+
+def test_shortened_and_taken_back():
+    model = trained()
+    walk = walk_of(model)
+    walk.advance()
+    one = weights(model)
+    walk.advance()
+    two = weights(model)
+    walk.shorten()
+    for name, weight in weights(model).items():
+        assert torch.allclose(weight, (one[name] + two[name]) / 2, rtol=1e-5, atol=1e-6), name
+    walk.back()
+    assert walk.steps == 1
+    for name, weight in weights(model).items():
+        assert torch.allclose(weight, one[name], rtol=1e-5, atol=1e-6), name
+    # The next step is half as long as it would have been, and a fourth longer the time after.
+    full = trained()
+    other = walk_of(full)
+    for _ in range(2):
+        other.advance()
+    walk.advance()
+    assert walk.measured[-1].rise == pytest.approx(0.5 * other.measured[-1].rise, rel=0.05)
+    assert walk._scale == 0.625
+
+
+def test_modes_gradients_and_random_numbers_stay():
+    model = trained().train()
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    walk = walk_of(model)
+    walk.advance()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_a_failure_on_the_way_restores_the_origin(when, monkeypatch):
+    model = trained()
+    origin, walk = snapshot(model), walk_of(model)
+    calls, real = [], influence_walk.gradients
+
+    def fails(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 3 * when:
+            raise RuntimeError("out of memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(influence_walk, "gradients", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        all(walk.advance() for _ in range(4))
+    assert_same_bits(model, origin)
+
+
+def test_gradients_that_are_not_finite_are_named(monkeypatch):
+    model = trained()
+    origin, walk = snapshot(model), walk_of(model)
+    walk.advance()
+    real = influence_walk.gradients
+    monkeypatch.setattr(
+        influence_walk, "gradients", lambda *a, **o: [g * math.nan for g in real(*a, **o)]
+    )
+    with pytest.raises(uf.UcanError, match=r"not finite after 1 steps.*original ones.*damping"):
+        walk.advance()
+    assert_same_bits(model, origin)
+
+
+# unlearn with several steps.
+
+
+def test_several_steps_forget_more_than_one_at_the_same_budget():
+    forget, retain = forget_batches(), retain_batches(count=64)
+    one, several = trained(), trained()
+    step = uf.unlearn(
+        one, forget=forget, retain=retain, config=STEPS.replace(influence_steps=1), evaluate=False
+    )
+    origin = weights(several)
+    result = uf.unlearn(several, forget=forget, retain=retain, config=STEPS)
+    unseen = retain_batches(seed=77)
+    assert mean_nll(several, forget, "forget") > mean_nll(one, forget, "forget") + 0.1
+    assert mean_nll(several, unseen, "retain") < 1.05 * mean_nll(trained(), unseen, "retain")
+    assert step.plan.strength < result.plan.strength
+    report = result.report
+    assert report.search.parameter == "steps"
+    assert report.search.loss_after <= 1.05 * report.search.loss_before
+    taken = report.change["steps"]
+    assert len(taken) == report.search.chosen <= 4
+    nlls = [s["forget_nll"] for s in taken]
+    assert nlls == sorted(nlls)
+    text = report.to_markdown()
+    assert f"moved by {len(taken)} influence steps, variant `all`, whose measured rise" in text
+    result.plan.undo(several)
+    assert_same_weights(several, origin)
+
+
+def test_calibration_batches_are_the_sample_where_there_is_a_bank():
+    forget, retain = forget_batches(), retain_batches(count=32)
+    bank = uf.collect_factors(trained(), [*forget, *retain])
+    found = {}
+    for way, options in {
+        "calibration": {"calibration": retain[:1]},
+        "retain": {"calibration": retain[:1], "retain": retain},
+    }.items():
+        model = trained()
+        result = uf.unlearn(
+            model, forget=forget, bank=bank, config=STEPS, evaluate=False, **options
+        )
+        found[way] = result.plan.directions
+        assert result.report.request["retain_from"] == "bank"
+    key = next(iter(found["retain"]))
+    assert not torch.equal(found["calibration"][key], found["retain"][key])
+
+
+def test_steps_beyond_the_budget_are_halved_and_taken_back():
+    """Of sets that are alike: to forget one is to lose the other."""
+    forget, retain = retain_batches(seed=21, count=16), retain_batches()
+    careless = STEPS.replace(retain_gradient_weight=0.0)
+    model = trained()
+    origin = weights(model)
+    with pytest.warns(uf.UcanWarning, match="changes nothing.*stopped by the budget of 1e-07 %"):
+        result = uf.unlearn(
+            model,
+            forget=forget,
+            retain=retain,
+            config=careless.replace(max_retain_loss_increase=1e-9),
+            evaluate=False,
+        )
+    assert [step for step, _ in result.report.search.curve] == [1] * 5
+    assert result.plan.is_noop
+    assert_same_weights(model, origin)
+    # A wider budget takes the halved steps.
+    wide = careless.replace(max_retain_loss_increase=0.02)
+    result = uf.unlearn(trained(), forget=forget, retain=retain, config=wide, evaluate=False)
+    search = result.report.search
+    tried = [step for step, _ in search.curve]
+    assert len(tried) > len(set(tried)), "a step was halved"
+    assert search.loss_before < search.loss_after <= 1.02 * search.loss_before
+    assert result.plan.strength > 0
+
+
+def test_it_stops_below_the_cost_of_never_seen_data():
+    forget, retain = forget_batches(), retain_batches()
+    before = mean_nll(trained(), forget, "forget")
+    for ceiling in (before + 0.3, before + 1.0):
+        model = trained()
+        uf.unlearn(
+            model, forget=forget, retain=retain, config=STEPS, holdout=ceiling, evaluate=False
+        )
+        reached = mean_nll(model, forget, "forget")
+        assert before < reached <= ceiling
+        assert reached > before + 0.1
+    model = trained()
+    with pytest.warns(uf.UcanWarning, match="nothing to unlearn"):
+        uf.unlearn(
+            model,
+            forget=random_batches(3),
+            retain=retain,
+            config=STEPS,
+            holdout=0.5,
+            evaluate=False,
+        )
+    assert_same_weights(model, weights(trained()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"calibration": lambda model: 1.0}, r"influence_steps > 1 takes the retain gradient anew"),
+        ({}, r"steps of unknown cost are not taken: pass calibration= or retain="),
+        ({"holdout": -1.0}, r"holdout must be batches or nats per token"),
+    ],
+)
+def test_what_is_missing_is_named(options, match):
+    forget, retain = forget_batches(), retain_batches()
+    model = trained()
+    bank = uf.collect_factors(model, [*forget, *retain])
+    before = weights(model)
+    if "holdout" in options:
+        options["calibration"] = retain
+    with pytest.raises(uf.UcanError, match=match):
+        uf.unlearn(model, forget=forget, bank=bank, config=STEPS, **options)
+    assert_same_weights(model, before)
+
+
+def test_requests_in_a_row_are_refused():
+    model = trained()
+    forget, retain = forget_batches(), retain_batches()
+    first = uf.unlearn(model, forget=forget, retain=retain, config=STEPS, evaluate=False)
+    before = weights(model)
+    with pytest.raises(uf.UcanError, match=r"the data of the earlier request are gone.*Undo"):
+        uf.unlearn(
+            model, forget=forget_batches(seed=5), retain=retain, config=STEPS, previous=first
+        )
+    assert_same_weights(model, before)
+
+
+def test_a_saved_plan_of_several_steps_is_the_same(tmp_path):
+    model = trained()
+    origin = weights(model)
+    result = uf.unlearn(
+        model, forget=forget_batches(), retain=retain_batches(), config=STEPS, evaluate=False
+    )
+    edited = weights(model)
+    result.plan.save(tmp_path / "plan.safetensors")
+    result.plan.undo(model)
+    assert_same_weights(model, origin)
+    loaded = uf.InfluencePlan.load(tmp_path / "plan.safetensors")
+    assert loaded.config == STEPS
+    loaded.apply(model)
+    assert_same_weights(model, edited)
