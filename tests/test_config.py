@@ -32,11 +32,12 @@ NUMBERS = {
     "damping": ([0, 0.01, 10], [-1e-9]),
     "retain_gradient_weight": ([0, 1.0, 2], [-0.5]),
     "trust_region": ([0, 0.1, 1, 50.0], [-0.1]),
+    "influence_radius": ([1e-12, 5e-4, 1, 50.0], [0, -0.1]),
     "risk_threshold": ([None, -1.0, 0, 0.3, 7], []),
     "min_score": ([None, -1.0, 0, 0.05], []),
     "strength": (["auto", 0, 0.0, 2, 1e9], [-0.1, -1, "Auto", "", "2"]),
 }
-COUNTS = ("influence_rank", "influence_blocks")
+COUNTS = ("influence_rank", "influence_blocks", "influence_steps")
 NOT_NUMBERS = ["1", "x", True, False, [1], {}, b"1", 1j, math.nan, math.inf, -math.inf, 10**400]
 
 
@@ -65,6 +66,8 @@ def test_defaults_are_those_of_the_design():
         "damping": 0.01,
         "retain_gradient_weight": 1.0,
         "trust_region": 1.0,
+        "influence_steps": 1,
+        "influence_radius": 5e-4,
     }
 
 
@@ -103,6 +106,15 @@ def test_counts(name):
     for value in (0, -1, 1.0, True, "2", None):
         with pytest.raises(UcanError, match=f"{name} must be an integer >= 1"):
             UcanConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "attenuate"}, {"method": "gates"}, {"strength": 0.3}, {"strength": 0}],
+)
+def test_several_steps_are_of_influence_and_searched_for(changes):
+    with pytest.raises(UcanError, match=r"influence_steps=3 is for method='influence' with stren"):
+        UcanConfig(**{"method": "influence", "influence_steps": 3, **changes})
 
 
 def test_auto_is_only_for_strength():
@@ -247,7 +259,10 @@ def test_presets():
     assert best.max_retain_loss_increase < UcanConfig().max_retain_loss_increase
     # A change wins over what the preset says.
     assert UcanConfig.preset("best", max_retain_loss_increase=0.5).max_retain_loss_increase == 0.5
-    with pytest.raises(UcanError, match=r"no preset 'bets'.*'paper', 'best'"):
+    thorough = UcanConfig.preset("thorough", influence_steps=5)
+    assert (thorough.method, thorough.influence_steps) == ("influence", 5)
+    assert thorough.max_retain_loss_increase == best.max_retain_loss_increase
+    with pytest.raises(UcanError, match=r"no preset 'bets'.*'paper', 'best', 'thorough'"):
         UcanConfig.preset("bets")
     with pytest.raises(UcanError, match="unknown field 'stength'"):
         UcanConfig.preset("best", stength=1.0)
