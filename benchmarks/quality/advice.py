@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ucan_fast.config import PRESETS
+
 from .tables import Document, groups, mean
 
 #: Attenuation had something to hold on to where it forgot this many times what shrinking does.
@@ -39,14 +41,15 @@ def section(delivered: Sequence[Document], documents: Sequence[Document]) -> str
         "bank at hand (`python -m benchmarks.quality.delivered --data-set D --seed S`; "
         f"{delivered[0]['environment']['hardware']}, {delivered[0]['environment']['threads']} "
         "thread(s), cores shared). Forget / retain drop of Recall@10 in %, means over the seeds:\n",
-        '| | `"paper"` | time, s | `"best"` | time, s | advice | curves say |',
-        "|---|---|---|---|---|---|---|",
+        '| | `"paper"` | time, s | `"best"` | time, s | `"thorough"` | time, s | advice '
+        "| curves say |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     tested: dict[str, list[bool]] = {}
     chosen_on: list[bool] = []
     for (data_set, scenario), found in groups(delivered).items():
         cells = []
-        for name in ("paper", "best"):
+        for name in PRESETS:
             rows = [document["presets"][name] for document in found]
             drops = [mean([row["drops"][side] for row in rows]) for side in ("forget", "retain")]
             cells.append(" / ".join(f"{drop:.1f}" for drop in drops))
@@ -69,7 +72,7 @@ def section(delivered: Sequence[Document], documents: Sequence[Document]) -> str
         f"*attenuate* where U-CAN (input or mlp) forgets at least {WORTH:g} times what shrinking "
         f"the adapter does at 5 %, else *influence* where that step forgets at least {ENOUGH:g} %, "
         "else *retrain*. *attenuate* says that U-CAN beats shrinking anything, not that it is the "
-        "best choice: where a backward pass can be paid, the other preset forgets more.\n"
+        "best choice: where backward passes can be paid, the other presets forget more.\n"
     )
     return "\n".join(lines)
 

@@ -123,7 +123,7 @@ def test_presets_as_delivered(toy, tmp_path, capsys):
     found = tables.load(tmp_path.glob("*.json"), holding="presets")
     assert [document["scenario"] for document in found] == ["genre", "users"]
     for document in found:
-        assert set(document["presets"]) == {"paper", "best"}
+        assert set(document["presets"]) == {"paper", "best", "thorough"}
         best = document["presets"]["best"]
         assert best["seconds"] > 0
         assert {"forget", "calibration", "retain"} == set(best["drops"])

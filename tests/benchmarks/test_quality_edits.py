@@ -12,7 +12,7 @@ from benchmarks.quality.case import lora_weights
 from benchmarks.quality.edits import BEYOND, CONTROLS, RETRAINING, only, prepare, scores
 from benchmarks.quality.recommender import make_case, make_request
 from benchmarks.quality.runner import run_case
-from ucan_fast import UcanError
+from ucan_fast import UcanConfig, UcanError
 from ucan_fast.evaluation import group_loss
 
 from .quality_toy import toy
@@ -56,13 +56,30 @@ def test_states_edit_and_leave_nothing(case, method):
     assert not changed(case, origin)
 
 
-@pytest.mark.parametrize("method", [*edits.ATTENUATION, *BEYOND], ids=lambda method: method.name)
+#: Its states are on one way, like those of training: each is paid for with those before it.
+ON_A_WAY = "influence, several steps"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m for m in (*edits.ATTENUATION, *BEYOND) if m.name != ON_A_WAY],
+    ids=lambda method: method.name,
+)
 def test_a_state_does_not_pay_for_those_before_it(case, method, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(edits.Clock, "_now", staticmethod(lambda: next(ticks)))
     seconds = [state.seconds for state in method.states(case, **method.settings[0])]
     assert seconds[0] > 0
     assert len(set(seconds)) == 1
+
+
+def test_a_step_is_paid_for_with_those_before_it(case, monkeypatch):
+    (method,) = [m for m in BEYOND if m.name == ON_A_WAY]
+    ticks = itertools.count()
+    monkeypatch.setattr(edits.Clock, "_now", staticmethod(lambda: next(ticks)))
+    seconds = [state.seconds for state in method.states(case)]
+    assert [b - a for a, b in itertools.pairwise(seconds)] == [1] * (len(seconds) - 1)
+    assert 1 < len(seconds) <= UcanConfig.preset("thorough").influence_steps
 
 
 def test_the_pass_that_methods_share_is_charged_to_each_of_them(toy):

@@ -138,12 +138,15 @@ def test_baselines_are_shown_at_the_time_of_the_step_as_well(documents):
     late, beyond = state(0.3, 95.0, 1.0), state(0.1, 94.0, 5.5)
     for found, other in zip(documents, (40.0, 20.0), strict=False):
         found["methods"]["influence"] = row(80.0, seconds=0.25)
+        found["methods"]["influence, several steps"] = row(90.0, seconds=0.1)
         for name in ("GradDiff (KL)", "NPO", "gradient ascent"):
             found["methods"][name]["curves"] = [[late, beyond]]
         curves = [[state(0.1, 10.0, 0.0), late], [state(0.25, other, 5.0), beyond]]
         found["methods"]["GradDiff"]["curves"] = curves
     lines = section(Results(documents[:2])).splitlines()
     assert cells(lines, "in the step's time: influence / best trained one")[1] == "80 / 30"
+    steps = cells(lines, "in the steps' time: several steps / best trained one")
+    assert steps[1] == "90 / 10"
 
 
 def text(scenario: str, recipe: str):
@@ -159,7 +162,8 @@ def test_text_cases_stand_side_by_side_by_model(documents):
     lines = section(results).splitlines()
     start = next(i for i, line in enumerate(lines) if "SmolLM2, all; reduced text" in line)
     assert lines[start + 2] == "| | genre | users |"
-    assert lines[start + 4].split(" | ")[1].endswith("/ 61.0**")
+    row = next(line for line in lines[start:] if line.startswith("| influence |"))
+    assert row.split(" | ")[1].endswith("/ 61.0**")
     assert sum("SmolLM2, q/v; reduced text" in line for line in lines) == 1
     (sizes,) = [line for line in lines if line.startswith("Drops of MRR@10")]
     assert "the last 2 of 30 blocks" in sizes
@@ -285,7 +289,11 @@ def test_presets_as_delivered_and_the_count_of_right_advice(documents):
             "scenario": scenario,
             "seed": seed,
             "environment": {"hardware": "a machine", "threads": 1},
-            "presets": {"paper": row, "best": {**row, "seconds": 2.0}},
+            "presets": {
+                "paper": row,
+                "best": {**row, "seconds": 2.0},
+                "thorough": {**row, "drops": {"forget": 70.0, "retain": -3.0}, "seconds": 40.0},
+            },
             "guidance": {"recommendation": advice},
         }
 
@@ -295,8 +303,8 @@ def test_presets_as_delivered_and_the_count_of_right_advice(documents):
     )
     text = section(results)
     assert (
-        "| ml-100k, genre (seed 0, 1) | 20.5 / 4.0 | 0.5 | 20.5 / 4.0 | 2.0 | attenuate, retrain "
-        "| attenuate, attenuate |"
+        "| ml-100k, genre (seed 0, 1) | 20.5 / 4.0 | 0.5 | 20.5 / 4.0 | 2.0 | 70.0 / -3.0 | 40.0 "
+        "| attenuate, retrain | attenuate, attenuate |"
     ) in text
     assert "| influence | - |" in text  # nothing to hold it against
     assert "right in 0 of 1 cases of ml-100k, and in 1 of 1 that" in text
