@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ucan_fast.membership import MIN_SEQUENCES, membership_auc
 from ucan_fast.report import json_values
 
 from ..measure import describe_environment
-from ..model.models import cache_folder
+from ..model.models import Unavailable, cache_folder
 from .case import Case
 from .edits import FORGET, only, prepare, scores
 from .methods import METHODS
@@ -41,9 +41,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_common(parser, DATA_SETS, SCENARIOS)
     parser.add_argument("--share", type=float, default=1.0, help="of the users to measure on")
-    parser.add_argument(
-        "--into", type=Path, help="an earlier file of this cell: its rows of these methods are new"
-    )
     return parser
 
 
@@ -56,6 +53,9 @@ def add_common(
     parser.add_argument("--scenario", choices=scenarios)
     parser.add_argument("--data", type=Path, help="folder that holds the data sets' folders")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument(
+        "--into", type=Path, help="an earlier file of this cell: its rows of these methods are new"
+    )
     parser.add_argument("--methods", default="", help="regular expression; default: all")
     parser.add_argument(
         "--coarse", action="store_true", help="half the points of every curve, two settings"
@@ -162,29 +162,48 @@ def attacks(case: Case) -> dict[str, float]:
     return values
 
 
-def common_words(options: argparse.Namespace) -> list[str]:
-    """The arguments of :func:`add_common` that reproduce a file; where data lie is the reader's."""
+def common_words(options: argparse.Namespace, folder: str) -> list[str]:
+    """The arguments of :func:`add_common` that reproduce a file; where data lie is the reader's.
+
+    Args:
+        folder: where such files are committed, below ``benchmarks/results``.
+    """
     words = ["--data-set", options.data_set, "--seed", str(options.seed)]
     words += ["--scenario", options.scenario, "--out", f"build/{options.out.name}"]
     if options.methods:
         words += ["--methods", options.methods]
-    return [*words, *(["--coarse"] if options.coarse else [])]
+    words += ["--coarse"] if options.coarse else []
+    if options.into:
+        words += ["--into", f"benchmarks/results/{folder}/{options.into.name}"]
+    return words
 
 
 def _words(options: argparse.Namespace) -> list[str]:
     share = ["--share", f"{options.share:g}"] if options.share != 1 else []
-    into = ["--into", f"benchmarks/results/quality/{options.into.name}"] if options.into else []
-    return common_words(options) + share + into
+    return common_words(options, "quality") + share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 1 where the data cannot be had."""
-    options = parser().parse_args(arguments)
-    options.out = options.out or options.into
-    if options.scenario is not None and options.out is None:
-        parser().error("--scenario needs --out, the file to write")
+    options = parse(parser(), arguments)
     if not 0 < options.share <= 1:
         parser().error(f"--share must be above 0 and at most 1, not {options.share:g}")
+    return measure(options, run)
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a cell; ends the program where it would not know what to write."""
+    options = parser.parse_args(arguments)
+    options.out = options.out or options.into
+    if options.scenario is not None and options.out is None:
+        parser.error("--scenario needs --out, the file to write")
+    return options
+
+
+def measure(
+    options: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any] | None]
+) -> int:
+    """Run a cell and write its file: the exit code, 1 where the data or the model are missing."""
     warnings.simplefilter("ignore", uf.UcanWarning)
     try:
         earlier = None
@@ -193,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = run(options)
         if found is not None and earlier is not None:
             found = joined(earlier, found)
-    except (uf.UcanError, OSError, ValueError) as error:
+    except (uf.UcanError, Unavailable, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if found is not None:

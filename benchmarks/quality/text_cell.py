@@ -12,17 +12,14 @@ import dataclasses
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import transformers
 
-import ucan_fast as uf
-
 from ..measure import describe_environment
-from ..model.models import Unavailable, cache_folder
-from .cell import add_common, common_words, compare, write
+from ..model.models import cache_folder
+from .cell import add_common, common_words, compare, measure, parse
 from .recommender import DATA_SETS
 from .text_case import PROFILES, SCENARIOS, load_log, make_case, make_request, text_recommender
 from .text_model import RECIPES
@@ -87,7 +84,13 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _words(options: argparse.Namespace) -> list[str]:
-    words = [*common_words(options), "--profile", options.profile, "--recipe", options.recipe]
+    words = [
+        *common_words(options, "text"),
+        "--profile",
+        options.profile,
+        "--recipe",
+        options.recipe,
+    ]
     words += ["--quantise", options.quantise] if options.quantise else []
     words += ["--genre", options.genre] if options.scenario == "genre" else []
     return words
@@ -95,19 +98,9 @@ def _words(options: argparse.Namespace) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 1 where data or base cannot be had."""
-    options = parser().parse_args(arguments)
-    if options.scenario is not None and options.out is None:
-        parser().error("--scenario needs --out, the file to write")
-    warnings.simplefilter("ignore", uf.UcanWarning)
+    options = parse(parser(), arguments)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        found = run(options)
-    except (uf.UcanError, Unavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if found is not None:
-        write(found, options.out)
-    return 0
+    return measure(options, run)
 
 
 if __name__ == "__main__":

@@ -539,6 +539,15 @@ def test_a_cell_writes_what_tables_read(recommender, tmp_path, monkeypatch):
     assert words[:3] == ["python", "-m", "benchmarks.quality.text_cell"]
     mine = vars(text_cell.parser().parse_args([*options, "--out", "build/tiny.json"]))
     assert vars(text_cell.parser().parse_args(words[3:])) == mine
+    # A later run adds to the file.
+    options[-1] = "several steps"
+    assert text_cell.main([*options, "--into", str(out)]) == 0
+    (joined,) = tables.load([out])
+    assert set(joined["methods"]) == {*found["methods"], "influence, several steps"}
+    assert "error" not in joined["methods"]["influence, several steps"]
+    assert joined["methods"]["GradDiff"] == found["methods"]["GradDiff"]
+    (later,) = joined["later"]
+    assert "--into benchmarks/results/text/tiny.json" in later["command"]
 
 
 def test_a_cell_without_data_says_where_it_is_from(tmp_path, capsys, monkeypatch):
