@@ -312,6 +312,10 @@ def test_a_preset_is_where_options_start_from(project, out):
     assert code == 0
     written = json.loads((out / REPORT).read_text())["config"]
     assert written == json.loads(uf.UcanConfig.preset("best", seed=3).to_json())
+    several = uf.UcanConfig.preset("thorough", influence_steps=2)
+    options = ["--preset", "thorough", "--influence-steps", "2", "--overwrite"]
+    assert unlearn(project, out, *options)[0] == 0
+    assert json.loads((out / REPORT).read_text())["config"] == json.loads(several.to_json())
     # A file says everything: it and a preset exclude each other.
     assert unlearn(project, out, "--preset", "best", config="base/config.json")[0] == 2
 
@@ -1524,3 +1528,24 @@ def test_a_bank_without_calibration_is_refused_before_any_work(project, out, fla
     assert code == 1
     assert "give retain data with --calibration, or --strength in nats" in err
     assert not out.exists()
+
+
+def test_several_steps_take_retain_data_beside_a_bank(project, out, monkeypatch):
+    bank = out.parent / "bank.safetensors"
+    code, *_ = run(project, "collect", "--factors", data="all.jsonl", out=bank)
+    assert code == 0
+    flags = ["--preset", "thorough", "--influence-steps", "2", "--no-evaluate"]
+    assert unlearn(project, out, *flags, bank=bank)[0] == 0
+    report = json.loads((out / REPORT).read_text())
+    assert report["request"]["retain_from"] == "bank"
+    assert len(report["change"]["steps"]) == 2
+    # One step has the bank instead.
+    one = out.parent / "one"
+    code, _, err = unlearn(project, one, "--preset", "best", bank=bank)
+    assert code == 2
+    assert "exactly one of --retain and --bank" in err
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
+    code, _, err = unlearn(project, one, *flags, retain=None, bank=bank)
+    assert code == 1
+    assert "with --calibration, or with --retain beside it" in err
+    assert not one.exists()

@@ -21,7 +21,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import influence_walk
+from ucan_fast import influence_job, influence_walk
 from ucan_fast.influence_walk import InfluenceWalk
 
 CONFIG = uf.UcanConfig(method="influence", damping=0.03, retain_gradient_weight=2.0)
@@ -394,8 +394,15 @@ def test_steps_beyond_the_budget_are_halved_and_taken_back():
     assert result.plan.strength > 0
 
 
-def test_it_stops_below_the_cost_of_never_seen_data():
+def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
     forget, retain = forget_batches(), retain_batches()
+    walks, real = [], InfluenceWalk
+
+    def kept(*arguments, **options):
+        walks.append(real(*arguments, **options))
+        return walks[-1]
+
+    monkeypatch.setattr(influence_job, "InfluenceWalk", kept)
     before = mean_nll(trained(), forget, "forget")
     for ceiling in (before + 0.3, before + 1.0):
         model = trained()
@@ -405,6 +412,9 @@ def test_it_stops_below_the_cost_of_never_seen_data():
         reached = mean_nll(model, forget, "forget")
         assert before < reached <= ceiling
         assert reached > before + 0.1
+        # No position is to cost more than never-seen data either.
+        highest = max(float(r.max()) for r in walks[-1]._references)
+        assert highest == pytest.approx(min(ceiling, math.log(hm.VOCAB)))
     model = trained()
     with pytest.warns(uf.UcanWarning, match="nothing to unlearn"):
         uf.unlearn(

@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
-    if (arguments.retain is None) == (arguments.bank is None):
+    config = _config(arguments)
+    several = config.influence_steps > 1  # they run retain data, beside a bank too
+    given = (arguments.retain is not None) + (arguments.bank is not None)
+    if given == 0 or (given == 2 and not several):
         return _usage("unlearn", "give exactly one of --retain and --bank")
 
     from .factors import InfluenceFactors
@@ -78,14 +81,14 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     ours = (ADAPTER_PLAN, REPORT)
     check_output_folder(arguments.out, arguments.overwrite, only_with=ours)
     _check_apart(arguments)
-    config = _config(arguments)
     measured = ActivationStats if config.method == "attenuate" else InfluenceFactors
     bank = None if arguments.bank is None else measured.load(arguments.bank)
-    if bank is not None and arguments.calibration is None and _needs_retain_loss(config):
+    nothing_to_run = arguments.calibration is None and arguments.retain is None
+    if nothing_to_run and _needs_retain_loss(config):
         raise UcanError(
             f"method {config.method!r} with strength 'auto' measures the retain budget, and a bank "
-            "holds nothing to measure it on: give retain data with --calibration, or --strength in "
-            "nats."
+            "holds nothing to measure it on: give retain data with --calibration, or "
+            + ("with --retain beside it." if several else "--strength in nats.")
         )
     previous = None
     if arguments.previous is not None:
@@ -327,7 +330,11 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--forget", required=True, metavar="JSONL", help="the forget set D_f")
     unlearn.add_argument("--retain", metavar="JSONL", help="the retain set D_r")
     unlearn.add_argument(
-        "--bank", metavar="FILE", help="statistics of all data, from 'collect'; replaces --retain"
+        "--bank",
+        metavar="FILE",
+        help="statistics of all data, from 'collect'; replaces --retain (beside "
+        "it with several influence steps: those run --retain, of which a sample is enough, or "
+        "--calibration)",
     )
     unlearn.add_argument(
         "--calibration",
@@ -358,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(PRESETS),
         help="paper: U-CAN, forward passes only (default). best: the influence step within 1 %% of "
         "retain loss, one backward pass over the forget set. thorough: up to twelve such steps, "
-        "each of which also runs --retain (with --bank a sample is enough)",
+        "each of which runs retain data as well",
     )
     for name, kind in (
         ("method", str),
