@@ -422,6 +422,36 @@ def test_the_plan_is_the_references(dtype):
     assert not (differ & ((expected.flat_score - expected.threshold).abs() > slack)).any()
 
 
+GRADIENT_METHODS = {
+    "influence": uf.UcanConfig(method="influence", strength=0.05),
+    "gates": uf.UcanConfig(method="gates", strength=0.05),
+    "several steps": uf.UcanConfig.preset("thorough", influence_steps=3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_gradient_methods_move_the_adapter_as_on_the_cpu(method, dtype):
+    """The bf16 case has the CPU's fp32 as its measure: a direction, not bits."""
+    forget, retain = batches(0, 0, 30), batches(1, 30, 97)
+    moved = []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        model = small_model(kind).to(device)
+        origin = {name: p.detach().clone() for name, p in model.named_parameters()}
+        uf.accelerate(model)
+        result = uf.unlearn(
+            model, forget=forget, retain=retain, config=GRADIENT_METHODS[method], evaluate=False
+        )
+        change = [(p.detach() - origin[n]).flatten() for n, p in model.named_parameters()]
+        moved.append(torch.cat(change).double().cpu())
+        result.plan.undo(model)
+        assert all(torch.equal(p, origin[name]) for name, p in model.named_parameters())
+    cpu, gpu = moved
+    assert cpu.norm() > 0
+    slack = 1e-2 if dtype is torch.float32 else 0.5
+    assert (gpu - cpu).norm() < slack * cpu.norm()
+
+
 def test_training_gradients_equal_pefts():
     exact = small_model().cuda().train()
     plain, fused = copy.deepcopy(exact), copy.deepcopy(exact)
