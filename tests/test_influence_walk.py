@@ -324,7 +324,7 @@ def test_gradients_that_are_not_finite_are_named(monkeypatch):
 # unlearn with several steps.
 
 
-def test_several_steps_forget_more_than_one_at_the_same_budget():
+def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     forget, retain = forget_batches(), retain_batches(count=64)
     one, several = trained(), trained()
     step = uf.unlearn(
@@ -345,6 +345,13 @@ def test_several_steps_forget_more_than_one_at_the_same_budget():
     assert nlls == sorted(nlls)
     text = report.to_markdown()
     assert f"moved by {len(taken)} influence steps, variant `all`, whose measured rise" in text
+    assert "| step | forget NLL | retain NLL | still known | predicted rise |" in text
+    first = taken[0]
+    assert (
+        f"| 1 | {first['forget_nll']:.4f} | {first['retain_nll']:.4f} "
+        f"| {100 * first['known']:.1f} % | {first['rise']:.4f} |"
+    ) in text
+    result.report.figure(tmp_path / "figure.png")
     result.plan.undo(several)
     assert_same_weights(several, origin)
 

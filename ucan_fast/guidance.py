@@ -119,19 +119,19 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
             "attenuate",
             "activations separate the two sets, so attenuation can forget more than shrinking the "
             "adapter would. Where a backward pass can be paid, UcanConfig.preset('best') forgets "
-            "several times as much",
+            "several times as much, and 'thorough', with several, more again",
         )
     elif share <= LARGE_SHARE:
         name, advice = (
             "influence",
             "activations hardly tell the two sets apart, so attenuation would shrink anything. Use "
-            "UcanConfig.preset('best') (one backward pass), or retrain",
+            "UcanConfig.preset('best') (one backward pass) or 'thorough' (several), or retrain",
         )
     else:
         name, advice = (
             "retrain",
             "activations hardly tell the two sets apart, and the forget set is "
-            f"{100 * share:.0f} % of all tokens: retrain. UcanConfig.preset('best') forgets a "
-            "part of it",
+            f"{100 * share:.0f} % of all tokens: retrain, or use UcanConfig.preset('thorough'), "
+            "which came near retraining on small recommenders. 'best' forgets a part of it",
         )
     return Guidance(name, f"{advice} ({seen}).", apart, share)

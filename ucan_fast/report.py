@@ -297,7 +297,26 @@ class DeletionReport:
         for value, loss in search.curve:
             rise = _rise(loss, search.loss_before)
             lines.append(f"| {value:.4g} | {loss:.4f} | {rise} |")
-        return lines
+        return lines + self._step_lines()
+
+    def _step_lines(self) -> list[str]:
+        steps = self.change.get("steps")
+        if not steps:
+            return []
+        return [
+            "",
+            "Before each step: the mean NLL of both sets, in nats per token (retain: of the "
+            "batches that were run), the share of the forget positions that were better known than "
+            "their references, and the rise of the forget NLL that the step predicted.",
+            "",
+            "| step | forget NLL | retain NLL | still known | predicted rise |",
+            "|---:|---:|---:|---:|---:|",
+            *(
+                f"| {number} | {s['forget_nll']:.4f} | {s['retain_nll']:.4f} "
+                f"| {100 * s['known']:.1f} % | {s['rise']:.4f} |"
+                for number, s in enumerate(steps, 1)
+            ),
+        ]
 
     def _draw_layers(self, figure, axes) -> None:
         """A map: kinds of layers by blocks of the model, coloured by how much was changed."""
