@@ -68,12 +68,13 @@ def test_defaults_are_those_of_the_design():
         "trust_region": 1.0,
         "influence_steps": 1,
         "influence_radius": 5e-4,
+        "influence_batches": 0,
     }
 
 
 def test_this_file_covers_every_field():
     fields = {field.name for field in dataclasses.fields(UcanConfig)}
-    assert fields == {*CHOICES, *NUMBERS, *COUNTS, "seed"}
+    assert fields == {*CHOICES, *NUMBERS, *COUNTS, "seed", "influence_batches"}
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -115,6 +116,14 @@ def test_counts(name):
 def test_several_steps_are_of_influence_and_searched_for(changes):
     with pytest.raises(UcanError, match=r"influence_steps=3 is for method='influence' with stren"):
         UcanConfig(**{"method": "influence", "influence_steps": 3, **changes})
+
+
+def test_batches_of_a_step():
+    assert UcanConfig(influence_batches=0).influence_batches == 0
+    assert UcanConfig(influence_batches=7).influence_batches == 7
+    for value in (-1, 1.0, True, "2", None):
+        with pytest.raises(UcanError, match="influence_batches must be an integer >= 0"):
+            UcanConfig(influence_batches=value)
 
 
 def test_auto_is_only_for_strength():

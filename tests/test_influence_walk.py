@@ -55,21 +55,21 @@ def without_adapter(model):
     return model
 
 
-@pytest.mark.parametrize("most", [0.02, math.inf])
-def test_two_steps_are_those_of_the_formula(most, monkeypatch):
+@pytest.mark.parametrize(("most", "drawn"), [(0.02, False), (math.inf, False), (math.inf, True)])
+def test_two_steps_are_those_of_the_formula(most, drawn, monkeypatch):
     """Momentum, control variate, references and both limits of the length, by dense solves."""
     monkeypatch.setattr(influence_walk, "_MOST_RISE", most)
+    monkeypatch.setattr(influence_walk, "_MOST_LOSS", math.inf)
     model = model64()
-    forget, retain, sample = (
-        forget_batches(count=8),
-        retain_batches(count=12),
-        retain_batches(count=8, seed=3),
-    )
-    walk = walk_of(model, forget=forget, retain=retain, sample=sample)
+    forget, retain = forget_batches(count=8), retain_batches(count=12)
+    sample = retain_batches(count=16, size=4, seed=3)
+    config = CONFIG.replace(influence_batches=2, seed=5) if drawn else CONFIG
+    walk = walk_of(model, forget=forget, retain=retain, sample=sample, config=config)
+    generator = torch.Generator().manual_seed(5)
     now, factors = copy.deepcopy(model), oracle.factors(model, retain, 1)
     sums, positions = oracle.gradients(model, retain, 1)
     bank = mean(sums, positions)
-    at_origin = mean(*oracle.gradients(model, sample, 1))
+    origin = copy.deepcopy(model)
     limit = math.log(hm.VOCAB)
     references = [min(c, limit) for c in oracle.costs(without_adapter(model), forget, 1)]
     counted = [c < r for c, r in zip(oracle.costs(model, forget, 1), references, strict=True)]
@@ -77,7 +77,12 @@ def test_two_steps_are_those_of_the_formula(most, monkeypatch):
     momentum = None
     for number in (1, 2):
         g = mean(*oracle.gradients(now, forget, 1, below=references))
-        r = mean(*oracle.gradients(now, sample, 1))
+        run = sample
+        if drawn:
+            order = torch.randperm(len(sample), generator=generator)[:2]
+            run = [sample[index] for index in order.tolist()]
+        at_origin = mean(*oracle.gradients(origin, run, 1))
+        r = mean(*oracle.gradients(now, run, 1))
         ahead = {k: g[k] - 2.0 * (bank[k] + r[k] - at_origin[k]) for k in g}
         if momentum is not None:
             ahead = {k: 0.7 * momentum[k] + 0.3 * ahead[k] for k in g}
@@ -191,6 +196,33 @@ def test_a_step_that_the_retain_batches_do_not_bear_is_halved(monkeypatch):
     assert rises[0.02] in [pytest.approx(rises[math.inf] / 2**k) for k in (1, 2, 3, 4)]
 
 
+def test_drawn_batches_are_others_before_every_step(monkeypatch):
+    model = trained()
+    config = CONFIG.replace(influence_batches=2)
+    drawn, whole = [], retain_batches(count=24, size=4)
+    walk = walk_of(model, retain=iter(whole), sample=iter(whole), config=config)
+    real = walk._gradients
+
+    def spied(batches, group, *references):
+        if group == "retain":
+            drawn.append([id(batch) for batch in batches])
+        return real(batches, group, *references)
+
+    monkeypatch.setattr(walk, "_gradients", spied)
+    for _ in range(4):
+        assert walk.advance()
+    first, *later = drawn  # at the origin once, then there and where the model is
+    steps = [first, *later[::2]]
+    assert later[::2] == later[1::2]
+    assert all(len(set(step)) == 2 for step in steps)
+    assert len({tuple(step) for step in steps}) > 1
+    assert {name for step in steps for name in step} <= {id(batch) for batch in whole}
+    # Where the model is after that is no matter of how the origin was visited.
+    there = weights(model)
+    walk._edit.write(1.0)
+    assert_same_weights(model, there)
+
+
 # Where they end.
 
 
@@ -261,7 +293,9 @@ def test_shortened_and_taken_back():
     one = weights(model)
     walk.advance()
     two = weights(model)
+    rise = walk.measured[-1].rise
     walk.shorten()
+    assert walk.measured[-1].rise == rise / 2
     for name, weight in weights(model).items():
         assert torch.allclose(weight, (one[name] + two[name]) / 2, rtol=1e-5, atol=1e-6), name
     walk.back()

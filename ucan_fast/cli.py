@@ -371,6 +371,7 @@ def _parser() -> argparse.ArgumentParser:
         ("method", str),
         ("influence-variant", str),
         ("influence-steps", int),
+        ("influence-batches", int),
         ("site", str),
         ("contrast", str),
         ("decay", str),

@@ -64,7 +64,7 @@ class UcanConfig:
     Attributes:
         method: ``"attenuate"``, the paper's soft attenuation, or ``"influence"``, one
             preconditioned step up the forget loss, or several (not in the paper). It reads the
-            last eight fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and
+            last nine fields, and ``strength``, ``max_strength``, ``max_retain_loss_increase`` and
             ``seed``. ``"gates"``, the strongest attenuation (not in the paper): all inputs and
             outputs, each by its slope and curvature. It reads the same fields but those of
             ``influence_...``, and ``floor``.
@@ -112,6 +112,8 @@ class UcanConfig:
             is known no better than without the adapter, and need retain data at every step.
         influence_radius: ε, how far one of several steps goes: nats of KL per retained token by
             the factors' quadratic model.
+        influence_batches: retain batches that one of several steps runs, drawn anew before each
+            (``seed``); 0: all of them.
 
     Raises:
         UcanError: a value is of the wrong type or out of its range; the field is named.
@@ -142,6 +144,7 @@ class UcanConfig:
     trust_region: float = 1.0
     influence_steps: int = 1
     influence_radius: float = 5e-4
+    influence_batches: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -169,6 +172,9 @@ class UcanConfig:
                 f"with strength='auto', not method={self.method!r} with strength="
                 f"{self.strength!r}."
             )
+        count = self.influence_batches
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            _refuse("influence_batches", count, "an integer >= 0")
         if self.decay == "hard" and self.auto_strength and self.risk_threshold is not None:
             raise UcanError(
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -222,12 +223,17 @@ def influence(case: Case, **fields: Any) -> Iterator[State]:
     yield from _steps(case, plan, clock)
 
 
-def influence_steps(case: Case) -> Iterator[State]:
-    """Several influence steps as preset ``"thorough"`` takes them, the search aside: by number."""
+def influence_steps(case: Case, share: float = 1.0) -> Iterator[State]:
+    """Several influence steps as preset ``"thorough"`` takes them, the search aside: by number.
+
+    Args:
+        share: of the retain batches that a step runs, drawn anew before each.
+    """
     sums, seconds = request_factors(case)
     clock = Clock(seconds)
     with clock:
-        config = uf.UcanConfig.preset("thorough", seed=case.seed)
+        drawn = math.ceil(share * len(case.retain)) if share < 1 else 0
+        config = uf.UcanConfig.preset("thorough", seed=case.seed, influence_batches=drawn)
         walk = uf.InfluenceWalk(case.model, only(case.forget, FORGET), case.retain, *sums, config)
     try:
         while walk.steps < config.influence_steps:
@@ -331,5 +337,12 @@ BEYOND = (
     _influence("influence, eigenbasis", influence_variant="eigenbasis"),
     _influence("influence, diagonals", influence_variant="diagonal"),
     Method("influence, several steps", influence_steps, needs=("factors",), backward=True),
+    Method(
+        "influence, several steps, a fifth of D_r each",
+        influence_steps,
+        ({"share": 0.2},),
+        needs=("factors",),
+        backward=True,
+    ),
     Method("one plain gradient step", gradient_step, needs=("factors",), backward=True),
 )

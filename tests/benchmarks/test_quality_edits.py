@@ -57,12 +57,12 @@ def test_states_edit_and_leave_nothing(case, method):
 
 
 #: Its states are on one way, like those of training: each is paid for with those before it.
-ON_A_WAY = "influence, several steps"
+ON_A_WAY = [method for method in BEYOND if "several steps" in method.name]
 
 
 @pytest.mark.parametrize(
     "method",
-    [m for m in (*edits.ATTENUATION, *BEYOND) if m.name != ON_A_WAY],
+    [m for m in (*edits.ATTENUATION, *BEYOND) if m not in ON_A_WAY],
     ids=lambda method: method.name,
 )
 def test_a_state_does_not_pay_for_those_before_it(case, method, monkeypatch):
@@ -73,11 +73,11 @@ def test_a_state_does_not_pay_for_those_before_it(case, method, monkeypatch):
     assert len(set(seconds)) == 1
 
 
-def test_a_step_is_paid_for_with_those_before_it(case, monkeypatch):
-    (method,) = [m for m in BEYOND if m.name == ON_A_WAY]
+@pytest.mark.parametrize("method", ON_A_WAY, ids=lambda method: method.name)
+def test_a_step_is_paid_for_with_those_before_it(case, method, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(edits.Clock, "_now", staticmethod(lambda: next(ticks)))
-    seconds = [state.seconds for state in method.states(case)]
+    seconds = [state.seconds for state in method.states(case, **method.settings[0])]
     assert [b - a for a, b in itertools.pairwise(seconds)] == [1] * (len(seconds) - 1)
     assert 1 < len(seconds) <= UcanConfig.preset("thorough").influence_steps
 
