@@ -742,3 +742,30 @@ def test_the_report_counts_per_layer_what_the_plan_holds():
             "min_factor": min(values),
         }
     assert change["attenuated"] == sum(v["attenuated"] for v in change["layers"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"config": "best"},
+            r"config must be a UcanConfig, not 'best': .*preset\(name",
+        ),
+        ({"config": {"method": "gates"}}, r"config must be a UcanConfig, not \{'method'"),
+        ({"bank": "bank.safetensors"}, r"bank must be what collect .* 'bank.safetensors'.*load"),
+        ({"previous": "out"}, r"previous must be the result of an earlier unlearn .*, not 'out'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options, match):
+    model = trained()
+    before = weights(model)
+    with pytest.raises(uf.UcanError, match=match):
+        uf.unlearn(model, forget=forget_batches(), retain=retain_batches(), **options)
+    assert_same_weights(model, before)
+
+
+def test_configurations_of_another_kind_are_named_by_every_plan():
+    for make in (uf.make_plan, uf.make_influence_plan, uf.make_gates_plan):
+        sums = (None,) if make is uf.make_plan else (None, None)
+        with pytest.raises(uf.UcanError, match="config must be a UcanConfig, not 'best'"):
+            make(trained(), *sums, "best")

@@ -269,6 +269,22 @@ class UcanConfig:
             )
 
 
+def config_or(config: UcanConfig | None, method: str = "attenuate") -> UcanConfig:
+    """The configuration that was given, or the defaults of a method.
+
+    Raises:
+        UcanError: something else was given (a preset's name, a dict).
+    """
+    if config is None:
+        return UcanConfig(method=method)
+    if not isinstance(config, UcanConfig):
+        raise UcanError(
+            f"config must be a UcanConfig, not {config!r}: UcanConfig(method=...), or "
+            "UcanConfig.preset(name)."
+        )
+    return config
+
+
 def is_seed(value: Any) -> bool:
     """Whether torch's generators take it as a seed."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64

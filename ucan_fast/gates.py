@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapter import find_layers, one_walk, resolve_adapter, unwrap
-from .config import UcanConfig
+from .config import UcanConfig, config_or
 from .errors import UcanError
 from .factors import InfluenceFactors
 from .influence import _check_origin, _check_sets, of_variant, targets_of
@@ -71,7 +71,7 @@ def make_gates_plan(
     Warns:
         UcanWarning: no gate can be closed to any use.
     """
-    config = config or UcanConfig(method="gates")
+    config = config_or(config, "gates")
     if config.method != "gates":
         raise UcanError(f"make_gates_plan needs method='gates', not {config.method!r}.")
     model = unwrap(model)

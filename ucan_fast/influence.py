@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapter import active_context, fingerprint, resolve_adapter, unwrap
-from .config import UcanConfig
+from .config import UcanConfig, config_or
 from .errors import UcanError, UcanWarning
 from .factor_pass import Target, find_targets, influence_layers
 from .factors import Eigen, Factor, InfluenceFactors, solver
@@ -261,7 +261,7 @@ def make_influence_plan(
         UcanError: sums of another adapter or variant, an empty set, or a factor that cannot be
             solved.
     """
-    config = config or UcanConfig(method="influence")
+    config = config_or(config, "influence")
     if config.method != "influence":
         raise UcanError(f"make_influence_plan needs method='influence', not {config.method!r}.")
     model = unwrap(model)

@@ -14,7 +14,7 @@ from torch import nn
 from .adapter import resolve_adapter, unwrap
 from .batches import reusable
 from .collect import _quiet
-from .config import UcanConfig
+from .config import UcanConfig, config_or
 from .errors import UcanError
 from .evaluation import (
     IGNORED_LABELS,
@@ -137,7 +137,7 @@ class InfluenceWalk:
         Raises:
             UcanError: as :func:`ucan_fast.make_influence_plan`; bad batches.
         """
-        self.config = config or UcanConfig(method="influence")
+        self.config = config_or(config, "influence")
         self.model = unwrap(model)
         self.adapter = resolve_adapter(self.model, adapter)
         # Refuses what cannot be moved; a walk that has not begun is this plan at 0 nats.

@@ -19,7 +19,7 @@ from .adapter import (
     unwrap,
 )
 from .batches import FORGET, RETAIN
-from .config import UcanConfig
+from .config import UcanConfig, config_or
 from .errors import UcanError
 from .marks import has_plan
 from .neurons import NeuronGroup, moments_site, neuron_groups, weight_norms
@@ -56,12 +56,13 @@ def make_plan(
     Warns:
         UcanWarning: the plan changes nothing, or more than half of all neurons.
     """
+    config = config_or(config)
     model = unwrap(model)
     with one_walk(model):
         adapter = resolve_adapter(model, adapter)
         find_layers(model, adapter)  # what has no neurons is said before weights are read
         _check_origin(model, adapter, stats)
-        plan = score_plan(model, stats, config or UcanConfig(), adapter)
+        plan = score_plan(model, stats, config, adapter)
     if plan.config.auto_strength and not plan.note:
         plan.note = f"{unsearched_note(plan.config)}."
     plan.warn_if_unusual()

@@ -19,7 +19,7 @@ from torch import nn
 from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
 from .batches import RETAIN, check_iterable, eval_mode, read_batches, reusable
 from .collect import collect_at_origin
-from .config import UcanConfig
+from .config import UcanConfig, config_or
 from .controls import Control, random_control, random_step_control, uniform_control
 from .errors import UcanError, UcanWarning
 from .evaluation import Shift, forget_shift, group_loss
@@ -128,7 +128,8 @@ def unlearn(
             requests back, and the warning says so), or more than half of all neurons; the adapter
             trained more than LoRA matrices (modules_to_save, biases), which stays as it is.
     """
-    config = config or UcanConfig()
+    config = config_or(config)
+    _check_kinds(bank, previous)
     influence, gradients = config.method == "influence", config.method != "attenuate"
     model = unwrap(model)
     with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
@@ -331,6 +332,21 @@ class _Job:
         if self.config.auto_strength:
             raise UcanError(f"the retain budget cannot be measured: {why}.")
         self.retain_loss, self.no_retain_loss = None, why
+
+
+def _check_kinds(bank: Any, previous: Any) -> None:
+    """Refuse what is no statistics, such as the path of a file."""
+    sums = (ActivationStats, InfluenceFactors)
+    if bank is not None and not isinstance(bank, sums):
+        raise UcanError(
+            f"bank must be what collect or collect_factors returned, not {bank!r}; a file is read "
+            "by ActivationStats.load(path) or InfluenceFactors.load(path)."
+        )
+    if previous is not None and not isinstance(previous, (UnlearnResult, InfluenceStats, *sums)):
+        raise UcanError(
+            f"previous must be the result of an earlier unlearn or its statistics, not "
+            f"{previous!r}."
+        )
 
 
 class _Counted:
