@@ -1547,5 +1547,17 @@ def test_several_steps_take_retain_data_beside_a_bank(project, out, monkeypatch)
     monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
     code, _, err = unlearn(project, one, *flags, retain=None, bank=bank)
     assert code == 1
-    assert "with --calibration, or with --retain beside it" in err
+    assert "several influence steps run retain data, which a bank does not hold" in err
     assert not one.exists()
+
+
+@pytest.mark.parametrize("earlier", ["thorough", "best"])
+def test_several_steps_are_no_part_of_requests_in_a_row(project, out, earlier, monkeypatch):
+    steps = ["--influence-steps", "2"] if earlier == "thorough" else []
+    assert unlearn(project, out, "--preset", earlier, *steps, "--no-evaluate")[0] == 0
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
+    later = "best" if earlier == "thorough" else "thorough"
+    code, _, err = unlearn(project, out.parent / "next", "--preset", later, previous=out)
+    assert code == 1
+    assert "has not the other's data: it would be known again" in err
+    assert not (out.parent / "next").exists()

@@ -120,7 +120,10 @@ def test_several_steps_are_of_influence_and_searched_for(changes):
 
 def test_batches_of_a_step():
     assert UcanConfig(influence_batches=0).influence_batches == 0
-    assert UcanConfig(influence_batches=7).influence_batches == 7
+    several = {"method": "influence", "influence_steps": 2}
+    assert UcanConfig(**several, influence_batches=7).influence_batches == 7
+    with pytest.raises(UcanError, match="influence_batches=7 is for influence_steps > 1"):
+        UcanConfig(method="influence", influence_batches=7)
     for value in (-1, 1.0, True, "2", None):
         with pytest.raises(UcanError, match="influence_batches must be an integer >= 0"):
             UcanConfig(influence_batches=value)

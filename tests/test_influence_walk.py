@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import helpers_models as hm
@@ -21,9 +22,10 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import influence_job, influence_walk
+from ucan_fast import evaluation, influence_job, influence_walk
 from ucan_fast.influence_walk import InfluenceWalk
 
+job = importlib.import_module("ucan_fast.unlearn")
 CONFIG = uf.UcanConfig(method="influence", damping=0.03, retain_gradient_weight=2.0)
 STEPS = uf.UcanConfig.preset("thorough", influence_steps=4, max_retain_loss_increase=0.05)
 
@@ -63,7 +65,7 @@ def test_two_steps_are_those_of_the_formula(most, drawn, monkeypatch):
     model = model64()
     forget, retain = forget_batches(count=8), retain_batches(count=12)
     sample = retain_batches(count=16, size=4, seed=3)
-    config = CONFIG.replace(influence_batches=2, seed=5) if drawn else CONFIG
+    config = CONFIG.replace(influence_steps=2, influence_batches=2, seed=5) if drawn else CONFIG
     walk = walk_of(model, forget=forget, retain=retain, sample=sample, config=config)
     generator = torch.Generator().manual_seed(5)
     now, factors = copy.deepcopy(model), oracle.factors(model, retain, 1)
@@ -198,7 +200,7 @@ def test_a_step_that_the_retain_batches_do_not_bear_is_halved(monkeypatch):
 
 def test_drawn_batches_are_others_before_every_step(monkeypatch):
     model = trained()
-    config = CONFIG.replace(influence_batches=2)
+    config = CONFIG.replace(influence_steps=4, influence_batches=2)
     drawn, whole = [], retain_batches(count=24, size=4)
     walk = walk_of(model, retain=iter(whole), sample=iter(whole), config=config)
     real = walk._gradients
@@ -221,6 +223,20 @@ def test_drawn_batches_are_others_before_every_step(monkeypatch):
     there = weights(model)
     walk._edit.write(1.0)
     assert_same_weights(model, there)
+
+
+def test_batches_without_a_scored_position_are_not_drawn():
+    retain = retain_batches(count=12)
+    empty = {**retain[0], "labels": torch.full_like(retain[0]["input_ids"], -100)}
+    config = CONFIG.replace(influence_steps=9, influence_batches=1)
+    walk = walk_of(trained(), sample=[empty, *retain, empty], config=config)
+    for _ in range(6):
+        assert walk.advance()
+    # As many as there are: all of them, run once.
+    one, other = trained(), trained()
+    for model, count in ((one, 0), (other, 7)):
+        walk_of(model, config=config.replace(influence_batches=count)).advance()
+    assert_same_weights(one, weights(other))
 
 
 # Where they end.
@@ -312,6 +328,50 @@ def test_shortened_and_taken_back():
     assert walk._scale == 0.625
 
 
+def test_a_step_is_taken_back_once():
+    model = trained()
+    origin, walk = snapshot(model), walk_of(model)
+    for call in (walk.back, walk.shorten):
+        with pytest.raises(uf.UcanError, match="no last step"):
+            call()
+    for _ in range(2):
+        walk.advance()
+    walk.back()
+    with pytest.raises(uf.UcanError, match="no last step"):
+        walk.back()
+    assert walk.steps == 1
+    # Restored, the walk begins anew.
+    walk.restore()
+    assert_same_bits(model, origin)
+    assert walk.plan().is_noop
+    walk.advance()
+    again = weights(model)
+    assert walk.steps == 1
+    fresh = trained()
+    walk_of(fresh).advance()
+    assert_same_weights(fresh, again)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"never_seen": math.nan}, "never_seen must be nats per token > 0, not nan"),
+        ({"never_seen": 0.0}, "never_seen must be nats per token > 0"),
+        ({"forget": 5}, "forget must be an iterable of batches, not int"),
+        ({"retain": {"input_ids": None}}, "retain must be an iterable of batches, not one dict"),
+    ],
+)
+def test_what_a_walk_is_called_with(options, match):
+    model = trained()
+    factors = (
+        uf.collect_factors(model, forget_batches(count=8), group="forget"),
+        uf.collect_factors(model, retain_batches(count=12)),
+    )
+    batches = [options.pop(name, []) for name in ("forget", "retain")]
+    with pytest.raises(uf.UcanError, match=match):
+        InfluenceWalk(model, *batches, *factors, CONFIG, **options)
+
+
 def test_modes_gradients_and_random_numbers_stay():
     model = trained().train()
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -350,7 +410,9 @@ def test_gradients_that_are_not_finite_are_named(monkeypatch):
     monkeypatch.setattr(
         influence_walk, "gradients", lambda *a, **o: [g * math.nan for g in real(*a, **o)]
     )
-    with pytest.raises(uf.UcanError, match=r"not finite after 1 steps.*original ones.*damping"):
+    with pytest.raises(
+        uf.UcanError, match=r"not finite after 1 influence step;.*original ones.*damping"
+    ):
         walk.advance()
     assert_same_bits(model, origin)
 
@@ -390,22 +452,63 @@ def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     assert_same_weights(several, origin)
 
 
-def test_calibration_batches_are_the_sample_where_there_is_a_bank():
-    forget, retain = forget_batches(), retain_batches(count=32)
+def test_the_budget_is_measured_apart_from_what_the_steps_run(monkeypatch):
+    """Without calibration= a part of the retain batches is kept for it; with it none is."""
+    forget, retain = forget_batches(), retain_batches(count=48, size=8)
     bank = uf.collect_factors(trained(), [*forget, *retain])
-    found = {}
-    for way, options in {
-        "calibration": {"calibration": retain[:1]},
-        "retain": {"calibration": retain[:1], "retain": retain},
-    }.items():
-        model = trained()
+    run, measured = [], []
+    real, loss = InfluenceWalk, evaluation.group_loss
+
+    def kept(model, forget, retain, *arguments, **options):
+        run[:] = [id(batch) for batch in retain]
+        return real(model, forget, retain, *arguments, **options)
+
+    def spied(model, batches, group="retain", *arguments):
+        if group == "retain":
+            measured[:] = [id(batch) for batch in batches]
+        return loss(model, batches, group, *arguments)
+
+    monkeypatch.setattr(influence_job, "InfluenceWalk", kept)
+    monkeypatch.setattr(job, "group_loss", spied)
+    every = {id(batch) for batch in retain}
+    for options in ({"bank": bank}, {}):
         result = uf.unlearn(
-            model, forget=forget, bank=bank, config=STEPS, evaluate=False, **options
+            trained(), forget=forget, retain=retain, config=STEPS, evaluate=False, **options
         )
-        found[way] = result.plan.directions
-        assert result.report.request["retain_from"] == "bank"
-    key = next(iter(found["retain"]))
-    assert not torch.equal(found["calibration"][key], found["retain"][key])
+        assert set(run) | set(measured) == every
+        assert len(run) + len(measured) == len(every) == 6
+        assert len(measured) == 2
+        note = "measured on 2 of 6 retain batches, the steps ran the others"
+        assert result.report.notes["retain budget"] == note
+        given = uf.unlearn(
+            trained(),
+            forget=forget,
+            retain=retain[:4],
+            calibration=retain[4:],
+            config=STEPS,
+            evaluate=False,
+            **options,
+        )
+        assert run == [id(batch) for batch in retain[:4]]
+        assert measured == [id(batch) for batch in retain[4:]]
+        assert "retain budget" not in given.report.notes
+
+
+def test_retain_tokens_among_the_forget_batches():
+    forget, retain = forget_batches(), retain_batches(count=16)
+    mixed = []
+    for f, r in zip(forget, retain, strict=True):
+        batch = {key: torch.cat([f[key], r[key]]) for key in ("input_ids", "attention_mask")}
+        groups = torch.ones_like(batch["input_ids"])
+        groups[: len(f["input_ids"])] = 0
+        mixed.append({**batch, "token_groups": groups})
+    model = trained()
+    before = mean_nll(model, forget, "forget")
+    result = uf.unlearn(model, forget=mixed, config=STEPS, evaluate=False)
+    assert result.report.notes["retain budget"].startswith("measured on 1 of 2")
+    assert mean_nll(model, forget, "forget") > before + 0.5
+    with pytest.raises(uf.UcanError, match=r"only one batch of retain data.*smaller batches"):
+        uf.unlearn(trained(), forget=mixed[:1], config=STEPS)
 
 
 def test_steps_beyond_the_budget_are_halved_and_taken_back():
@@ -472,9 +575,12 @@ def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"calibration": lambda model: 1.0}, r"influence_steps > 1 takes the retain gradient anew"),
-        ({}, r"steps of unknown cost are not taken: pass calibration= or retain="),
-        ({"holdout": -1.0}, r"holdout must be batches or nats per token"),
+        ({"calibration": lambda model: 1.0}, r"a bank does not hold: pass retain= batches beside"),
+        ({"calibration": retain_batches()}, r"measured on the data that the steps run"),
+        ({}, r"pass retain= batches beside it"),
+        ({"retain": retain_batches(), "holdout": -1.0}, r"holdout must be batches or nats per"),
+        ({"retain": retain_batches(), "calibration": []}, r"the calibration set is empty"),
+        ({"retain": []}, r"steps of unknown cost are not taken: pass retain= batches"),
     ],
 )
 def test_what_is_missing_is_named(options, match):
@@ -482,22 +588,60 @@ def test_what_is_missing_is_named(options, match):
     model = trained()
     bank = uf.collect_factors(model, [*forget, *retain])
     before = weights(model)
-    if "holdout" in options:
-        options["calibration"] = retain
     with pytest.raises(uf.UcanError, match=match):
         uf.unlearn(model, forget=forget, bank=bank, config=STEPS, **options)
     assert_same_weights(model, before)
 
 
-def test_requests_in_a_row_are_refused():
+@pytest.mark.parametrize("later", ["one step", "several"])
+@pytest.mark.parametrize("earlier", ["one step", "several"])
+def test_requests_in_a_row_are_refused(earlier, later):
+    """A step from the origin would bring back what the earlier steps took."""
     model = trained()
     forget, retain = forget_batches(), retain_batches()
-    first = uf.unlearn(model, forget=forget, retain=retain, config=STEPS, evaluate=False)
+    configs = {"one step": STEPS.replace(influence_steps=1), "several": STEPS}
+    first = uf.unlearn(model, forget=forget, retain=retain, config=configs[earlier], evaluate=False)
     before = weights(model)
-    with pytest.raises(uf.UcanError, match=r"the data of the earlier request are gone.*Undo"):
-        uf.unlearn(
-            model, forget=forget_batches(seed=5), retain=retain, config=STEPS, previous=first
+    options = {"forget": forget_batches(seed=5), "retain": retain, "config": configs[later]}
+    if earlier == later == "one step":
+        uf.unlearn(model, **options, previous=first, evaluate=False)
+        return
+    for previous in (first, first.stats):
+        with pytest.raises(uf.UcanError, match=r"not the other's data: it would be known again"):
+            uf.unlearn(model, **options, previous=previous)
+        assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_base_that_the_adapter_changed_is_no_reference(kind):
+    model = hm.lora(hm.llama(hidden=32), r=4, init_lora_weights=kind)
+    origin = snapshot(model)
+    forget, retain = forget_batches(), retain_batches(count=32, size=8)
+    with pytest.raises(uf.UcanError, match=f"'{kind}'.*changed the base.*holdout="):
+        uf.unlearn(model, forget=forget, retain=retain, config=STEPS)
+    assert_same_bits(model, origin)
+    # Never-seen data are a reference all the same.
+    ceiling = mean_nll(model, forget, "forget") + 0.1
+    uf.unlearn(model, forget=forget, retain=retain, config=STEPS, holdout=ceiling, evaluate=False)
+
+
+def test_a_plan_that_does_nothing_reports_no_steps():
+    """Steps that only lower the retain loss, and the forget loss with it."""
+    retain = retain_batches(count=48, size=8)
+    model = trained()
+    before = weights(model)
+    with pytest.warns(uf.UcanWarning, match="did not raise the forget loss"):
+        result = uf.unlearn(
+            model,
+            forget=retain_batches(seed=21, count=16),
+            retain=retain,
+            config=STEPS.replace(retain_gradient_weight=50.0),
+            evaluate=False,
         )
+    report = result.report
+    assert report.change["steps"] == []
+    assert (report.search.chosen, report.search.loss_after) == (0.0, report.search.loss_before)
+    assert "influence steps" not in report.to_markdown().split("## ")[0]
     assert_same_weights(model, before)
 
 

@@ -70,7 +70,8 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     several = config.influence_steps > 1  # they run retain data, beside a bank too
     given = (arguments.retain is not None) + (arguments.bank is not None)
     if given == 0 or (given == 2 and not several):
-        return _usage("unlearn", "give exactly one of --retain and --bank")
+        both = " (several influence steps take both)" if several else ""
+        return _usage("unlearn", f"give exactly one of --retain and --bank{both}")
 
     from .factors import InfluenceFactors
     from .files import atomic_directory, check_output_folder
@@ -83,16 +84,26 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     _check_apart(arguments)
     measured = ActivationStats if config.method == "attenuate" else InfluenceFactors
     bank = None if arguments.bank is None else measured.load(arguments.bank)
-    nothing_to_run = arguments.calibration is None and arguments.retain is None
-    if nothing_to_run and _needs_retain_loss(config):
+    if several and arguments.retain is None:
+        raise UcanError(
+            "several influence steps run retain data, which a bank does not hold: give --retain "
+            "beside it."
+        )
+    if arguments.calibration is None and arguments.retain is None and _needs_retain_loss(config):
         raise UcanError(
             f"method {config.method!r} with strength 'auto' measures the retain budget, and a bank "
-            "holds nothing to measure it on: give retain data with --calibration, or "
-            + ("with --retain beside it." if several else "--strength in nats.")
+            "holds nothing to measure it on: give retain data with --calibration, or --strength in "
+            "nats."
         )
     previous = None
     if arguments.previous is not None:
         previous = measured.load(Path(arguments.previous) / ADAPTER_STATS)
+        if several or _took_several_steps(Path(arguments.previous) / ADAPTER_PLAN):
+            raise UcanError(
+                "several influence steps run the forget set anew before every step, and a request "
+                "after another has not the other's data: it would be known again. Ask for both "
+                "forget sets in one request, on the original adapter."
+            )
     model, tokenizer = _load(arguments)
     result = unlearn(
         model,
@@ -123,6 +134,12 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     _print_metrics(result.report.metrics, result.report.notes)
     print(f"unlearned adapter and report: {arguments.out}")
     return DONE
+
+
+def _took_several_steps(path: Path) -> bool:
+    from .plans import load_plan
+
+    return path.exists() and load_plan(path).config.influence_steps > 1
 
 
 def _needs_retain_loss(config: UcanConfig) -> bool:

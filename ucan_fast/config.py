@@ -90,7 +90,8 @@ class UcanConfig:
         max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
             rise, relative to its value before (0.05 = 5 %). An influence step moves rankings more
             than this loss: start with 0.01 there, or search on a loss of your own.
-        max_strength: ``"auto"`` searches β in [0, max_strength]; t at most up to ln V.
+        max_strength: ``"auto"`` searches β in [0, max_strength]; t at most up to ln V. (Not
+            of several steps.)
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
             ``"layer"``, the whole output of the layer.
         seed: for the random control, for drawing calibration batches, and for the labels that
@@ -175,6 +176,11 @@ class UcanConfig:
         count = self.influence_batches
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             _refuse("influence_batches", count, "an integer >= 0")
+        if count and self.influence_steps == 1:
+            raise UcanError(
+                f"UcanConfig: influence_batches={count} is for influence_steps > 1; one step runs "
+                "no retain batches but those of its statistics."
+            )
         if self.decay == "hard" and self.auto_strength and self.risk_threshold is not None:
             raise UcanError(
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "

@@ -80,10 +80,12 @@ class InfluencePlan(ReversiblePlan):
         config: the choices it was made with.
         fingerprint: of the adapter it is for.
         directions: ``{layer}.lora_A`` and ``.lora_B`` -> ``c d``, fp32 (fp64 for an fp64 adapter)
-            on the CPU: a strength of 1 predicts that the mean forget NLL rises by one nat.
+            on the CPU: a strength of 1 predicts that the mean forget NLL rises by one nat. Of
+            several steps: the straight line from the origin to where they led, over the strength.
             Parameters that several layers share have one entry, under the first of them.
         shares: the part of the predicted rise that each of them brings; they add up to 1.
-        strength: t, the predicted rise of the forget NLL in nats.
+        strength: t, the predicted rise of the forget NLL in nats; of several steps, the measured
+            one.
         note: what a user must know about it, or "".
 
     It holds the direction that leads back to the original weights, and so what was to be
@@ -129,10 +131,11 @@ class InfluencePlan(ReversiblePlan):
             name = key.rpartition(".")[0]
             by_layer[name] = by_layer.get(name, 0.0) + share
         top = sorted(by_layer.items(), key=lambda pair: -pair[1])[:3]
+        several = self.config.influence_steps > 1
         lines = [
-            f"influence step on {len(self.directions)} matrices, variant "
-            f"{self.config.influence_variant!r}: predicted rise of the forget NLL "
-            f"{self.strength:.4g} nats",
+            f"influence step{'s' if several else ''} on {len(self.directions)} matrices, variant "
+            f"{self.config.influence_variant!r}: {'measured' if several else 'predicted'} rise of "
+            f"the forget NLL {self.strength:.4g} nats",
             "most of it in " + ", ".join(f"{name} ({100 * s:.0f} %)" for name, s in top),
         ]
         if self.note:

@@ -20,7 +20,7 @@ from .factor_pass import factor_memory
 from .factors import InfluenceFactors
 from .gates import score_gates
 from .influence import InfluencePlan, make_influence_plan
-from .influence_walk import InfluenceWalk
+from .influence_walk import InfluenceWalk, counted
 from .plan import AttenuationPlan
 from .strength import StrengthSearch, search_strength
 
@@ -39,10 +39,12 @@ class InfluenceStats:
     Attributes:
         forget: sums over the forget sets of this request and all before it.
         retain: sums over the retain set.
+        steps: ``influence_steps`` of the request.
     """
 
     forget: InfluenceFactors
     retain: InfluenceFactors
+    steps: int = 1
 
     @property
     def fingerprint(self) -> str:
@@ -104,14 +106,15 @@ def influence_statistics(
                 "the retain set is empty: the bank holds no more than the forget set. A bank is "
                 "all data, the forget set included."
             )
-        return InfluenceStats(request, rest)
-    mixed = list(_with_retain_tokens(forget))
+        return InfluenceStats(request, rest, config.influence_steps)
+    mixed = list(with_retain_tokens(forget))
     if retain is None and not mixed:
         raise UcanError(
             "there is no retain set: pass retain= batches or bank= factors, or mark retain "
             "tokens in the forget batches with token_groups."
         )
-    return InfluenceStats(request, job.factors(_Joined(mixed, retain or ()), "retain", **wanted))
+    together = job.factors(_Joined(mixed, retain or ()), "retain", **wanted)
+    return InfluenceStats(request, together, config.influence_steps)
 
 
 def influence_plan(
@@ -209,10 +212,8 @@ def search_step(
 
 def search_walk(
     job: _Job,
-    plan: InfluencePlan,
     stats: InfluenceStats,
     forget: Batches,
-    retain: Batches | None,
     holdout: Batches | float | None,
 ) -> InfluencePlan:
     """As many influence steps as stay within the retain budget and below the holdout's NLL.
@@ -220,79 +221,71 @@ def search_walk(
     A step that does not is halved, up to :data:`_HALVINGS` times, and taken back if that was no
     help; then the steps end.
 
-    Args:
-        plan: of one step, for what it says where there is no direction at all.
-        retain: where the retain gradients are taken, else on the calibration batches.
-
     Raises:
-        UcanError: there is nothing to measure the retain loss or its gradient on, or no scored
-            holdout position.
+        UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
     """
-    if job.retain_loss is None:
+    if job.retain_loss is None or job.walked is None:
         raise UcanError(
             "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
-            "cost are not taken: pass calibration= or retain=."
-        )
-    retain = job.calibration_batches if retain is None else retain
-    if retain is None:
-        raise UcanError(
-            "influence_steps > 1 takes the retain gradient anew before every step: pass retain= "
-            "batches (with a bank a sample is enough), or calibration= batches."
+            "cost are not taken: pass retain= batches."
         )
     ceiling = ceiling_of(job.model, holdout)
+    budget = job.config.max_retain_loss_increase
+    allowed = job.loss_before + budget * abs(job.loss_before)
+    search = StrengthSearch("steps", budget, job.loss_before, loss_after=job.loss_before)
     walk = InfluenceWalk(
         job.model,
         forget,
-        retain,
+        job.walked,
         stats.forget,
         stats.retain,
         job.config,
         never_seen=ceiling,
         adapter=job.adapter,
     )
-    allowed = job.loss_before + job.config.max_retain_loss_increase * abs(job.loss_before)
-    search = StrengthSearch(
-        "steps", job.config.max_retain_loss_increase, job.loss_before, loss_after=job.loss_before
-    )
 
-    def fits() -> str:
-        """Why the state that the walk is in is refused, or ""."""
+    def refused() -> str:
+        """Why the state that the walk is in is none to stay in, or ""."""
         loss = job.retain_loss()
         search.curve.append((walk.steps, loss))
         if not loss <= allowed:  # nan is outside
-            return f"the budget of {100 * search.budget:g} % retain loss"
+            return f"the budget of {100 * budget:g} % retain loss"
         if ceiling < math.inf:
             cost = group_loss(job.model, forget, "forget").mean
             if not cost <= ceiling:
-                return f"never-seen data ({ceiling:.4f} nats per token)"
+                return f"the cost of never-seen data ({ceiling:.4f} nats per token)"
         search.chosen, search.loss_after = walk.steps, loss
         return ""
 
+    before = group_loss(job.model, forget, "forget").mean if ceiling < math.inf else -math.inf
     try:
-        while walk.steps < job.config.influence_steps:
+        if before >= ceiling:
+            search.note = (
+                f"the forget set is no better known than never-seen data (NLL {before:.4f} "
+                f"against holdout={ceiling:.4f} nats): there is nothing to unlearn."
+            )
+        while not search.note and walk.steps < job.config.influence_steps:
             if not walk.advance():
-                search.note = (
-                    f"{walk.ended}: there is nothing to unlearn."
-                    if not walk.steps
-                    else f"ended after {walk.steps} steps: {walk.ended}."
-                )
+                search.note = f"ended after {counted(walk.steps)}: {walk.ended}."
                 break
-            refused = fits()
-            for _ in range(_HALVINGS if refused else 0):
+            why = refused()
+            for _ in range(_HALVINGS if why else 0):
                 walk.shorten()
-                refused = fits()
-                if not refused:
+                why = refused()
+                if not why:
                     break
-            if refused:
+            if why:
                 walk.back()
-                search.note = f"stopped by {refused}: no shorter step {walk.steps + 1} was within."
-                break
-        made = walk.plan()
+                search.note = f"stopped by {why}: no shorter step {walk.steps + 1} was within."
+        plan = walk.plan()
+        job.steps = list(walk.measured)
     finally:
         walk.restore()
-    job.search, job.steps = search, walk.measured
-    made.note = made.note or search.note or plan.note
-    return made
+    if plan.is_noop:
+        search.chosen, search.loss_after, job.steps = 0.0, job.loss_before, []
+    job.search = search
+    plan.note = plan.note if plan.is_noop and plan.note else search.note
+    return plan
 
 
 def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
@@ -343,7 +336,8 @@ class _Joined:
         return chain(self.first, self.second)
 
 
-def _with_retain_tokens(batches: Batches) -> Iterator[Mapping[str, Any]]:
+def with_retain_tokens(batches: Batches) -> Iterator[Mapping[str, Any]]:
+    """The batches whose ``token_groups`` mark a retain token."""
     for batch in batches:
         groups = [batch.get(key) for key in ("token_groups", "decoder_token_groups")]
         if any(given is not None and (given == RETAIN).any() for given in groups):

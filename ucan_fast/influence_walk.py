@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapter import resolve_adapter, unwrap
-from .batches import reusable
+from .batches import check_iterable, reusable
 from .collect import _quiet
 from .config import UcanConfig, config_or
 from .errors import UcanError
@@ -93,15 +93,16 @@ class InfluenceWalk:
     bank; that of the retain batches S comes in as a difference to the origin (a control variate:
     Johnson and Zhang 2013). S are all batches, or ``influence_batches`` of them, drawn anew before
     each step and run at the origin as well: what a step costs then does not grow with D_r. (A
-    sample that stays the same is learned by heart: of a quarter of the users a quarter of D_r
-    drawn anew took 66 %, kept 46 %, all of it 74 %.)
+    small set that stays the same would be learned by heart.)
 
     A step after which S cost over 0.02 nats more than before it is halved.
 
     A position counts as long as the model knows it better than its reference, the least of: the
-    model *without the adapter*, blind guessing (ln V), and never-seen data where their cost is
-    given. Where less than a fifth of the positions count the walk ends. (Where the base model does
-    not know the task at all, its references are high: give the cost of never-seen data.)
+    model *without the adapter's A and B*, blind guessing (ln V), and never-seen data where their
+    cost is given. Where less than a fifth of the positions count the walk ends. Those that do not
+    count are moved by the others all the same: the mean NLL may end above the mean reference, as
+    that of a retrained adapter does. Where the base model does not know the task at all its
+    references are high: give the cost of never-seen data.
 
     (Ours; not in the paper.) Natural gradients: Amari 1998; Kronecker factors and the trust region:
     Martens and Grosse, arXiv 1503.05671.
@@ -110,6 +111,8 @@ class InfluenceWalk:
     :meth:`plan` makes a plan of where the model is.
     """
 
+    # Tensors made in inference mode could not be written to outside.
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -135,11 +138,18 @@ class InfluenceWalk:
             adapter: needed when several adapters are active.
 
         Raises:
-            UcanError: as :func:`ucan_fast.make_influence_plan`; bad batches.
+            UcanError: as :func:`ucan_fast.make_influence_plan`; bad batches; an initialisation that
+                changed the base model (PiSSA, OLoRA, CorDA, LoftQ), without ``never_seen``.
         """
+        if not never_seen > 0:  # nan too
+            raise UcanError(f"never_seen must be nats per token > 0, not {never_seen!r}.")
+        check_iterable(forget, "forget")
+        check_iterable(retain, "retain")
         self.config = config_or(config, "influence")
         self.model = unwrap(model)
         self.adapter = resolve_adapter(self.model, adapter)
+        if never_seen == math.inf:
+            _check_base(self.model, self.adapter)
         # Refuses what cannot be moved; a walk that has not begun is this plan at 0 nats.
         self._first = make_influence_plan(
             self.model, forget_factors, retain_factors, self.config, adapter=self.adapter
@@ -150,15 +160,9 @@ class InfluenceWalk:
         self.targets = targets_of(self.model, self.adapter, self.config)
         check_predicts_tokens(self.model)
         self._forget = list(forget)
-        if self.config.influence_batches:
-            self._retain = retain if isinstance(retain, Sequence) else list(retain)
-            self._random = torch.Generator().manual_seed(self.config.seed)
-            self._batches: Batches = ()
-        else:
-            self._batches = reusable(retain, "retain")
+        # Those of the present step: all, or drawn from all.
+        self._batches, self._all = self._retain_batches(retain)
         self._bank = self._direction.retain_gradients()
-        # Of the batches that the present step runs.
-        self._at_origin: Gradients = {}
         parameters = {t.key: t.parameter for t in self.targets}
         # Like the directions of a plan: on the CPU, and at least in fp32.
         self._moved = {
@@ -166,17 +170,35 @@ class InfluenceWalk:
             for key, p in parameters.items()
         }
         self._edit = StepEdit(parameters, self._moved)
-        self._momentum: Gradients | None = None
-        # The step that led here, and what it predicted by matrix.
-        self._last: Gradients = {}
-        self._last_rises: dict[str, float] = {}
-        # Gradient and NLL of the retain batches where the model is, once they were taken.
-        self._here: tuple[Gradients, float] | None = None
-        self._scale = 1.0
-        self._rises = dict.fromkeys(self._moved, 0.0)
+        self._references = self._measure_references(never_seen)
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state of a walk that has not begun."""
         self.measured: list[Measured] = []
         self.ended = ""
-        self._references = self._measure_references(never_seen)
+        for moved in self._moved.values():
+            moved.zero_()
+        self._rises = dict.fromkeys(self._moved, 0.0)
+        # The step that led here, and what it predicted by matrix; none at the origin.
+        self._last: Gradients = {}
+        self._last_rises: dict[str, float] = {}
+        self._momentum: Gradients | None = None
+        self._momentum_before: Gradients | None = None
+        # Gradient and NLL of the retain batches here, once they were taken, and at the origin.
+        self._here: tuple[Gradients, float] | None = None
+        self._at_origin: Gradients = {}
+        self._scale = 1.0
+        self._random = torch.Generator().manual_seed(self.config.seed)
+
+    def _retain_batches(self, retain: Batches) -> tuple[Batches, list]:
+        """What the first step runs, and what every step draws from (nothing where it runs all)."""
+        count = self.config.influence_batches
+        if not count:
+            return reusable(retain, "retain"), []
+        # A batch without a scored retain position has no gradient.
+        scored = [b for b in retain if any(True for _ in scored_slices(self.model, [b], "retain"))]
+        return (scored, []) if count >= len(scored) else (scored[:count], scored)
 
     @property
     def steps(self) -> int:
@@ -212,17 +234,22 @@ class InfluenceWalk:
             self._last = {key: length * value for key, value in step.items()}
             self._last_rises = {key: length * value for key, value in slopes.items()}
             self.measured.append(Measured(forget_nll, retain_nll, known, length * slope))
+            self._momentum_before, self._momentum = self._momentum, ahead
             self._write(1.0)
             if not self._is_borne():
                 self.back()
                 self.ended = f"no shorter step {self.steps + 1} kept the retain batches"
                 return False
-            self._momentum = ahead
             self._scale = min(1.0, _GROWTH * self._scale)
         return True
 
     def shorten(self) -> None:
-        """Halve the last step. The next is as long at most; those after it grow again."""
+        """Halve the last step. The next is as long at most; those after it grow again.
+
+        Raises:
+            UcanError: there is no last step: none was taken, or it was taken back.
+        """
+        self._check_last()
         with self._restoring():
             self._write(-0.5)
             self._last = {key: value / 2 for key, value in self._last.items()}
@@ -231,14 +258,25 @@ class InfluenceWalk:
             self._scale /= 2
 
     def back(self) -> None:
-        """Take the last step back; once, then there is none to take back."""
+        """Take the last step back; only one.
+
+        Raises:
+            UcanError: as :meth:`shorten`.
+        """
+        self._check_last()
         with self._restoring():
             self._write(-1.0)
             self.measured.pop()
+            self._momentum, self._last = self._momentum_before, {}
+
+    def _check_last(self) -> None:
+        if not self._last:
+            raise UcanError("there is no last step: none was taken, or it was taken back already.")
 
     def restore(self) -> None:
-        """Every weight as it was before the walk, bit by bit."""
+        """Every weight as it was before the walk, bit by bit; the walk begins anew."""
         self._edit.restore()
+        self._begin()
 
     def plan(self) -> InfluencePlan:
         """The way from the origin to here, as a plan for the origin (not applied).
@@ -254,32 +292,36 @@ class InfluenceWalk:
             return replace(
                 self._first,
                 strength=0.0,
-                note=f"{self.steps} steps did not raise the forget loss ({rise:.3g} nats).",
+                note=f"{counted(self.steps)} did not raise the forget loss ({rise:.3g} nats).",
             )
-        total = sum(self._rises.values())
+        parts = self._rises
+        if not sum(parts.values()) > 0:  # the way up was predicted by no step: by what was moved
+            parts = {key: float(m.double().square().sum()) for key, m in self._moved.items()}
+        total = sum(parts.values())
         return replace(
             self._first,
             directions={key: moved / rise for key, moved in self._moved.items()},
-            shares={key: value / total for key, value in self._rises.items()},
+            shares={key: value / total for key, value in parts.items()},
             strength=rise,
+            note="",
         )
 
     def _retain_side(self) -> tuple[Gradients, float]:
         """R here, and the NLL of the batches that it was taken on."""
-        count = self.config.influence_batches
-        if count:
-            order = torch.randperm(len(self._retain), generator=self._random, device="cpu")[:count]
-            self._batches = [self._retain[index] for index in sorted(order.tolist())]
+        if self._all:
+            order = torch.randperm(len(self._all), generator=self._random, device="cpu")
+            chosen = sorted(order[: self.config.influence_batches].tolist())
+            self._batches = [self._all[index] for index in chosen]
             self._here = None
         if self._here is None:
             self._here = self._gradients(self._batches, "retain")[:2]
         now, nll = self._here
-        if count and self.steps:
+        if not self.steps:
+            self._at_origin = now
+        elif self._all:
             self._edit.restore()
             self._at_origin = self._gradients(self._batches, "retain")[0]
             self._edit.write(1.0)
-        elif not self.steps:
-            self._at_origin = now
         found = {key: self._bank[key] + (now[key] - self._at_origin[key]) for key in now}
         return found, nll
 
@@ -300,7 +342,7 @@ class InfluenceWalk:
         for tried in range(_HALVINGS + 1):
             if tried:
                 self.shorten()
-            if self.config.influence_batches:
+            if self._all:
                 nll = group_loss(self.model, self._batches, "retain").mean
             else:  # the next step starts with these
                 self._here = self._gradients(self._batches, "retain")[:2]
@@ -366,8 +408,8 @@ class InfluenceWalk:
             )
         if not all(torch.isfinite(total).all() for total in sums.values()):
             raise UcanError(
-                f"the {group} gradient is not finite after {self.steps} steps; the weights are the "
-                "original ones again. Raise damping or lower influence_radius."
+                f"the {group} gradient is not finite after {counted(self.steps)}; the weights are "
+                "the original ones again. Raise damping or lower influence_radius."
             )
         means = {key: (value / positions).cpu() for key, value in sums.items()}
         return means, total / positions, known / positions
@@ -389,6 +431,22 @@ class InfluenceWalk:
         finally:
             off.restore()
         return found
+
+
+def counted(steps: int) -> str:
+    """A number of steps, in words."""
+    return f"{steps} influence step{'s' if steps != 1 else ''}"
+
+
+def _check_base(model: nn.Module, adapter: str) -> None:
+    """Refuse what would take a base without its main directions for one that knows nothing."""
+    kind = getattr(model.peft_config[adapter], "init_lora_weights", None)
+    if isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise UcanError(
+            f"adapter {adapter!r} was initialised by {kind!r}, which changed the base model: what "
+            "it knows without the adapter says nothing of what was learned. Give the cost of "
+            "never-seen data (holdout=)."
+        )
 
 
 def _dots(one: Gradients, other: Gradients) -> dict[str, float]:

@@ -35,6 +35,7 @@ from .influence_job import (
     influence_statistics,
     search_step,
     search_walk,
+    with_retain_tokens,
 )
 from .influence_walk import Measured
 from .marks import check_is_origin
@@ -130,16 +131,12 @@ def unlearn(
     """
     config = config_or(config)
     _check_kinds(bank, previous)
+    _check_steps(config, previous)
     influence, gradients = config.method == "influence", config.method != "attenuate"
+    several = config.influence_steps > 1
     model = unwrap(model)
     with one_walk(model), _at_origin(model, adapter, previous) as (adapter, origin, undone):
         job = _Job(model, adapter, config, progress, origin)
-        if config.influence_steps > 1 and previous is not None:
-            raise UcanError(
-                "influence_steps > 1 runs the forget set anew before every step, and the data of "
-                "the earlier request are gone. Undo its plan and ask for both forget sets in one "
-                "request."
-            )
         check_iterable(forget, "forget")
         if retain is not None:
             check_iterable(retain, "retain")
@@ -148,20 +145,23 @@ def unlearn(
         if evaluate or config.auto_strength or gradients:
             forget = reusable(forget, "forget")
             retain = None if retain is None else reusable(retain, "retain")
+        if several:
+            job.prepare_walk(calibration, retain, forget, bank)
         with job.timed("collect"):
             gather = influence_statistics if gradients else _statistics
             stats = gather(job, forget, retain, bank, previous)
-        with job.timed("score"):
-            make = {"attenuate": score_plan, "influence": influence_plan, "gates": gates_plan}
-            plan = make[config.method](model, stats, config, adapter)
-        if config.auto_strength or evaluate:
-            job.prepare_retain_loss(calibration, retain, forget, bank)
+        if not several:
+            with job.timed("score"):
+                make = {"attenuate": score_plan, "influence": influence_plan, "gates": gates_plan}
+                plan = make[config.method](model, stats, config, adapter)
+            if config.auto_strength or evaluate:
+                job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
-            earlier = previous.plan if isinstance(previous, UnlearnResult) else None
-            if config.influence_steps > 1:
+            if several:
                 job.measure_loss_before()
-                plan = search_walk(job, plan, stats, forget, retain, holdout)
+                plan = search_walk(job, stats, forget, holdout)
             else:
+                earlier = previous.plan if isinstance(previous, UnlearnResult) else None
                 plan = _choose_strength(job, plan, forget, holdout, earlier)
         if previous is not None and plan.is_noop:
             plan.note += " Nothing of the earlier requests' forget sets is unlearned either."
@@ -173,6 +173,7 @@ def unlearn(
         plan.warn_if_unusual()
         with job.timed("evaluate"):
             states, notes = _evaluate(job, plan, forget, evaluate) if evaluate else ({}, {})
+            notes |= job.notes
         if previous is not None and states:
             notes["earlier requests"] = (
                 "forget metrics cover the data of this request only; the earlier ones are in the "
@@ -237,7 +238,8 @@ class _Job:
     retain_loss: Callable[[], float] | None = None
     loss_before: float = float("nan")
     calibrated_on_batches: bool = False
-    calibration_batches: list | None = None
+    walked: list | None = None
+    notes: dict[str, str] = field(default_factory=dict)
     steps: list[Measured] = field(default_factory=list)
     no_retain_loss: str = "there is no calibration data (calibration= or retain=)"
 
@@ -308,8 +310,42 @@ class _Job:
             return
         if not batches:
             return
-        self.calibrated_on_batches, self.calibration_batches = True, batches
+        self._measure_on(batches)
+
+    def _measure_on(self, batches: list) -> None:
+        self.calibrated_on_batches = True
         self.retain_loss = lambda: group_loss(self.model, batches, "retain").mean
+
+    def prepare_walk(
+        self,
+        calibration: Batches | Callable | None,
+        retain: Batches | None,
+        forget: Batches,
+        bank: InfluenceFactors | None,
+    ) -> None:
+        """Find out what several steps run, apart from what their budget is measured on.
+
+        Raises:
+            UcanError: there is no retain data to run, or too little to be split.
+        """
+        if retain is None and bank is not None:
+            raise UcanError(
+                "influence_steps > 1 runs retain data before every step, which a bank does not "
+                "hold: pass retain= batches beside it. (Not as calibration= alone: a budget that "
+                "is measured on the data that the steps run would not hold for others.)"
+            )
+        mixed = [] if bank is not None else list(with_retain_tokens(forget))
+        pool = mixed if retain is None else [*mixed, *retain]
+        if calibration is not None:
+            self.prepare_retain_loss(calibration, retain, forget, bank)
+            self.walked = pool
+            return
+        apart, self.walked = _split(self.model, pool, self.config.seed)
+        if apart:
+            self._measure_on(apart)
+            self.notes["retain budget"] = (
+                f"measured on {len(apart)} of {len(pool)} retain batches, the steps ran the others"
+            )
 
     def measure_loss_before(self) -> None:
         """The retain loss of the origin; one that is no number is none.
@@ -346,6 +382,22 @@ def _check_kinds(bank: Any, previous: Any) -> None:
         raise UcanError(
             f"previous must be the result of an earlier unlearn or its statistics, not "
             f"{previous!r}."
+        )
+
+
+def _check_steps(config: UcanConfig, previous: Any) -> None:
+    """Refuse requests in a row where one of the two takes several steps."""
+    plan = getattr(previous, "plan", None)
+    walked = getattr(previous, "stats", previous)
+    earlier = plan.config.influence_steps if isinstance(plan, InfluencePlan) else 1
+    if (
+        previous is not None
+        and max(config.influence_steps, earlier, getattr(walked, "steps", 1)) > 1
+    ):
+        raise UcanError(
+            "influence_steps > 1 runs the forget set anew before every step, and a request after "
+            "another has not the other's data: it would be known again. Undo the earlier plan and "
+            "ask for both forget sets in one request."
         )
 
 
@@ -588,6 +640,34 @@ def _change(plan: AttenuationPlan) -> dict[str, Any]:
         "note": plan.note,
         "layers": layers,
     }
+
+
+def _split(model: nn.Module, batches: Batches, seed: int) -> tuple[list, list]:
+    """Batches to measure the budget on, about CALIBRATION_TOKENS retain tokens but at most a third
+    of the batches, and the others.
+
+    Raises:
+        UcanError: there is only one batch with retain tokens.
+    """
+    every = list(batches)
+    tokens = []
+    for batch in every:
+        checked = next(read_batches(model, [batch], "retain"))
+        groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
+        tokens.append(int((groups == RETAIN).sum()))
+    holding = [index for index, count in enumerate(tokens) if count]
+    if len(holding) == 1:
+        raise UcanError(
+            "there is only one batch of retain data, and several steps need some to run and some "
+            "to measure the retain budget on: pass it in smaller batches, or calibration=."
+        )
+    random.Random(seed).shuffle(holding)
+    apart: set[int] = set()
+    while holding and len(apart) < max(1, len(holding) // 3):
+        if sum(tokens[index] for index in apart) >= CALIBRATION_TOKENS:
+            break
+        apart.add(holding[len(apart)])
+    return [every[i] for i in sorted(apart)], [every[i] for i in holding if i not in apart]
 
 
 def _sample(

@@ -41,15 +41,16 @@ def deliver(case: Case, banks: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"before": judge.measured, "presets": {}}
     for name in PRESETS:
         config = uf.UcanConfig.preset(name, seed=case.seed)
+        several = config.influence_steps > 1
         clock = Clock()
         with clock:
             result = uf.unlearn(
                 case.model,
                 forget=forget,
                 bank=banks["moments" if config.method == "attenuate" else "factors"],
-                # Run before every one of several steps; else there is the bank.
-                retain=case.retain if config.influence_steps > 1 else None,
-                calibration=case.calibration,
+                # Several steps run retain data, and keep a part of it apart for the budget.
+                retain=case.retain if several else None,
+                calibration=None if several else case.calibration,
                 config=config,
                 evaluate=False,
             )
