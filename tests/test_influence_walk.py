@@ -239,6 +239,26 @@ def test_batches_without_a_scored_position_are_not_drawn():
     assert_same_weights(one, weights(other))
 
 
+def test_a_step_after_which_the_retain_gradient_is_not_finite_is_halved(monkeypatch):
+    """Half precision overflows in the backward pass before the loss does."""
+    model, whole = trained(), trained()
+    walk, other = walk_of(model), walk_of(whole)
+    real, calls = walk._gradients, []
+
+    def overflows(batches, group, *references):
+        gradient, *rest = real(batches, group, *references)
+        calls.append(group)
+        if calls == ["retain", "forget", "retain"]:  # where the first step led
+            gradient = {key: value * math.inf for key, value in gradient.items()}
+        return (gradient, *rest)
+
+    monkeypatch.setattr(walk, "_gradients", overflows)
+    assert walk.advance()
+    assert other.advance()
+    assert walk.measured[0].rise == pytest.approx(other.measured[0].rise / 2)
+    assert walk.advance()
+
+
 # Where they end.
 
 

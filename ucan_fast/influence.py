@@ -53,8 +53,8 @@ class StepEdit(ParameterEdit):
                     moved = moved.to(original.dtype)
                     if not torch.isfinite(moved).all():
                         raise UcanError(
-                            f"{key} would not be finite in {original.dtype} after a step of "
-                            f"{strength:g} nats; nothing was changed."
+                            f"{key} would not be finite in {original.dtype} at strength "
+                            f"{strength:g}; nothing was changed."
                         )
                     parameter.copy_(moved)
             self._written()

@@ -217,6 +217,13 @@ class InfluenceWalk:
         with self._restoring():
             retain, retain_nll = self._retain_side()
             forget, forget_nll, known = self._gradients(self._forget, "forget", self._references)
+            for group, gradient in (("retain", retain), ("forget", forget)):
+                if not _is_finite(gradient):
+                    raise UcanError(
+                        f"the {group} gradient is not finite after {counted(self.steps)}; the "
+                        "weights are the original ones again. Raise damping or lower "
+                        "influence_radius."
+                    )
             if known < _FORGOTTEN:
                 self.ended = "the forget set is known no better than its references"
                 return False
@@ -342,12 +349,13 @@ class InfluenceWalk:
         for tried in range(_HALVINGS + 1):
             if tried:
                 self.shorten()
+            finite = True
             if self._all:
                 nll = group_loss(self.model, self._batches, "retain").mean
             else:  # the next step starts with these
                 self._here = self._gradients(self._batches, "retain")[:2]
-                nll = self._here[1]
-            if nll <= before + _MOST_LOSS:
+                finite, nll = _is_finite(self._here[0]), self._here[1]
+            if finite and nll <= before + _MOST_LOSS:
                 return True
         return False
 
@@ -406,11 +414,6 @@ class InfluenceWalk:
                 f"no {group} position is scored: a {group} token needs a token before it and, "
                 "where there are labels, a label other than -100."
             )
-        if not all(torch.isfinite(total).all() for total in sums.values()):
-            raise UcanError(
-                f"the {group} gradient is not finite after {counted(self.steps)}; the weights are "
-                "the original ones again. Raise damping or lower influence_radius."
-            )
         means = {key: (value / positions).cpu() for key, value in sums.items()}
         return means, total / positions, known / positions
 
@@ -447,6 +450,10 @@ def _check_base(model: nn.Module, adapter: str) -> None:
             "it knows without the adapter says nothing of what was learned. Give the cost of "
             "never-seen data (holdout=)."
         )
+
+
+def _is_finite(gradients: Gradients) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in gradients.values())
 
 
 def _dots(one: Gradients, other: Gradients) -> dict[str, float]:
