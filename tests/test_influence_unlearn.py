@@ -12,6 +12,7 @@ from trained_model import (
     assert_same_weights,
     forget_batches,
     mean_nll,
+    mixed_batches,
     random_batches,
     retain_batches,
     sequences,
@@ -26,17 +27,6 @@ job = importlib.import_module("ucan_fast.unlearn")
 AUTO = uf.UcanConfig(method="influence")
 FIXED = AUTO.replace(strength=0.3)
 VARIANTS = ("all", "b-only", "last-blocks", "eigenbasis", "diagonal")
-
-
-def mixed() -> list[dict]:
-    """Batches that hold both sets, told apart by token_groups."""
-    made = []
-    for f, r in zip(forget_batches(), retain_batches(count=16), strict=True):
-        batch = {key: torch.cat([f[key], r[key]]) for key in ("input_ids", "attention_mask")}
-        groups = torch.ones_like(batch["input_ids"])
-        groups[: len(f["input_ids"])] = 0
-        made.append({**batch, "token_groups": groups})
-    return made
 
 
 # What it brings.
@@ -127,8 +117,8 @@ def test_retain_bank_and_mixed_batches_give_the_same_adapter():
     for way, options in {
         "retain": {"forget": forget, "retain": retain},
         "bank": {"forget": forget, "bank": bank},
-        "mixed": {"forget": mixed()},
-        "mixed and retain": {"forget": mixed()[:1] + forget[1:], "retain": retain[1:]},
+        "mixed": {"forget": mixed_batches()},
+        "mixed and retain": {"forget": mixed_batches()[:1] + forget[1:], "retain": retain[1:]},
     }.items():
         model = trained()
         result = uf.unlearn(model, **options, config=FIXED, evaluate=False)

@@ -15,6 +15,7 @@ from trained_model import (
     assert_same_weights,
     forget_batches,
     mean_nll,
+    mixed_batches,
     random_batches,
     retain_batches,
     trained,
@@ -515,13 +516,7 @@ def test_the_budget_is_measured_apart_from_what_the_steps_run(monkeypatch):
 
 
 def test_retain_tokens_among_the_forget_batches():
-    forget, retain = forget_batches(), retain_batches(count=16)
-    mixed = []
-    for f, r in zip(forget, retain, strict=True):
-        batch = {key: torch.cat([f[key], r[key]]) for key in ("input_ids", "attention_mask")}
-        groups = torch.ones_like(batch["input_ids"])
-        groups[: len(f["input_ids"])] = 0
-        mixed.append({**batch, "token_groups": groups})
+    forget, mixed = forget_batches(), mixed_batches()
     model = trained()
     before = mean_nll(model, forget, "forget")
     result = uf.unlearn(model, forget=mixed, config=STEPS, evaluate=False)

@@ -79,6 +79,17 @@ def retain_batches(**options) -> list[dict[str, torch.Tensor]]:
     return batches(RETAIN_ITEMS, **{"seed": 12, "count": 32, **options})
 
 
+def mixed_batches() -> list[dict[str, torch.Tensor]]:
+    """Batches that hold both sets, told apart by token_groups."""
+    made = []
+    for f, r in zip(forget_batches(), retain_batches(count=16), strict=True):
+        batch = {key: torch.cat([f[key], r[key]]) for key in ("input_ids", "attention_mask")}
+        groups = torch.ones_like(batch["input_ids"])
+        groups[: len(f["input_ids"])] = 0
+        made.append({**batch, "token_groups": groups})
+    return made
+
+
 @functools.cache
 def _fitted() -> nn.Module:
     model = lora(llama(hidden=32), r=8)
