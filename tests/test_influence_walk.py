@@ -544,12 +544,14 @@ def test_steps_beyond_the_budget_are_halved_and_taken_back():
     assert result.plan.is_noop
     assert_same_weights(model, origin)
     # A wider budget takes the halved steps.
-    wide = careless.replace(max_retain_loss_increase=0.02)
+    wide = careless.replace(max_retain_loss_increase=0.02, influence_steps=20)
     result = uf.unlearn(trained(), forget=forget, retain=retain, config=wide, evaluate=False)
     search = result.report.search
     tried = [step for step, _ in search.curve]
     assert len(tried) > len(set(tried)), "a step was halved"
     assert search.loss_before < search.loss_after <= 1.02 * search.loss_before
+    assert search.loss_after > 1.0195 * search.loss_before
+    assert search.note.endswith("the budget of 2 % retain loss is used up.")
     assert result.plan.strength > 0
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Batches = Iterable[Mapping[str, Any]]
 #: How often a step that leaves the retain budget is halved.
 _HALVINGS = 4
+#: The budget counts as used up where this share of it is left.
+_CLOSE = 0.02
 
 
 @dataclass
@@ -277,6 +279,11 @@ def search_walk(
             if why:
                 walk.back()
                 search.note = f"stopped by {why}: no shorter step {walk.steps + 1} was within."
+            elif allowed - search.loss_after <= _CLOSE * budget * abs(job.loss_before):
+                search.note = (
+                    f"ended after {counted(walk.steps)}: the budget of {100 * budget:g} % retain "
+                    "loss is used up."
+                )
         plan = walk.plan()
         job.steps = list(walk.measured)
     finally:
