@@ -349,6 +349,19 @@ def test_shortened_and_taken_back():
     assert walk._scale == 0.625
 
 
+def test_a_step_that_was_taken_back_is_the_same_again():
+    """No direction of a refused step is kept in the momentum."""
+    model = trained()
+    walk = walk_of(model)
+    for _ in range(2):
+        walk.advance()
+    two = weights(model)
+    walk.back()
+    walk.advance()
+    for name, weight in weights(model).items():
+        assert torch.allclose(weight, two[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_a_step_is_taken_back_once():
     model = trained()
     origin, walk = snapshot(model), walk_of(model)
