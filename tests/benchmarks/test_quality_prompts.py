@@ -540,7 +540,7 @@ def test_a_cell_writes_what_tables_read(recommender, tmp_path, monkeypatch):
     mine = vars(text_cell.parser().parse_args([*options, "--out", "build/tiny.json"]))
     assert vars(text_cell.parser().parse_args(words[3:])) == mine
     # A later run adds to the file.
-    options[-1] = "several steps"
+    options[-1] = "several steps$"
     assert text_cell.main([*options, "--into", str(out)]) == 0
     (joined,) = tables.load([out])
     assert set(joined["methods"]) == {*found["methods"], "influence, several steps"}
