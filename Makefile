@@ -33,7 +33,7 @@ help:
 	@echo "make bench-quick every operator and whole passes against their peers, in under 5 minutes;"
 	@echo "                 SAVE=1 keeps the results in benchmarks/results"
 	@echo "make bench       the same over all models, shapes and ranks"
-	@echo "make quality-quick  what every method forgets and costs: ml-100k, one seed, in 10 minutes"
+	@echo "make quality-quick  what every method forgets and costs: ml-100k, one seed, within 15 minutes"
 	@echo "make quality DATA=F three data sets, three seeds; hours (benchmarks/quality/README.md)"
 	@echo "make report      README, docs and figures from benchmarks/results"
 	@echo "make lint        ruff check and format check"
