@@ -236,7 +236,9 @@ def test_batches_without_a_scored_position_are_not_drawn():
     # As many as there are: all of them, run once.
     one, other = trained(), trained()
     for model, count in ((one, 0), (other, 7)):
-        walk_of(model, config=config.replace(influence_batches=count)).advance()
+        walk = walk_of(model, config=config.replace(influence_batches=count))
+        walk.advance()
+        assert not walk._all, "nothing to draw from"
     assert_same_weights(one, weights(other))
 
 
