@@ -387,13 +387,8 @@ def _check_kinds(bank: Any, previous: Any) -> None:
 
 def _check_steps(config: UcanConfig, previous: Any) -> None:
     """Refuse requests in a row where one of the two takes several steps."""
-    plan = getattr(previous, "plan", None)
-    walked = getattr(previous, "stats", previous)
-    earlier = plan.config.influence_steps if isinstance(plan, InfluencePlan) else 1
-    if (
-        previous is not None
-        and max(config.influence_steps, earlier, getattr(walked, "steps", 1)) > 1
-    ):
+    earlier = getattr(getattr(previous, "stats", previous), "steps", 1)
+    if previous is not None and max(config.influence_steps, earlier) > 1:
         raise UcanError(
             "influence_steps > 1 runs the forget set anew before every step, and a request after "
             "another has not the other's data: it would be known again. Undo the earlier plan and "
