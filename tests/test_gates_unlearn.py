@@ -14,6 +14,7 @@ from trained_model import (
     batches,
     forget_batches,
     mean_nll,
+    mixed_batches,
     retain_batches,
     sequences,
     trained,
@@ -27,17 +28,6 @@ from ucan_fast.weights import WeightEdit
 job = importlib.import_module("ucan_fast.unlearn")
 AUTO = uf.UcanConfig(method="gates")
 FIXED = AUTO.replace(strength=0.3)
-
-
-def mixed() -> list[dict]:
-    """Batches that hold both sets, told apart by token_groups."""
-    made = []
-    for f, r in zip(forget_batches(), retain_batches(count=16), strict=True):
-        batch = {key: torch.cat([f[key], r[key]]) for key in ("input_ids", "attention_mask")}
-        groups = torch.ones_like(batch["input_ids"])
-        groups[: len(f["input_ids"])] = 0
-        made.append({**batch, "token_groups": groups})
-    return made
 
 
 # What it brings.
@@ -137,7 +127,7 @@ def test_retain_bank_and_mixed_batches_give_the_same_gates():
         "retain": {"forget": forget, "retain": retain},
         "bank": {"forget": forget, "bank": "diagonal"},
         "full bank": {"forget": forget, "bank": "all"},
-        "mixed": {"forget": mixed()},
+        "mixed": {"forget": mixed_batches()},
     }.items():
         model = trained()
         if "bank" in options:

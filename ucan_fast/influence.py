@@ -265,15 +265,9 @@ def make_influence_plan(
             solved.
     """
     config = config_or(config, "influence")
-    if config.method != "influence":
-        raise UcanError(f"make_influence_plan needs method='influence', not {config.method!r}.")
     model = unwrap(model)
     adapter = resolve_adapter(model, adapter)
-    _check_origin(model, adapter, forget, retain)
-    retain = of_variant(retain, config)
-    targets = targets_of(model, adapter, config)
-    _check_sets(targets, forget, retain)
-    direction = Direction(forget, retain, config)
+    direction, targets = direction_of(model, forget, retain, config, adapter)
     directions, rises = {}, {}
     for target in targets:
         directions[target.key], rises[target.key] = direction.of(target)
@@ -301,10 +295,31 @@ def make_influence_plan(
     return plan
 
 
+def direction_of(
+    model: nn.Module,
+    forget: InfluenceFactors,
+    retain: InfluenceFactors,
+    config: UcanConfig,
+    adapter: str,
+) -> tuple[Direction, list[Target]]:
+    """The solves of a configuration, and the matrices that it moves, both checked.
+
+    Raises:
+        UcanError: as :func:`make_influence_plan`.
+    """
+    if config.method != "influence":
+        raise UcanError(f"make_influence_plan needs method='influence', not {config.method!r}.")
+    _check_origin(model, adapter, forget, retain)
+    retain = of_variant(retain, config)
+    targets = targets_of(model, adapter, config)
+    _check_sets(targets, forget, retain)
+    return Direction(forget, retain, config), targets
+
+
 class Direction:
     """Solves for one matrix at a time; what several of them need is factorised once.
 
-    The retain factors must be of the configuration's variant (:func:`of_variant`).
+    Made by :func:`direction_of`.
     """
 
     def __init__(

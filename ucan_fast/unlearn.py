@@ -637,6 +637,12 @@ def _change(plan: AttenuationPlan) -> dict[str, Any]:
     }
 
 
+def _retain_tokens(model: nn.Module, batch: Mapping[str, Any], group: str) -> int:
+    checked = next(read_batches(model, [batch], group))
+    groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
+    return int((groups == RETAIN).sum())
+
+
 def _split(model: nn.Module, batches: Batches, seed: int) -> tuple[list, list]:
     """Batches to measure the budget on, about CALIBRATION_TOKENS retain tokens but at most a third
     of the batches, and the others.
@@ -645,11 +651,7 @@ def _split(model: nn.Module, batches: Batches, seed: int) -> tuple[list, list]:
         UcanError: there is only one batch with retain tokens.
     """
     every = list(batches)
-    tokens = []
-    for batch in every:
-        checked = next(read_batches(model, [batch], "retain"))
-        groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
-        tokens.append(int((groups == RETAIN).sum()))
+    tokens = [_retain_tokens(model, batch, "retain") for batch in every]
     holding = [index for index, count in enumerate(tokens) if count]
     if len(holding) == 1:
         raise UcanError(
@@ -673,9 +675,7 @@ def _sample(
     kept: list[tuple[float, int, int, Mapping[str, Any]]] = []
     total = 0
     for index, batch in enumerate(batches):
-        checked = next(read_batches(model, [batch], group))
-        groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
-        tokens = int((groups == RETAIN).sum())
+        tokens = _retain_tokens(model, batch, group)
         if not tokens:
             continue
         heapq.heappush(kept, (generator.random(), index, tokens, batch))
