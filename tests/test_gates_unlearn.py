@@ -22,7 +22,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import controls, evaluation, influence_job
+from ucan_fast import calibration, controls, evaluation, influence_job
 from ucan_fast.weights import WeightEdit
 
 job = importlib.import_module("ucan_fast.unlearn")
@@ -306,7 +306,7 @@ STAGES = {
     "retain pass": (job, "collect_factors", 2),
     "gates": (influence_job, "score_gates", 1),
     "the guard": (influence_job, "group_loss", 2),
-    "retain loss in the search": (job, "group_loss", 4),
+    "retain loss in the search": (calibration, "group_loss", 4),
     "random control": (controls, "match_loss", 2),
     "metrics": (evaluation, "kl_divergence", 3),
     "write": (WeightEdit, "write", 3),

@@ -21,7 +21,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import controls, evaluation, influence, influence_job
+from ucan_fast import calibration, controls, evaluation, influence, influence_job
 
 job = importlib.import_module("ucan_fast.unlearn")
 AUTO = uf.UcanConfig(method="influence")
@@ -454,7 +454,7 @@ STAGES = {
     "a solve": (influence, "solver", 9),
     "forget loss before": (influence_job, "group_loss", 1),
     "the guard": (influence_job, "group_loss", 2),
-    "retain loss in the search": (job, "group_loss", 4),
+    "retain loss in the search": (calibration, "group_loss", 4),
     "uniform control": (controls, "match_loss", 1),
     "random control": (controls, "match_loss", 2),
     "metrics": (evaluation, "kl_divergence", 3),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 
 import helpers_models as hm
@@ -23,10 +22,9 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import evaluation, influence_job, influence_walk
+from ucan_fast import calibration, evaluation, influence_job, influence_walk
 from ucan_fast.influence_walk import InfluenceWalk
 
-job = importlib.import_module("ucan_fast.unlearn")
 CONFIG = uf.UcanConfig(method="influence", damping=0.03, retain_gradient_weight=2.0)
 STEPS = uf.UcanConfig.preset("thorough", influence_steps=4, max_retain_loss_increase=0.05)
 
@@ -456,6 +454,30 @@ def test_gradients_that_are_not_finite_are_named(monkeypatch):
 # unlearn with several steps.
 
 
+def test_the_last_step_takes_no_gradient_that_nobody_follows(monkeypatch):
+    taken, real, seen = [], InfluenceWalk._gradients, []
+
+    def spied(self, batches, group, *references):
+        taken.append(group)
+        return real(self, batches, group, *references)
+
+    monkeypatch.setattr(InfluenceWalk, "_gradients", spied)
+    result = uf.unlearn(
+        trained(),
+        forget=forget_batches(),
+        retain=retain_batches(count=64),
+        config=STEPS.replace(influence_steps=3),
+        evaluate=False,
+        progress=lambda *told: seen.append(told),
+    )
+    assert result.report.search.chosen == 3
+    assert taken == ["retain", "forget"] * 3
+    # A bar over the steps.
+    assert [told for told in seen if told[2] == "influence steps"] == [
+        (done, 3, "influence steps") for done in range(4)
+    ]
+
+
 def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     forget, retain = forget_batches(), retain_batches(count=64)
     one, several = trained(), trained()
@@ -505,7 +527,7 @@ def test_the_budget_is_measured_apart_from_what_the_steps_run(monkeypatch):
         return loss(model, batches, group, *arguments)
 
     monkeypatch.setattr(influence_job, "InfluenceWalk", kept)
-    monkeypatch.setattr(job, "group_loss", spied)
+    monkeypatch.setattr(calibration, "group_loss", spied)
     every = {id(batch) for batch in retain}
     for options in ({"bank": bank}, {}):
         result = uf.unlearn(

@@ -10,6 +10,7 @@ import torch
 from trained_model import forget_batches, mean_nll, retain_batches, trained
 
 import ucan_fast as uf
+from ucan_fast import calibration as calibration_module
 from ucan_fast.strength import match_loss, search_strength
 
 
@@ -214,21 +215,18 @@ def test_the_default_calibration_is_a_sample_of_the_retain_batches():
 
 
 def test_a_large_retain_set_is_sampled(monkeypatch):
-    import importlib
-
-    job = importlib.import_module("ucan_fast.unlearn")
-    monkeypatch.setattr(job, "CALIBRATION_TOKENS", 200)
+    monkeypatch.setattr(calibration_module, "CALIBRATION_TOKENS", 200)
     retain = retain_batches(count=64, size=8)
     sizes = [int(b["attention_mask"].sum()) for b in retain]
     picks = set()
     for seed in range(8):
-        sample = job._sample(trained(), iter(retain), seed)
-        index = [next(i for i, b in enumerate(retain) if b is s) for s in sample]
+        drawn = calibration_module.sample(trained(), iter(retain), seed)
+        index = [next(i for i, b in enumerate(retain) if b is s) for s in drawn]
         assert index == sorted(set(index))
         tokens = sum(sizes[i] for i in index)
         assert 200 <= tokens < 200 + max(sizes)
-        again = job._sample(trained(), retain, seed)
-        assert [id(b) for b in again] == [id(b) for b in sample]
+        again = calibration_module.sample(trained(), retain, seed)
+        assert [id(b) for b in again] == [id(b) for b in drawn]
         picks.add(tuple(index))
     assert len(picks) > 2  # the seed decides
     # Every batch has its chance, wherever it stands.

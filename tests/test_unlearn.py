@@ -22,7 +22,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import controls, evaluation, plan, reversible
+from ucan_fast import calibration, controls, evaluation, plan, reversible
 from ucan_fast.evaluation import group_loss
 
 job = importlib.import_module("ucan_fast.unlearn")
@@ -647,7 +647,7 @@ STAGES = {
     "loss function before": lambda patch: {"calibration": fails_at(1)},
     "loss function in the search": lambda patch: {"calibration": fails_at(3)},
     "interrupted": lambda patch: {"calibration": fails_at(3, error=KeyboardInterrupt)},
-    "loss in the search": lambda patch: patch(job, "group_loss", 4),
+    "loss in the search": lambda patch: patch(calibration, "group_loss", 4),
     "uniform control": lambda patch: patch(controls, "match_loss", 1),
     "random control": lambda patch: patch(controls, "match_loss", 2),
     "forget metrics": lambda patch: patch(evaluation, "kl_divergence", 3),

@@ -22,6 +22,7 @@ from .gates import score_gates
 from .influence import InfluencePlan, make_influence_plan
 from .influence_walk import InfluenceWalk, counted
 from .plan import AttenuationPlan
+from .progress import track
 from .strength import StrengthSearch, search_strength
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def search_step(
     Raises:
         UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
     """
-    if job.retain_loss is None:
+    if job.retain.measure is None:
         raise UcanError(
             "strength='auto' has nothing to measure the retain budget on, and a step of unknown "
             "cost is not taken: pass calibration= or retain=, or a strength in nats."
@@ -178,7 +179,7 @@ def search_step(
 
     def loss_at(strength: float) -> float:
         with in_force(strength):
-            return job.retain_loss()
+            return job.retain.measure()
 
     def guard(strength: float) -> str:
         with in_force(strength):
@@ -199,7 +200,7 @@ def search_step(
     # Beyond ln V a token is less likely than one drawn blindly: nothing is gained there.
     high = min(job.config.max_strength, math.log(_vocabulary(job.model)))
     search = search_strength(
-        loss_at, job.loss_before, job.config.max_retain_loss_increase, high, guard=guard
+        loss_at, job.retain.before, job.config.max_retain_loss_increase, high, guard=guard
     )
     job.search = search
     chosen = plan.with_strength(search.chosen)
@@ -226,15 +227,15 @@ def search_walk(
     Raises:
         UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
     """
-    if job.retain_loss is None or job.walked is None:
+    if job.retain.measure is None or job.walked is None:
         raise UcanError(
             "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
             "cost are not taken: pass retain= batches."
         )
     ceiling = ceiling_of(job.model, holdout)
     budget = job.config.max_retain_loss_increase
-    allowed = job.loss_before + budget * abs(job.loss_before)
-    search = StrengthSearch("steps", budget, job.loss_before, loss_after=job.loss_before)
+    allowed = job.retain.before + budget * abs(job.retain.before)
+    search = StrengthSearch("steps", budget, job.retain.before, loss_after=job.retain.before)
     walk = InfluenceWalk(
         job.model,
         forget,
@@ -248,7 +249,7 @@ def search_walk(
 
     def refused() -> str:
         """Why the state that the walk is in is none to stay in, or ""."""
-        loss = job.retain_loss()
+        loss = job.retain.measure()
         search.curve.append((walk.steps, loss))
         if not loss <= allowed:  # nan is outside
             return f"the budget of {100 * budget:g} % retain loss"
@@ -266,8 +267,11 @@ def search_walk(
                 f"the forget set is no better known than never-seen data (NLL {before:.4f} "
                 f"against holdout={ceiling:.4f} nats): there is nothing to unlearn."
             )
-        while not search.note and walk.steps < job.config.influence_steps:
-            if not walk.advance():
+        steps = range(job.config.influence_steps)
+        for _ in track(steps, steps, job.progress, "influence steps"):
+            if search.note:
+                break
+            if not walk.advance(last=walk.steps + 1 == len(steps)):
                 search.note = f"ended after {counted(walk.steps)}: {walk.ended}."
                 break
             why = refused()
@@ -279,7 +283,7 @@ def search_walk(
             if why:
                 walk.back()
                 search.note = f"stopped by {why}: no shorter step {walk.steps + 1} was within."
-            elif allowed - search.loss_after <= _CLOSE * budget * abs(job.loss_before):
+            elif allowed - search.loss_after <= _CLOSE * budget * abs(job.retain.before):
                 search.note = (
                     f"ended after {counted(walk.steps)}: the budget of {100 * budget:g} % retain "
                     "loss is used up."
@@ -289,7 +293,7 @@ def search_walk(
     finally:
         walk.restore()
     if plan.is_noop:
-        search.chosen, search.loss_after, job.steps = 0.0, job.loss_before, []
+        search.chosen, search.loss_after, job.steps = 0.0, job.retain.before, []
     job.search = search
     plan.note = plan.note if plan.is_noop and plan.note else search.note
     return plan

@@ -192,8 +192,12 @@ class InfluenceWalk:
         """How many steps led here."""
         return len(self.measured)
 
-    def advance(self) -> bool:
+    def advance(self, last: bool = False) -> bool:
         """Take one step from where the model is, halved until the retain batches bear it.
+
+        Args:
+            last: whether no step will follow, which spares the retain gradient there (a step that
+                follows all the same takes it).
 
         Returns:
             False, and no step, where the walk has ended: ``ended`` says why.
@@ -230,7 +234,7 @@ class InfluenceWalk:
             self.measured.append(Measured(forget_nll, retain_nll, known, length * slope))
             self._momentum_before, self._momentum = self._momentum, ahead
             self._write(1.0)
-            if not self._is_borne():
+            if not self._is_borne(last):
                 self.back()
                 self.ended = f"no shorter step {self.steps + 1} kept the retain batches"
                 return False
@@ -331,14 +335,14 @@ class InfluenceWalk:
             for key, value in ahead.items()
         }
 
-    def _is_borne(self) -> bool:
+    def _is_borne(self, last: bool) -> bool:
         """Whether the retain batches bear the last step, halved where that helps."""
         before = self.measured[-1].retain_nll
         for tried in range(_HALVINGS + 1):
             if tried:
                 self.shorten()
             finite = True
-            if self._all:
+            if self._all or last:
                 nll = group_loss(self.model, self._batches, "retain").mean
             else:  # the next step starts with these
                 self._here = self._gradients(self._batches, "retain")[:2]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +14,13 @@ import torch
 from torch import nn
 
 from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
-from .batches import RETAIN, check_iterable, eval_mode, read_batches, reusable
+from .batches import check_iterable, eval_mode, reusable
+from .calibration import RetainLoss, given, sample, split
 from .collect import collect_at_origin
 from .config import UcanConfig, config_or
 from .controls import Control, random_control, random_step_control, uniform_control
 from .errors import UcanError, UcanWarning
-from .evaluation import Shift, forget_shift, group_loss
+from .evaluation import Shift, forget_shift
 from .factor_pass import collect_factors
 from .factors import InfluenceFactors
 from .guidance import guide
@@ -47,9 +45,6 @@ from .scoring import score_plan, unsearched_note
 from .stats import ActivationStats
 from .strength import StrengthSearch, search_strength
 from .weights import WeightEdit
-
-#: Retain tokens drawn for the strength search where no calibration data is given.
-CALIBRATION_TOKENS = 8192
 
 Batches = Iterable[Mapping[str, Any]]
 Measure = Callable[[nn.Module], Mapping[str, float]]
@@ -158,7 +153,7 @@ def unlearn(
                 job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
             if several:
-                job.measure_loss_before()
+                job.retain.measure_before(config.auto_strength)
                 plan = search_walk(job, stats, forget, holdout)
             else:
                 earlier = previous.plan if isinstance(previous, UnlearnResult) else None
@@ -235,13 +230,10 @@ class _Job:
     seconds: dict[str, float] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=lambda: {"forget": 0, "retain": 0})
     search: StrengthSearch | None = None
-    retain_loss: Callable[[], float] | None = None
-    loss_before: float = float("nan")
-    calibrated_on_batches: bool = False
+    retain: RetainLoss = field(default_factory=RetainLoss)
     walked: list | None = None
     notes: dict[str, str] = field(default_factory=dict)
     steps: list[Measured] = field(default_factory=list)
-    no_retain_loss: str = "there is no calibration data (calibration= or retain=)"
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -288,33 +280,15 @@ class _Job:
         bank: ActivationStats | None,
     ) -> None:
         """Find out what the retain loss is measured on, if on anything."""
-        if callable(calibration) and not isinstance(calibration, Iterable):
-            loss_fn = calibration
-
-            def loss() -> float:
-                with eval_mode(self.model), torch.no_grad():
-                    return float(loss_fn(self.model))
-
-            self.retain_loss = loss
-            return
         if calibration is not None:
-            batches = list(reusable(calibration, "calibration"))
-            if not batches:
-                raise UcanError("the calibration set is empty: calibration= holds no batch.")
+            self.retain = given(self.model, calibration)
         elif retain is not None:
-            batches = _sample(self.model, retain, self.config.seed)
+            batches = sample(self.model, retain, self.config.seed)
+            self.retain = RetainLoss.of_batches(self.model, batches)
         elif bank is None:
             # In a forget batch only tokens that say so are retain tokens.
-            batches = _sample(self.model, forget, self.config.seed, group="forget")
-        else:
-            return
-        if not batches:
-            return
-        self._measure_on(batches)
-
-    def _measure_on(self, batches: list) -> None:
-        self.calibrated_on_batches = True
-        self.retain_loss = lambda: group_loss(self.model, batches, "retain").mean
+            batches = sample(self.model, forget, self.config.seed, group="forget")
+            self.retain = RetainLoss.of_batches(self.model, batches)
 
     def prepare_walk(
         self,
@@ -337,37 +311,14 @@ class _Job:
         mixed = [] if bank is not None else list(with_retain_tokens(forget))
         pool = mixed if retain is None else [*mixed, *retain]
         if calibration is not None:
-            self.prepare_retain_loss(calibration, retain, forget, bank)
-            self.walked = pool
+            self.retain, self.walked = given(self.model, calibration), pool
             return
-        apart, self.walked = _split(self.model, pool, self.config.seed)
+        apart, self.walked = split(self.model, pool, self.config.seed)
+        self.retain = RetainLoss.of_batches(self.model, apart)
         if apart:
-            self._measure_on(apart)
             self.notes["retain budget"] = (
                 f"measured on {len(apart)} of {len(pool)} retain batches, the steps ran the others"
             )
-
-    def measure_loss_before(self) -> None:
-        """The retain loss of the origin; one that is no number is none.
-
-        Raises:
-            UcanError: there is such a one, and a strength to be searched by it.
-        """
-        if self.retain_loss is None:
-            return
-        self.loss_before = self.retain_loss()
-        if math.isfinite(self.loss_before):
-            return
-        why = (
-            "no retain token of the calibration data is scored (it needs a token before it, "
-            "and a label other than -100)"
-            if self.calibrated_on_batches and math.isnan(self.loss_before)
-            else f"the retain loss is {self.loss_before} before any attenuation; check the "
-            "model, the calibration data or the calibration function"
-        )
-        if self.config.auto_strength:
-            raise UcanError(f"the retain budget cannot be measured: {why}.")
-        self.retain_loss, self.no_retain_loss = None, why
 
 
 def _check_kinds(bank: Any, previous: Any) -> None:
@@ -484,12 +435,12 @@ def _choose_strength(
     holdout: Batches | float | None,
     earlier: AttenuationPlan | InfluencePlan | None,
 ) -> AttenuationPlan | InfluencePlan:
-    job.measure_loss_before()
+    job.retain.measure_before(job.config.auto_strength)
     if not job.config.auto_strength or plan.note:
         return plan
     if plan.config.method != "attenuate":
         return search_step(job, plan, forget, holdout, earlier)
-    if job.retain_loss is None:
+    if job.retain.measure is None:
         plan.note = f"{unsearched_note(plan.config)} (pass calibration= or retain=)."
         return plan
     edit = WeightEdit(plan.match(job.model, job.adapter))
@@ -498,11 +449,11 @@ def _choose_strength(
 
     def loss_at(value: float) -> float:
         with edit.applied(at(value).flat_factors):
-            return job.retain_loss()
+            return job.retain.measure()
 
     search = search_strength(
         loss_at,
-        job.loss_before,
+        job.retain.before,
         job.config.max_retain_loss_increase,
         1.0 if hard else job.config.max_strength,
         "fraction" if hard else "strength",
@@ -525,14 +476,14 @@ def _evaluate(
         factors = plan.flat_factors
         edit = WeightEdit(plan.match(model, job.adapter))
     edits = {name: (edit, factors)}
-    retain_losses = {"before": job.loss_before}
+    retain_losses = {"before": job.retain.before}
     if plan.is_noop:
         notes["controls"] = f"not run: the plan changes nothing ({plan.note})"
-    elif job.retain_loss is None:
-        notes["controls"] = f"not run: the retain loss cannot be matched, {job.no_retain_loss}"
-    if job.retain_loss is not None:
+    elif job.retain.measure is None:
+        notes["controls"] = f"not run: the retain loss cannot be matched, {job.retain.missing}"
+    if job.retain.measure is not None:
         with edit.applied(factors):
-            retain_losses[name] = job.retain_loss()
+            retain_losses[name] = job.retain.measure()
     if "controls" not in notes:
         for control in _controls(job, plan, retain_losses[name]):
             edits[control.name] = (control.edit, control.factors)
@@ -551,15 +502,15 @@ def _evaluate(
     states = {}
     for name in ("before", *edits):
         shift = unmoved if name == "before" else shifts[name]
-        states[name] = _figures(shift, retain_losses.get(name), job.calibrated_on_batches)
+        states[name] = _figures(shift, retain_losses.get(name), job.retain.on_batches)
     if callable(evaluate):
         with eval_mode(model), torch.no_grad():
             states["before"] |= _measured(evaluate, model)
             for name in edits:
                 with on[name]():
                     states[name] |= _measured(evaluate, model)
-    if job.retain_loss is None:
-        notes["retain"] = f"no retain metric: {job.no_retain_loss}"
+    if job.retain.measure is None:
+        notes["retain"] = f"no retain metric: {job.retain.missing}"
     return states, notes
 
 
@@ -587,7 +538,7 @@ def _measured(evaluate: Measure, model: nn.Module) -> dict[str, float | None]:
 
 
 def _controls(job: _Job, plan: AttenuationPlan | InfluencePlan, target: float) -> Iterator[Control]:
-    arguments = (job.retain_loss, job.loss_before, target)
+    arguments = (job.retain.measure, job.retain.before, target)
     yield uniform_control(job.model, job.adapter, *arguments)
     at_random = random_step_control if isinstance(plan, InfluencePlan) else random_control
     yield at_random(job.model, job.adapter, plan, *arguments)
@@ -635,51 +586,3 @@ def _change(plan: AttenuationPlan) -> dict[str, Any]:
         "note": plan.note,
         "layers": layers,
     }
-
-
-def _retain_tokens(model: nn.Module, batch: Mapping[str, Any], group: str) -> int:
-    checked = next(read_batches(model, [batch], group))
-    groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
-    return int((groups == RETAIN).sum())
-
-
-def _split(model: nn.Module, batches: Batches, seed: int) -> tuple[list, list]:
-    """Batches to measure the budget on, about CALIBRATION_TOKENS retain tokens but at most a third
-    of the batches, and the others.
-
-    Raises:
-        UcanError: there is only one batch with retain tokens.
-    """
-    every = list(batches)
-    tokens = [_retain_tokens(model, batch, "retain") for batch in every]
-    holding = [index for index, count in enumerate(tokens) if count]
-    if len(holding) == 1:
-        raise UcanError(
-            "there is only one batch of retain data, and several steps need some to run and some "
-            "to measure the retain budget on: pass it in smaller batches, or calibration=."
-        )
-    random.Random(seed).shuffle(holding)
-    apart: set[int] = set()
-    while holding and len(apart) < max(1, len(holding) // 3):
-        if sum(tokens[index] for index in apart) >= CALIBRATION_TOKENS:
-            break
-        apart.add(holding[len(apart)])
-    return [every[i] for i in sorted(apart)], [every[i] for i in holding if i not in apart]
-
-
-def _sample(
-    model: nn.Module, batches: Batches, seed: int, group: str = "retain"
-) -> list[Mapping[str, Any]]:
-    """Random batches with about CALIBRATION_TOKENS retain tokens, in one pass over any iterable."""
-    generator = random.Random(seed)
-    kept: list[tuple[float, int, int, Mapping[str, Any]]] = []
-    total = 0
-    for index, batch in enumerate(batches):
-        tokens = _retain_tokens(model, batch, group)
-        if not tokens:
-            continue
-        heapq.heappush(kept, (generator.random(), index, tokens, batch))
-        total += tokens
-        while total - kept[0][2] >= CALIBRATION_TOKENS:
-            total -= heapq.heappop(kept)[2]
-    return [batch for *_, batch in sorted(kept, key=lambda entry: entry[1])]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ucan_fast.config import PRESETS
 
-from .tables import Document, groups, mean
+from .summary import presets
+from .tables import Document, groups, key_of, mean
 
 #: Attenuation had something to hold on to where it forgot this many times what shrinking does.
 WORTH = 1.5
@@ -35,18 +36,13 @@ def section(delivered: Sequence[Document], documents: Sequence[Document]) -> str
     """Presets as delivered, one row per data set and scenario, and the count of right advice."""
     if not delivered:
         return ""
-    truth = {_key(document): should_have_said(document) for document in documents}
+    truth = _truth(documents)
     lines = [
-        "**As delivered**: `unlearn` with each preset, its own search for the strength included, "
-        "bank at hand (`python -m benchmarks.quality.delivered --data-set D --seed S`; "
-        f"{delivered[0]['environment']['hardware']}, {delivered[0]['environment']['threads']} "
-        "thread(s), cores shared). Forget / retain drop of Recall@10 in %, means over the seeds:\n",
+        _heading(delivered) + " Forget / retain drop of Recall@10 in %, means over the seeds:\n",
         '| | `"paper"` | time, s | `"best"` | time, s | `"thorough"` | time, s | advice '
         "| curves say |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    tested: dict[str, list[bool]] = {}
-    chosen_on: list[bool] = []
     for (data_set, scenario), found in groups(delivered).items():
         cells = []
         for name in PRESETS:
@@ -54,17 +50,52 @@ def section(delivered: Sequence[Document], documents: Sequence[Document]) -> str
             drops = [mean([row["drops"][side] for row in rows]) for side in ("forget", "retain")]
             cells.append(" / ".join(f"{drop:.1f}" for drop in drops))
             cells.append(f"{mean([row['seconds'] for row in rows]):.1f}")
-        said = [document["guidance"]["recommendation"] for document in found]
-        borne = [truth.get(_key(document)) for document in found]
-        for document, one, other in zip(found, said, borne, strict=True):
-            if other is not None:
-                known = _chosen_on(document)
-                (chosen_on if known else tested.setdefault(data_set, [])).append(one == other)
-        cells += [", ".join(said), ", ".join(one or "-" for one in borne)]
+        cells.append(", ".join(document["guidance"]["recommendation"] for document in found))
+        cells.append(", ".join(truth.get(key_of(document)) or "-" for document in found))
         seeds = ", ".join(str(document["seed"]) for document in found)
         lines.append(f"| {data_set}, {scenario} (seed {seeds}) | " + " | ".join(cells) + " |")
-    lines.append(
-        "\nThe advice was right in "
+    lines.append("\n" + _right(delivered, documents))
+    return "\n".join(lines) + "\n"
+
+
+def short(delivered: Sequence[Document], documents: Sequence[Document]) -> str:
+    """One row per preset over all requests, and the count of right advice."""
+    if not delivered:
+        return ""
+    lines = [
+        _heading(delivered) + " Medians [ranges] over the requests:\n",
+        presets(delivered, documents),
+        _right(delivered, documents),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(delivered: Sequence[Document]) -> str:
+    return (
+        "**As delivered**: `unlearn` with each preset, its own search for the strength included, "
+        "bank at hand (`python -m benchmarks.quality.delivered --data-set D --seed S`; "
+        f"{delivered[0]['environment']['hardware']}, {delivered[0]['environment']['threads']} "
+        "thread(s), cores shared)."
+    )
+
+
+def _truth(documents: Sequence[Document]) -> dict[tuple[object, ...], str | None]:
+    return {key_of(document): should_have_said(document) for document in documents}
+
+
+def _right(delivered: Sequence[Document], documents: Sequence[Document]) -> str:
+    """How often the report's advice was what the curves bear out."""
+    truth = _truth(documents)
+    tested: dict[str, list[bool]] = {}
+    chosen_on: list[bool] = []
+    for document in delivered:
+        borne = truth.get(key_of(document))
+        if borne is not None:
+            known = (document["data_set"], document["seed"]) == ("ml-100k", 0)
+            right = chosen_on if known else tested.setdefault(document["data_set"], [])
+            right.append(document["guidance"]["recommendation"] == borne)
+    return (
+        "The advice was right in "
         + ", ".join(f"{_count(right)} cases of {name}" for name, right in tested.items())
         + f", and in {_count(chosen_on)} that its two thresholds were chosen on (ml-100k, seed 0; "
         "other seeds of it are other users and weights, but the same films). It is held against "
@@ -74,16 +105,7 @@ def section(delivered: Sequence[Document], documents: Sequence[Document]) -> str
         "else *retrain*. *attenuate* says that U-CAN beats shrinking anything, not that it is the "
         "best choice: where backward passes can be paid, the other presets forget more.\n"
     )
-    return "\n".join(lines)
-
-
-def _chosen_on(document: Document) -> bool:
-    return (document["data_set"], document["seed"]) == ("ml-100k", 0)
 
 
 def _count(right: Sequence[bool]) -> str:
     return f"{sum(right)} of {len(right)}"
-
-
-def _key(document: Mapping[str, object]) -> tuple[object, ...]:
-    return document["data_set"], document["scenario"], document["seed"]

@@ -238,7 +238,7 @@ def influence_steps(case: Case, share: float = 1.0) -> Iterator[State]:
     try:
         while walk.steps < config.influence_steps:
             with clock:
-                if not walk.advance():
+                if not walk.advance(last=walk.steps + 1 == config.influence_steps):
                     break
             yield State(walk.steps, clock.seconds)
     finally:

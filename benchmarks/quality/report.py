@@ -10,7 +10,6 @@ in the section is written by hand, and no row is left out of docs/quality.md bec
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from matplotlib.figure import Figure as Canvas
 from ..figures import Figure
 from ..measure import ROOT
 from ..report import replaced
-from . import advice, goals
-from .runner import BUDGET, marked
+from . import advice, goals, summary
+from .overview import how, overview
 from .tables import (
     COLUMNS,
     DETAILS,
@@ -38,29 +37,6 @@ from .tables import (
 
 MARKERS = ("<!-- quality:begin -->", "<!-- quality:end -->")
 PAGE = "docs/quality.md"
-#: The README's rows; docs/quality.md has all of them.
-SHOWN = (
-    "influence, several steps",
-    "influence, several steps, a fifth of D_r each",
-    "influence",
-    "influence, B only",
-    "influence, last blocks",
-    "influence, diagonals",
-    "gates",
-    "U-CAN, mlp",
-    "U-CAN, input",
-    "U-CAN, mlp, w/o H (hard pruning)",
-    "GradDiff",
-    "NPO",
-    "gradient ascent",
-    "SSD",
-    "LLM-Eraser-style (adapter)",
-    "one plain gradient step",
-    "uniform shrink (control)",
-    "random neurons (control)",
-)
-#: Baselines that train the adapter, each state after so many steps.
-TRAINED = ("GradDiff", "GradDiff (KL)", "NPO", "gradient ascent")
 #: Curves of the figures, and how they are drawn.
 STYLES = {
     "influence, several steps": ("#7a0f4e", "-"),
@@ -86,137 +62,80 @@ class Results:
 
 
 def section(results: Results) -> str:
-    """The README's part."""
+    """The README's part: what users decide by. The page has all of it."""
     documents = results.curves
+    parts = [
+        f"**All {len(documents)} cells** (a data set, a request and a seed each: "
+        f"{_cells(documents)})\n",
+        summary.over_all(documents),
+        "First: nothing but retraining forgets more at that drop on retained interactions (the two "
+        "rows of several steps do not count against each other). The other columns belong to the "
+        "strongest state that is within 5 % on calibration users, as median [range] over the "
+        "cells, the last two as mean [range]: drop of Recall@10 on deleted interactions in %, less "
+        "that of the adapter retrained there; seconds on one thread, sums of a bank at hand; AUC "
+        "of the loss attack (0.5: cannot be told apart).\n",
+        summary.judged_only(documents),
+        "**By request**\n",
+        summary.by_request(documents, lambda d: f"{d['data_set']}, {d['scenario']}"),
+        summary.by_request(results.texts, lambda d: f"{d['model']}, {d['scenario']}")
+        if results.texts
+        else "",
+        "A cell: drop of Recall@10 on deleted training interactions, in %, at a drop of 1 % / 5 % "
+        "on retained ones of users that nothing was tuned on; the mean over the seeds (≥: the "
+        "curve ends before; in brackets: the first state is beyond it). Bold: the most at 5 % in "
+        "the row, retraining aside. Time, medians over the seeds: several steps / the best "
+        "baseline / retraining.\n",
+    ]
+    parts += [_sizes(results.texts[0]) + "\n"] if results.texts else []
+    parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
+    parts.append(goals.section(documents, results.delivered))
+    parts.append(advice.short(results.delivered, documents))
+    parts.append(
+        "All methods, metrics and both protocols, spreads, memory, and the command of every row: "
+        f"[{PAGE}]({PAGE}).\n"
+    )
+    return "\n".join(parts)
+
+
+def _cells(documents: Sequence[Document]) -> str:
+    """How many requests of how many seeds each data set has, and where they were run."""
+    counts = []
+    for data_set in dict.fromkeys(document["data_set"] for document in documents):
+        mine = [document for document in documents if document["data_set"] == data_set]
+        counts.append(f"{data_set} {len(mine)}, seeds {_listed(mine, 'seed')}")
+    return "; ".join([*counts, how(documents)])
+
+
+def _listed(documents: Sequence[Document], key: str) -> str:
+    return ", ".join(dict.fromkeys(str(document[key]) for document in documents))
+
+
+def overviews(documents: Sequence[Document]) -> str:
+    """All methods of each data set, requests side by side."""
     parts = []
     for data_set in dict.fromkeys(document["data_set"] for document in documents):
         together = {
-            scenario: found
-            for (name, scenario), found in groups(documents).items()
+            request: found
+            for (name, request), found in groups(documents).items()
             if name == data_set
         }
-        parts.append(_overview(data_set, together))
+        parts.append(overview(data_set, together))
     parts.append(
         "A cell: drop of Recall@10 on deleted training interactions, in %, at a drop of 1 % / 5 % "
         "on retained ones of users that nothing was tuned on; the mean over the seeds. Bold: the "
         "most at 5 %, retraining aside. Times, medians over the seeds, are those to the strongest "
-        "state within 5 % on calibration users, one thread, sums of a bank at hand. "
-        "In the step's (the steps') time: what it forgets in the state within 5 %, and what the "
-        "best baseline that trains has forgotten after as many seconds, between its states, within "
-        "5 % as well. All "
-        f"methods, all metrics, both protocols, spreads, times and memory: [{PAGE}]({PAGE}).\n"
+        "state within 5 % on calibration users, one thread, sums of a bank at hand. In the step's "
+        "(the steps') time: what it forgets in the state within 5 %, and what the best baseline "
+        "that trains has forgotten after as many seconds, between its states, within 5 % as "
+        "well.\n"
     )
-    parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
-    parts.append(goals.section(documents, results.delivered))
-    parts.append(advice.section(results.delivered, documents))
-    parts.append(text_section(results.texts))
     return "\n".join(parts)
 
 
-def _overview(title: str, together: Mapping[str, Sequence[Document]]) -> str:
-    """One row per method, scenarios side by side."""
-    scenarios = list(together)
-    seeds = {s: ", ".join(str(d["seed"]) for d in found) for s, found in together.items()}
-    lines = [
-        f"**{title}** (seeds: "
-        + "; ".join(f"{s} {seeds[s]}" for s in scenarios)
-        + f"; {_how(together)})\n"
-    ]
-    lines.append("| | " + " | ".join(scenarios) + " |")
-    lines.append("|---|" + "---|" * len(scenarios))
-    values = {
-        name: [tuple(_at(together[s], name, budget)[0] for budget in (1, 5)) for s in scenarios]
-        for name in SHOWN
-    }
-    best = [
-        max((cells[i][1] for cells in values.values() if cells[i][1] is not None), default=None)
-        for i in range(len(scenarios))
-    ]
-    for name, cells in values.items():
-        shown = []
-        for i, (at_1, at_5) in enumerate(cells):
-            marks = [_at(together[scenarios[i]], name, budget)[1] for budget in (1, 5)]
-            pair = [
-                marked(f"{at:.1f}", *known)
-                for at, known in zip((at_1, at_5), marks, strict=True)
-                if at is not None
-            ]
-            text = " / ".join(pair) or "-"
-            shown.append(f"**{text}**" if at_5 is not None and at_5 == best[i] else text)
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    costs = []
-    for index, scenario in enumerate(scenarios):
-        winner = next((n for n, cells in values.items() if cells[index][1] == best[index]), "")
-        taken = [_seconds(together[scenario], name) for name in (winner, "GradDiff", "retraining")]
-        costs.append(" / ".join(_shown(one) for one in taken))
-    gold = []
-    for scenario in scenarios:
-        rows = [d["methods"].get("retraining", {}).get("drops") for d in together[scenario]]
-        known = [row for row in rows if row]
-        forget = mean([row["forget"] for row in known])
-        retain = mean([row["retain"] for row in known])
-        gold.append("-" if forget is None else f"{forget:.0f} (retain {retain:.1f})")
-    lines.append("| retraining, forget drop | " + " | ".join(gold) + " |")
-    lines.append("| time, s: the best / GradDiff / retraining | " + " | ".join(costs) + " |")
-    for title, name in (
-        ("in the step's time: influence / best trained one", "influence"),
-        ("in the steps' time: several steps / best trained one", "influence, several steps"),
-    ):
-        equal = [_in_equal_time(together[scenario], name) for scenario in scenarios]
-        lines.append(f"| {title} | " + " | ".join(equal) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _in_equal_time(documents: Sequence[Document], name: str) -> str:
-    """Forget drops of a method's state, and of the best state that any baseline which trains has
-    reached by then, both within the budget on calibration; means over the seeds."""
-    ours, theirs = [], []
-    for document in documents:
-        step = document["methods"].get(name, {})
-        if "seconds" not in step:
-            continue
-        reached = [
-            _reached(curve, step["seconds"])
-            for trained in TRAINED
-            for curve in document["methods"].get(trained, {}).get("curves", ())
-        ]
-        ours.append(step["drops"]["forget"])
-        theirs.append(max([0.0, *reached]))
-    return f"{mean(ours):.0f} / {mean(theirs):.0f}" if ours else "-"
-
-
-def _reached(curve: Sequence[Sequence[Any]], seconds: float) -> float:
-    """The most that a curve has forgotten by then within the budget on calibration; on the
-    straight line to the next state, where that one is within the budget as well."""
-    most, last = 0.0, (0.0, 0.0)
-    for _, at, drops in curve:
-        if not drops["calibration"] <= BUDGET:
-            break
-        if at > seconds:
-            share = (seconds - last[0]) / (at - last[0])
-            return max(most, last[1] + share * (drops["forget"] - last[1]))
-        last = (at, drops["forget"])
-        most = max(most, drops["forget"])
-    return most
-
-
-def _how(together: Mapping[str, Sequence[Document]]) -> str:
-    """Hardware, and what makes a measurement less than full, of all files."""
-    every = [document for found in together.values() for document in found]
-    words = list(dict.fromkeys(document["environment"]["hardware"] for document in every))
-    for text, those in (
-        ("coarse curves", [document["coarse"] for document in every]),
-        ("a share of the users", [document.get("share", 1.0) != 1 for document in every]),
-    ):
-        if any(those):
-            words.append(text if all(those) else f"{text} in {sum(those)} of {len(those)} files")
-    return ", ".join(words)
-
-
 def text_section(texts: Sequence[Document]) -> str:
-    """SmolLM2 on text prompts, as :func:`_overview` has the others."""
+    """SmolLM2 on text prompts, as :func:`overviews` has the others."""
     parts = [
-        _overview(title, {document["scenario"]: [document] for document in together})
+        overview(title, {document["scenario"]: [document] for document in together})
         for title, together in _by_model(texts).items()
     ]
     if parts:
@@ -250,25 +169,6 @@ def _by_model(texts: Sequence[Document]) -> dict[str, list[Document]]:
     return found
 
 
-def _at(documents: Sequence[Document], name: str, budget: float) -> tuple[float | None, list[str]]:
-    rows = [document["methods"].get(name, {}).get("at_budget") for document in documents]
-    found = [row[f"{budget:g}"] for row in rows if row]
-    return mean([value for value, _ in found]), [known for _, known in found]
-
-
-def _shown(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.{2 if seconds < 1 else 1 if seconds < 10 else 0}f}"
-
-
-def _seconds(documents: Sequence[Document], name: str) -> float | None:
-    """From the request to the state that is measured in full; the median over the seeds."""
-    taken = [document["methods"].get(name, {}).get("seconds") for document in documents]
-    known = [seconds for seconds in taken if seconds is not None]
-    return statistics.median(known) if known else None
-
-
 def page(results: Results) -> str:
     """docs/quality.md."""
     documents = results.curves
@@ -276,6 +176,8 @@ def page(results: Results) -> str:
         "# Unlearning quality, every method\n",
         "Generated by `python -m benchmarks.quality.report` from `benchmarks/results/quality`.\n",
         LEGEND + "\n",
+        "## All methods, by data set\n",
+        overviews(documents),
         "## Presets and advice\n",
         advice.section(results.delivered, documents),
         "## Text prompts\n",

@@ -60,6 +60,11 @@ def groups(documents: Iterable[Document]) -> dict[tuple[str, str], list[Document
     return found
 
 
+def key_of(document: Document) -> tuple[str, str, int]:
+    """What tells one file from another: data set, scenario, seed."""
+    return document["data_set"], document["scenario"], document["seed"]
+
+
 def methods_of(documents: Sequence[Document]) -> list[str]:
     """All methods, in the order of the files."""
     return list(dict.fromkeys(name for document in documents for name in document["methods"]))
@@ -99,7 +104,7 @@ def _peak(document: Document, row: Row) -> int | None:
     return None if cached else row.get("peak_memory_bytes")
 
 
-def _exposure(document: Document, row: Row) -> float | None:
+def exposure(document: Document, row: Row) -> float | None:
     """AUC of the loss attack; None where the never-seen data were of another kind."""
     other_kind = document["scenario"] == "taste" or (
         document["scenario"] == "genre" and "model" in document
@@ -121,7 +126,7 @@ COLUMNS = (
     _metric("PPL", "forget/perplexity", 1),
     _trade_off("T@10 strict", "strict_train"),
     _trade_off("T@10 paper", "paper"),
-    Column("MIA AUC", lambda document, row: _exposure(document, row), 2),
+    Column("MIA AUC", lambda document, row: exposure(document, row), 2),
 )
 #: Recommendations of both sides, at the same state.
 DETAILS = tuple(

@@ -9,17 +9,19 @@ import pytest
 
 from benchmarks.measure import ROOT
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import report, tables
+from benchmarks.quality import report, summary, tables
 from benchmarks.quality.advice import should_have_said
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.overview import SHOWN
 from benchmarks.quality.report import (
     MARKERS,
-    SHOWN,
     STYLES,
     Results,
     outdated,
+    overviews,
     page,
     section,
+    text_section,
     write,
 )
 
@@ -115,10 +117,10 @@ def test_one_seed_where_a_method_fails_counts_the_others(documents):
     assert f" {alone:.1f} " in line
 
 
-def test_the_section_marks_the_best_and_shows_the_gold_standard(documents):
+def test_an_overview_marks_the_best_and_shows_the_gold_standard(documents):
     documents[0]["methods"]["influence"] = row(80.0)
     documents[1]["methods"]["influence"] = row(90.0)
-    text = section(Results(documents))
+    text = overviews(documents)
     lines = text.splitlines()
     genre = lines.index(next(line for line in lines if line.startswith("| | genre")))
     table = lines[genre : genre + 2 + len(SHOWN) + 1]
@@ -143,10 +145,94 @@ def test_baselines_are_shown_at_the_time_of_the_step_as_well(documents):
             found["methods"][name]["curves"] = [[late, beyond]]
         curves = [[state(0.1, 10.0, 0.0), late], [state(0.25, other, 5.0), beyond]]
         found["methods"]["GradDiff"]["curves"] = curves
-    lines = section(Results(documents[:2])).splitlines()
+    lines = overviews(documents[:2]).splitlines()
     assert cells(lines, "in the step's time: influence / best trained one")[1] == "80 / 30"
     steps = cells(lines, "in the steps' time: several steps / best trained one")
     assert steps[1] == "90 / 13"  # on the lines to 40 and 20 at 0.25 s, and 10 at 0.1 s
+
+
+STEPS, FIFTH = "influence, several steps", "influence, several steps, a fifth of D_r each"
+
+
+def at(document, name: str, at_1: float, at_5: float) -> None:
+    document["methods"][name]["at_budget"] |= {"1": [at_1, "between"], "5": [at_5, "end"]}
+
+
+def test_all_cells_in_one_table(documents):
+    for found in documents:
+        found["methods"]["retraining"] = row(80.0, 12.0)
+        at(found, "influence", 60.0, 90.0)
+        at(found, STEPS, 50.0, 90.0)
+        at(found, FIFTH, 51.0, 91.0)
+        at(found, "retraining", 99.0, 99.0)  # does not count
+    documents[1]["methods"][FIFTH] = {"error": "ValueError: x"}
+    for found, forget, retain in zip(documents, (60, 90, 82, 81), (-9, 1, 2, 3), strict=True):
+        metrics = {"mia/loss": forget / 100, "retain_test/recall@10": 0.1}
+        found["methods"][STEPS] |= {
+            "drops": {"forget": forget, "retain": retain, "calibration": 0.0},
+            "seconds": 2.0 + retain,
+            "metrics": metrics,
+        }
+    documents[2]["scenario"] = "taste"  # never-seen data of another kind: no AUC
+    lines = summary.over_all(documents).splitlines()
+    first = cells(lines, STEPS)
+    # At 5 % the fifth forgets more but is the same method; the one step at most as much.
+    assert first[1:4] == ["4", "0", "4"]
+    assert first[4:7] == ["2 [-20, 10]", "1.5 [-9.0, 3.0]", "3.5 [-7.0, 5.0]"]
+    assert first[7] == "0.77 [0.60, 0.90]"
+    assert first[8] == "0.100 [0.100, 0.100]"
+    assert cells(lines, FIFTH)[1:4] == ["3", "0", "3"]
+    assert cells(lines, "influence")[1:4] == ["4", "4", "1"]  # where the fifth is not there
+    assert cells(lines, "retraining")[1:5] == ["4", "-", "-", "0 [0, 0]"]
+    assert not any(line.startswith("| SSD") for line in lines)  # failed everywhere
+    # Only the second file has another seed than 0; the fifth is not there to be passed.
+    assert "of the 1 cells of other seeds they are first in 0 at 1 % and in 1 at 5 %" in (
+        summary.judged_only(documents)
+    )
+    assert summary.judged_only(documents[2:]) == ""
+    assert set(summary.ROWS) | set(summary.BASELINES) <= {m.name for m in METHODS}
+
+
+def test_a_row_per_request(documents):
+    for found, value in zip(documents, (10.0, 20.0, 30.0, 40.0), strict=True):
+        for name in METHODS:
+            if name.name != "SSD":
+                at(found, name.name, 0.0, 0.0)
+        at(found, "NPO", value / 2, value)
+        at(found, STEPS, 1.0, 15.0)
+        found["methods"]["NPO"]["seconds"] = value
+    text = summary.by_request(documents, lambda d: f"{d['data_set']}, {d['scenario']}")
+    lines = text.splitlines()
+    # Two seeds of one request: means of 10 and 20; as much as several steps, so both are bold.
+    genre = cells(lines, "ml-100k, genre")
+    assert genre[1] == "**1.0 / ≥ 15.0**"
+    assert genre[4] == "NPO **7.5 / ≥ 15.0**"
+    assert genre[6] == "10 (retain 2.0)"
+    assert genre[7] == "0.25 / 15 / 0.25"
+    users = cells(lines, "ml-100k, users")
+    assert users[1] == "1.0 / ≥ 15.0"
+    assert users[4] == "NPO **15.0 / ≥ 30.0**"
+    assert len(lines) == 2 + 3
+
+
+def test_presets_against_retraining(documents):
+    for found in documents:
+        found["methods"]["retraining"] = row(80.0)
+
+    def delivered(seed: int, forget: float, scenario: str = "genre"):
+        row = {"drops": {"forget": forget, "retain": 4.0}, "seconds": 0.5}
+        return {
+            "data_set": "ml-100k",
+            "scenario": scenario,
+            "seed": seed,
+            "presets": dict.fromkeys(("paper", "best", "thorough"), row),
+        }
+
+    three = [delivered(0, 90.0), delivered(1, 60.0), delivered(7, 10.0)]
+    lines = summary.presets(three, documents).splitlines()
+    # Seed 7 was never retrained: it counts where nothing is compared.
+    assert cells(lines, '`"best"`')[1:4] == ["3", "60 [10, 90]", "-5 [-20, 10]"]
+    assert summary.presets([], documents) == ""
 
 
 def text(scenario: str, recipe: str):
@@ -159,7 +245,7 @@ def test_text_cases_stand_side_by_side_by_model(documents):
     cases = [text("genre", "all"), text("users", "all"), text("genre", "q/v")]
     cases[0]["methods"]["influence"]["at_budget"]["5"] = [61.0, "between"]
     results = Results(documents, texts=cases)
-    lines = section(results).splitlines()
+    lines = text_section(cases).splitlines()
     start = next(i for i, line in enumerate(lines) if "SmolLM2, all; reduced text" in line)
     assert lines[start + 2] == "| | genre | users |"
     row = next(line for line in lines[start:] if line.startswith("| influence |"))
@@ -176,7 +262,7 @@ def test_the_page_names_how_to_reproduce_every_row(documents):
     text = page(Results(documents))
     for found in documents:
         assert f"`{found['command']}`" in text
-    assert text.count("a machine") == len(documents)
+    assert text.count("- seed") == len(documents)
     assert "commit abc, 2026-01-02" in text
 
 
@@ -301,10 +387,11 @@ def test_presets_as_delivered_and_the_count_of_right_advice(documents):
         documents,
         [delivered(0, "attenuate"), delivered(1, "retrain"), delivered(0, "influence", "taste")],
     )
-    text = section(results)
+    text = page(results)
     assert (
         "| ml-100k, genre (seed 0, 1) | 20.5 / 4.0 | 0.5 | 20.5 / 4.0 | 2.0 | 70.0 / -3.0 | 40.0 "
         "| attenuate, retrain | attenuate, attenuate |"
     ) in text
+    assert '| `"thorough"` | 3 | 70 [70, 70] |' in section(results)
     assert "| influence | - |" in text  # nothing to hold it against
     assert "right in 0 of 1 cases of ml-100k, and in 1 of 1 that" in text
