@@ -563,13 +563,22 @@ def _roofline(cases: Sequence[Case], device: str) -> Figure | None:
 
 
 def _scaling(cases: Sequence[Case], device: str) -> Figure | None:
-    shown = [case for case in cases if case.group == "scaling"]
+    shown = _most_varied([case for case in cases if case.group == "scaling"])
     drawn = _panels([row for case in shown for row in case.rows.values()])
     if not drawn:
         return None
     title = f"How the time of a deletion request grows ({DEVICES[device]})"
     data = {"title": title, "panels": drawn, "caption": _caption(shown)}
     return Figure(f"bench-{device}-scaling", data, figures.draw_scaling)
+
+
+def _most_varied(cases: Sequence[Case]) -> list[Case]:
+    """Those of the model that most sizes were varied of; docs/benchmarks.md has the others."""
+    sizes: dict[str, set[str]] = {}
+    for case in cases:
+        sizes.setdefault(case.shape["model"], set()).add(case.shape["varied"])
+    most = max(sizes, key=lambda model: len(sizes[model]), default=None)
+    return [case for case in cases if case.shape["model"] == most]
 
 
 _ALONG = {

@@ -26,14 +26,14 @@ DELETION = {
 }
 
 
-def _scaling() -> list[list[m.Result]]:
+def _scaling(model: str = "Llama", along: str = "tokens") -> list[list[m.Result]]:
     cases = []
     for tokens in (100, 200, 400, 800):
-        shape = {"model": "Llama", "varied": "tokens varied", "tokens": tokens}
+        shape = {"model": model, "varied": f"{along} varied", along: tokens}
         times = {"retrain": [0.01 * tokens] * 3, "ucan_fast, bank": [0.5] * 3}
         rows = case("scaling", shape, times)
         for row, value in zip(rows, (1.0, 0.0), strict=True):
-            row.extra["slope"] = {"along": "tokens", "value": value}
+            row.extra["slope"] = {"along": along, "value": value}
         cases.append(rows)
     return cases
 
@@ -251,6 +251,21 @@ def test_figures_hold_what_was_measured(root):
     assert [point[0] for point in curves["retrain"]["points"]] == [100, 200, 400, 800]
     assert curves["retrain"]["slope"] == 1.0
     assert curves["ucan_fast, bank"]["ours"]
+
+
+def test_the_model_that_most_was_varied_of_is_drawn(root):
+    wide = (*_scaling("wide"), *_scaling("wide", "rank"))
+    document(root / "results/full.json", *wide, command="python -m benchmarks --profile full")
+    results = _load(root / "results")
+    scaling = r.device_figures(results, "cpu")[2]
+    assert [(p["title"], p["xlabel"]) for p in scaling.data["panels"]] == [
+        ("wide", "tokens of the whole data set"),
+        ("wide", "rank of the adapter"),
+    ]
+    assert len(scaling.data["caption"].splitlines()) == 1  # not of the file that is not drawn
+    assert "--profile full" in scaling.data["caption"]
+    # The other is on the page.
+    assert "Llama tokens varied" in r.details(results)
 
 
 def test_what_the_scaling_curves_leave_out_is_said(root, monkeypatch):
