@@ -1551,13 +1551,45 @@ def test_several_steps_take_retain_data_beside_a_bank(project, out, monkeypatch)
     assert not one.exists()
 
 
-@pytest.mark.parametrize("earlier", ["thorough", "best"])
-def test_several_steps_are_no_part_of_requests_in_a_row(project, out, earlier, monkeypatch):
-    steps = ["--influence-steps", "2"] if earlier == "thorough" else []
-    assert unlearn(project, out, "--preset", earlier, *steps, "--no-evaluate")[0] == 0
+def test_several_steps_go_on_from_the_earlier_output(project, out):
+    """Whose adapter need not be there: the plan leads from the original one to it."""
+    steps = ["--preset", "thorough", "--influence-steps", "2"]
+    assert unlearn(project, out, *steps, "--no-evaluate")[0] == 0
+    second = out.parent / "second"
+    code, *_ = unlearn(project, second, *steps, forget="second.jsonl", previous=out)
+    assert code == 0
+    report = json.loads((second / REPORT).read_text())
+    assert report["request"]["includes_previous_requests"]
+    first, both = (uf.InfluencePlan.load(folder / cli.ADAPTER_PLAN) for folder in (out, second))
+    # What the first moved is in the second's way: of the two the latter is as far along it.
+    along = [
+        sum(float((p.strength * p.directions[k] * first.directions[k]).sum()) for k in p.directions)
+        for p in (first, both)
+    ]
+    assert along[1] > 0.8 * along[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "says"),
+    [
+        ("thorough", "best", "would bring its forget set back: answer this request by several"),
+        ("gates", "thorough", "was not answered by influence steps"),
+        ("paper", "thorough", "ucan_statistics.safetensors"),
+        ("no plan", "thorough", "ucan_plan.safetensors does not exist"),
+    ],
+)
+def test_requests_that_cannot_follow_each_other(project, out, earlier, later, says, monkeypatch):
+    flags = {
+        "thorough": ["--preset", "thorough", "--influence-steps", "2"],
+        "gates": ["--method", "gates"],
+        "paper": [*STRENGTH],
+        "no plan": ["--preset", "best"],
+    }
+    assert unlearn(project, out, *flags[earlier], "--no-evaluate")[0] == 0
+    if earlier == "no plan":
+        (out / cli.ADAPTER_PLAN).unlink()
     monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("refused before any work"))
-    later = "best" if earlier == "thorough" else "thorough"
     code, _, err = unlearn(project, out.parent / "next", "--preset", later, previous=out)
     assert code == 1
-    assert "has not the other's data: it would be known again" in err
+    assert says in err
     assert not (out.parent / "next").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import helpers_models as hm
 import influence_oracle as oracle
@@ -56,8 +57,17 @@ def without_adapter(model):
     return model
 
 
-@pytest.mark.parametrize(("most", "drawn"), [(0.02, False), (math.inf, False), (math.inf, True)])
-def test_two_steps_are_those_of_the_formula(most, drawn, monkeypatch):
+@pytest.mark.parametrize(
+    ("most", "drawn", "started"),
+    [
+        (0.02, False, False),
+        (math.inf, False, False),
+        (math.inf, True, False),
+        (math.inf, False, True),
+        (math.inf, True, True),
+    ],
+)
+def test_two_steps_are_those_of_the_formula(most, drawn, started, monkeypatch):
     """Momentum, control variate, references and both limits of the length, by dense solves."""
     monkeypatch.setattr(influence_walk, "_MOST_RISE", most)
     monkeypatch.setattr(influence_walk, "_MOST_LOSS", math.inf)
@@ -65,9 +75,12 @@ def test_two_steps_are_those_of_the_formula(most, drawn, monkeypatch):
     forget, retain = forget_batches(count=8), retain_batches(count=12)
     sample = retain_batches(count=16, size=4, seed=3)
     config = CONFIG.replace(influence_steps=2, influence_batches=2, seed=5) if drawn else CONFIG
-    walk = walk_of(model, forget=forget, retain=retain, sample=sample, config=config)
-    generator = torch.Generator().manual_seed(5)
     now, factors = copy.deepcopy(model), oracle.factors(model, retain, 1)
+    start = plan_of(model, forget_batches(seed=7, count=8), retain) if started else None
+    walk = walk_of(model, forget=forget, retain=retain, sample=sample, config=config, start=start)
+    if started:
+        move(now, {key: start.strength * d for key, d in start.directions.items()})
+    generator = torch.Generator().manual_seed(5)
     sums, positions = oracle.gradients(model, retain, 1)
     bank = mean(sums, positions)
     origin = copy.deepcopy(model)
@@ -95,11 +108,7 @@ def test_two_steps_are_those_of_the_formula(most, drawn, monkeypatch):
         assert limited == (most == 0.02), "both limits are tried"
         length = most / slope if limited else length
         costs = oracle.costs(now, forget, 1)
-        moved = {k: length * v for k, v in d.items()}
-        with torch.no_grad():
-            for name, layer in oracle.lora_layers(now).items():
-                for letter, p in zip("AB", oracle.weights_of(layer), strict=True):
-                    p.add_(moved[f"{name}.lora_{letter}"])
+        move(now, {k: length * v for k, v in d.items()})
         assert walk.advance()
         assert walk.steps == number
         for (name, ours), theirs in zip(model.named_parameters(), now.parameters(), strict=True):
@@ -109,6 +118,22 @@ def test_two_steps_are_those_of_the_formula(most, drawn, monkeypatch):
         below = [c < r for c, r in zip(costs, references, strict=True)]
         assert said.known == pytest.approx(sum(below) / len(below))
         assert said.rise == pytest.approx(length * slope, rel=1e-6)
+
+
+def plan_of(model, forget, retain, strength=0.2):
+    """One step, by factors of its own."""
+    factors = (
+        uf.collect_factors(model, forget, group="forget"),
+        uf.collect_factors(model, retain),
+    )
+    return uf.make_influence_plan(model, *factors, CONFIG.replace(strength=strength))
+
+
+def move(model, directions: dict) -> None:
+    with torch.no_grad():
+        for name, layer in oracle.lora_layers(model).items():
+            for letter, p in zip("AB", oracle.weights_of(layer), strict=True):
+                p.add_(directions[f"{name}.lora_{letter}"])
 
 
 def mean(sums: dict, count: int) -> dict:
@@ -647,23 +672,121 @@ def test_what_is_missing_is_named(options, match):
     assert_same_weights(model, before)
 
 
-@pytest.mark.parametrize("later", ["one step", "several"])
-@pytest.mark.parametrize("earlier", ["one step", "several"])
-def test_requests_in_a_row_are_refused(earlier, later):
-    """A step from the origin would bring back what the earlier steps took."""
+# Requests in a row.
+
+
+def two_requests():
+    return forget_batches(count=8), forget_batches(seed=5, count=8), retain_batches(count=64)
+
+
+@pytest.mark.parametrize("banked", [False, True])
+def test_steps_go_on_from_the_plan_of_the_earlier_request(banked, tmp_path):
+    one, two, retain = two_requests()
     model = trained()
-    forget, retain = forget_batches(), retain_batches()
-    configs = {"one step": STEPS.replace(influence_steps=1), "several": STEPS}
-    first = uf.unlearn(model, forget=forget, retain=retain, config=configs[earlier], evaluate=False)
+    origin = snapshot(model)
+    bank = uf.collect_factors(model, [*one, *two, *retain]) if banked else None
+    options = {"retain": retain, "bank": bank, "config": STEPS, "evaluate": False}
+    first = uf.unlearn(model, forget=one, **options)
+    known = mean_nll(model, one, "forget"), mean_nll(model, two, "forget")
+    second = uf.unlearn(model, forget=two, previous=first, **options)
+    assert mean_nll(model, one, "forget") > known[0] - 0.05, "the first is not known again"
+    assert mean_nll(model, two, "forget") > known[1] + 0.3
+    search = second.report.search
+    assert search.loss_after <= 1.05 * search.loss_before
+    # The plan is the whole way from the origin: its statistics, undo and file are as ever.
+    assert second.stats.tokens("forget") == sum(int(b["attention_mask"].sum()) for b in one + two)
+    rise = mean_nll(model, two, "forget") - mean_nll(trained(), two, "forget")
+    assert second.plan.strength == pytest.approx(rise, rel=1e-4)
+    assert sum(second.plan.shares.values()) == pytest.approx(1)
+    there = snapshot(model)
+    second.plan.save(tmp_path / "plan", include_original=True)
+    second.plan.undo(model)
+    assert_same_bits(model, origin)
+    again = uf.InfluencePlan.load(tmp_path / "plan")
+    again.applied_fingerprint = again.originals = None
+    again.apply(model)
+    assert_same_bits(model, there)
+    assert second.report.request["includes_previous_requests"]
+
+
+def test_a_third_request_goes_on_from_both():
+    one, two, retain = two_requests()
+    three = forget_batches(seed=9, count=8)
+    model, result = trained(), None
+    origin = snapshot(model)
+    options = {"retain": retain, "config": STEPS, "evaluate": False}
+    known = []
+    for forget in (one, two, three):
+        result = uf.unlearn(model, forget=forget, previous=result, **options)
+        known.append(mean_nll(model, forget, "forget"))
+    for forget, nll in zip((one, two, three), known, strict=True):
+        assert mean_nll(model, forget, "forget") > nll - 0.05
+    result.plan.undo(model)
+    assert_same_bits(model, origin)
+
+
+def test_several_steps_go_on_from_one_but_not_one_from_several():
+    one, two, retain = two_requests()
+    model = trained()
+    single = STEPS.replace(influence_steps=1)
+    first = uf.unlearn(model, forget=one, retain=retain, config=single, evaluate=False)
+    known = mean_nll(model, one, "forget")
+    options = {"forget": two, "retain": retain, "evaluate": False}
+    second = uf.unlearn(model, previous=first, config=STEPS, **options)
+    assert mean_nll(model, one, "forget") > known - 0.05
     before = weights(model)
-    options = {"forget": forget_batches(seed=5), "retain": retain, "config": configs[later]}
-    if earlier == later == "one step":
-        uf.unlearn(model, **options, previous=first, evaluate=False)
-        return
-    for previous in (first, first.stats):
-        with pytest.raises(uf.UcanError, match=r"not the other's data: it would be known again"):
-            uf.unlearn(model, **options, previous=previous)
-        assert_same_weights(model, before)
+    options["forget"] = forget_batches(seed=9, count=8)
+    for previous in (second, second.stats):
+        with pytest.raises(uf.UcanError, match=r"would bring its forget set back: answer this"):
+            uf.unlearn(model, previous=previous, config=single, **options)
+    with pytest.raises(uf.UcanError, match=r"pass previous= the whole result, not its statistics"):
+        uf.unlearn(model, previous=second.stats, config=STEPS, **options)
+    assert_same_weights(model, before)
+
+
+def test_what_cannot_be_gone_on_from_is_named():
+    one, two, retain = two_requests()
+    model = trained()
+    b_only = STEPS.replace(influence_variant="b-only")
+    first = uf.unlearn(model, forget=one, retain=retain, config=b_only, evaluate=False)
+    before = weights(model)
+    with pytest.raises(uf.UcanError, match=r"lora_A is \(.*not there.*'all' and 'b-only'"):
+        uf.unlearn(model, forget=two, retain=retain, config=STEPS, previous=first)
+    assert_same_weights(model, before)
+    first.plan.undo(model)
+    with pytest.raises(uf.UcanError, match=r"moved other matrices .*'b-only'.*'all'"):
+        walk_of(model, start=first.plan)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).add_(0.01)
+    with pytest.raises(uf.UcanError, match=r"start from is for another adapter"):
+        walk_of(model, config=b_only, start=first.plan)
+
+
+def test_where_nothing_is_gone_on_to_the_earlier_plan_stays():
+    one, two, retain = two_requests()
+    model = trained()
+    options = {"retain": retain, "config": STEPS, "evaluate": False}
+    first = uf.unlearn(model, forget=one, **options)
+    there = snapshot(model)
+    known = mean_nll(model, two, "forget")
+    result = uf.unlearn(model, forget=two, previous=first, holdout=known - 0.1, **options)
+    assert_same_bits(model, there)
+    assert "there is nothing to unlearn. The plan of the earlier requests stays" in result.plan.note
+    assert result.report.change["steps"] == []
+    search = result.report.search
+    assert (search.chosen, search.curve) == (0.0, [])
+    assert search.loss_after == pytest.approx(mean_nll(model, retain, "retain"), rel=0.2)
+    # The earlier request used up the budget.
+    tight = STEPS.replace(max_retain_loss_increase=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    noise = {k: torch.randn(d.shape, generator=generator) for k, d in first.plan.directions.items()}
+    worse = replace(first.plan, directions=noise, strength=0.05)
+    worse.originals = worse.applied_fingerprint = None
+    first.plan.undo(model)
+    spent = replace(first, plan=worse)
+    result = uf.unlearn(model, forget=one, previous=spent, **{**options, "config": tight})
+    assert "the earlier requests alone use up the budget" in result.plan.note
+    assert result.plan.strength == worse.strength
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

@@ -97,13 +97,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         )
     previous = None
     if arguments.previous is not None:
-        previous = measured.load(Path(arguments.previous) / ADAPTER_STATS)
-        if several or _took_several_steps(Path(arguments.previous) / ADAPTER_PLAN):
-            raise UcanError(
-                "several influence steps run the forget set anew before every step, and a request "
-                "after another has not the other's data: it would be known again. Ask for both "
-                "forget sets in one request, on the original adapter."
-            )
+        previous = _previous(Path(arguments.previous), measured, several)
     model, tokenizer = _load(arguments)
     result = unlearn(
         model,
@@ -136,10 +130,34 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _took_several_steps(path: Path) -> bool:
-    from .plans import load_plan
+def _previous(folder: Path, measured: type, several: bool) -> Any:
+    """An earlier request, from the files of its output: its statistics, or with several influence
+    steps, which go on from where its plan leads to, both.
 
-    return path.exists() and load_plan(path).config.influence_steps > 1
+    Raises:
+        UcanError: a file cannot be read, or the two requests do not go together.
+    """
+    from .influence import InfluencePlan
+    from .plans import load_plan
+    from .unlearn import UnlearnResult
+
+    stats = measured.load(folder / ADAPTER_STATS)
+    if several:
+        plan = load_plan(folder / ADAPTER_PLAN)
+        if not isinstance(plan, InfluencePlan):
+            raise UcanError(
+                f"{folder} was not answered by influence steps, so that several of them cannot go "
+                "on from there. Ask for both forget sets in one request, on the original adapter."
+            )
+        return UnlearnResult(stats, plan, report=None)
+    plan = folder / ADAPTER_PLAN
+    if plan.exists() and load_plan(plan).config.influence_steps > 1:
+        raise UcanError(
+            f"{folder} was answered by several influence steps, and one step on the original "
+            "adapter would bring its forget set back: answer this request by several steps too "
+            "(--preset thorough), or ask for both forget sets in one request."
+        )
+    return stats
 
 
 def _needs_retain_loss(config: UcanConfig) -> bool:
@@ -349,9 +367,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--bank",
         metavar="FILE",
-        help="statistics of all data, from 'collect'; replaces --retain (beside "
-        "it with several influence steps: those run --retain, of which a sample is enough, or "
-        "--calibration)",
+        help="statistics of all data, from 'collect'; replaces --retain (several influence steps "
+        "take both: they run --retain)",
     )
     unlearn.add_argument(
         "--calibration",

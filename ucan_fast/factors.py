@@ -268,10 +268,16 @@ class InfluenceFactors:
             raise UcanError(
                 "eigenbases do not add: collect with variant 'all', add, then compress."
             )
-        if {n: t.shape for n, t in self.gradients.items()} != {
-            n: t.shape for n, t in other.gradients.items()
-        }:
-            raise UcanError(f"cannot {verb} factors of different layers or ranks.")
+        mine, theirs = (
+            {n: tuple(t.shape) for n, t in one.gradients.items()} for one in (self, other)
+        )
+        for name in {**mine, **theirs}:
+            if mine.get(name) != theirs.get(name):
+                raise UcanError(
+                    f"cannot {verb} factors of different layers or ranks: {name} is "
+                    f"{mine.get(name, 'not there')} in one and {theirs.get(name, 'not there')} in "
+                    f"the other (variants {self.variant!r} and {other.variant!r})."
+                )
         if not (self.layers and other.layers) or self.variant == "eigenbasis":
             return
         if (self.variant, self.blocks, list(self.layers)) != (

@@ -218,11 +218,16 @@ def search_walk(
     stats: InfluenceStats,
     forget: Batches,
     holdout: Batches | float | None,
+    earlier: InfluencePlan | None = None,
 ) -> InfluencePlan:
     """As many influence steps as stay within the retain budget and below the holdout's NLL.
 
     A step that does not is halved, up to :data:`_HALVINGS` times, and taken back if that was no
     help; then the steps end.
+
+    Args:
+        earlier: the plan of the requests before this one: the steps go on from where it leads to,
+            and where none is taken it stays.
 
     Raises:
         UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
@@ -232,6 +237,8 @@ def search_walk(
             "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
             "cost are not taken: pass retain= batches."
         )
+    if earlier is not None and earlier.is_noop:
+        earlier = None
     ceiling = ceiling_of(job.model, holdout)
     budget = job.config.max_retain_loss_increase
     allowed = job.retain.before + budget * abs(job.retain.before)
@@ -244,8 +251,13 @@ def search_walk(
         stats.retain,
         job.config,
         never_seen=ceiling,
+        start=earlier,
         adapter=job.adapter,
     )
+
+    def cost() -> float:
+        """Of the forget set, nats; not measured where nothing depends on it."""
+        return group_loss(job.model, forget, "forget").mean if ceiling < math.inf else -math.inf
 
     def refused() -> str:
         """Why the state that the walk is in is none to stay in, or ""."""
@@ -253,20 +265,28 @@ def search_walk(
         search.curve.append((walk.steps, loss))
         if not loss <= allowed:  # nan is outside
             return f"the budget of {100 * budget:g} % retain loss"
-        if ceiling < math.inf:
-            cost = group_loss(job.model, forget, "forget").mean
-            if not cost <= ceiling:
-                return f"the cost of never-seen data ({ceiling:.4f} nats per token)"
+        if not cost() <= ceiling:
+            return f"the cost of never-seen data ({ceiling:.4f} nats per token)"
         search.chosen, search.loss_after = walk.steps, loss
         return ""
 
-    before = group_loss(job.model, forget, "forget").mean if ceiling < math.inf else -math.inf
+    if earlier is None:
+        before = cost()
+    else:
+        with earlier._edit(job.model, job.adapter).applied(earlier.strength):
+            before, search.loss_after = cost(), job.retain.measure()
     try:
         if before >= ceiling:
             search.note = (
                 f"the forget set is no better known than never-seen data (NLL {before:.4f} "
                 f"against holdout={ceiling:.4f} nats): there is nothing to unlearn."
             )
+        elif not search.loss_after <= allowed:
+            search.note = (
+                f"the earlier requests alone use up the budget of {100 * budget:g} % retain loss: "
+                "no step was taken."
+            )
+        start = search.loss_after
         steps = range(job.config.influence_steps)
         for _ in track(steps, steps, job.progress, "influence steps"):
             if search.note:
@@ -292,10 +312,13 @@ def search_walk(
         job.steps = list(walk.measured)
     finally:
         walk.restore()
-    if plan.is_noop:
-        search.chosen, search.loss_after, job.steps = 0.0, job.retain.before, []
+    stays = earlier is not None and plan.directions is earlier.directions
+    if plan.is_noop or stays:
+        search.chosen, search.loss_after, job.steps = 0.0, start, []
     job.search = search
     plan.note = plan.note if plan.is_noop and plan.note else search.note
+    if stays:
+        plan.note += " The plan of the earlier requests stays as it is."
     return plan
 
 

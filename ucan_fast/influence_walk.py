@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,10 @@ class InfluenceWalk:
     (Ours; not in the paper.) Natural gradients: Amari 1998; Kronecker factors and the trust region:
     Martens and Grosse, arXiv 1503.05671.
 
+    With ``start`` the steps go on from where an earlier request's plan leads to. That request's
+    data are not run again: nothing pulls them back, since R is of neither forget set, and nothing
+    holds them either.
+
     The weights are written in place. :meth:`restore` brings the originals back bit by bit, and
     :meth:`plan` makes a plan of where the model is.
     """
@@ -115,6 +119,7 @@ class InfluenceWalk:
         config: UcanConfig | None = None,
         *,
         never_seen: float = math.inf,
+        start: InfluencePlan | None = None,
         adapter: str | None = None,
     ) -> None:
         """Check everything, and measure the references (one forward pass over ``forget``).
@@ -127,11 +132,14 @@ class InfluenceWalk:
             forget_factors, retain_factors: as for :func:`ucan_fast.make_influence_plan`.
             config: with ``method="influence"``.
             never_seen: nats per token that never-seen data cost; no reference is above it.
+            start: the plan of an earlier request on the same adapter (not applied now): the first
+                step begins where it leads to, and what it moved stays moved.
             adapter: needed when several adapters are active.
 
         Raises:
             UcanError: as :func:`ucan_fast.make_influence_plan`; bad batches; an initialisation that
-                changed the base model (PiSSA, OLoRA, CorDA, LoftQ), without ``never_seen``.
+                changed the base model (PiSSA, OLoRA, CorDA, LoftQ), without ``never_seen``; a
+                ``start`` for another adapter or other matrices.
         """
         if not never_seen > 0:  # nan too
             raise UcanError(f"never_seen must be nats per token > 0, not {never_seen!r}.")
@@ -157,16 +165,26 @@ class InfluenceWalk:
             for key, p in parameters.items()
         }
         self._edit = StepEdit(parameters, self._moved)
+        self._start = None if start is None or start.is_noop else self._checked(start)
         self._references = self._measure_references(never_seen)
+        # Of the forget set, on the origin; without a start the first step measures it.
+        self._origin_nll = math.nan
+        if self._start is not None:
+            self._origin_nll = group_loss(self.model, self._forget, "forget").mean
         self._begin()
 
     def _begin(self) -> None:
         """The state of a walk that has not begun."""
         self.measured: list[Measured] = []
         self.ended = ""
-        for moved in self._moved.values():
+        start = self._start
+        for key, moved in self._moved.items():
             moved.zero_()
-        self._rises = dict.fromkeys(self._moved, 0.0)
+            if start is not None:
+                moved.add_(start.directions[key], alpha=start.strength)
+        self._rises = {
+            key: 0.0 if start is None else start.strength * start.shares[key] for key in self._moved
+        }
         # The step that led here, and what it predicted by matrix; none at the origin.
         self._last: Gradients = {}
         self._last_rises: dict[str, float] = {}
@@ -177,6 +195,22 @@ class InfluenceWalk:
         self._at_origin: Gradients = {}
         self._scale = 1.0
         self._random = torch.Generator().manual_seed(self.config.seed)
+
+    def _checked(self, start: InfluencePlan) -> InfluencePlan:
+        """A plan that can be gone on from."""
+        if start.fingerprint != self._direction.forget.fingerprint:
+            raise UcanError(
+                "the plan to start from is for another adapter than the one that the factors were "
+                "taken on."
+            )
+        shapes = {key: moved.shape for key, moved in self._moved.items()}
+        if {key: d.shape for key, d in start.directions.items()} != shapes:
+            raise UcanError(
+                f"the plan to start from moved other matrices (influence_variant="
+                f"{start.config.influence_variant!r}) than these steps would "
+                f"({self.config.influence_variant!r})."
+            )
+        return start
 
     def _retain_batches(self, retain: Batches) -> tuple[Batches, list]:
         """What the first step runs, and what every step draws from (nothing where it runs all)."""
@@ -206,6 +240,8 @@ class InfluenceWalk:
             UcanError: a gradient or a weight would not be finite; the weights are the originals.
         """
         with self._restoring():
+            if self._start is not None and not self.steps:
+                self._edit.write(1.0)
             retain, retain_nll = self._retain_side()
             forget, forget_nll, known = self._gradients(self._forget, "forget", self._references)
             for group, gradient in (("retain", retain), ("forget", forget)):
@@ -280,13 +316,17 @@ class InfluenceWalk:
         """The way from the origin to here, as a plan for the origin (not applied).
 
         Its strength is the *measured* rise of the forget NLL; on the way back to 0 the weights
-        move in a straight line, not along the steps.
+        move in a straight line, not along the steps. Where nothing rose it is the plan that the
+        walk started from, if any, else one that does nothing.
         """
         rise = 0.0
         if self.steps:
             after = group_loss(self.model, self._forget, "forget").mean
-            rise = after - self.measured[0].forget_nll
+            before = self.measured[0].forget_nll if self._start is None else self._origin_nll
+            rise = after - before
         moves = rise > 0
+        if self._start is not None and not moves:
+            return replace(self._start, applied_fingerprint=None, originals=None)
         parts = self._rises
         if not sum(parts.values()) > 0:  # the way up was predicted by no step: by what was moved
             parts = {key: float(m.double().square().sum()) for key, m in self._moved.items()}
@@ -315,9 +355,9 @@ class InfluenceWalk:
         if self._here is None:
             self._here = self._gradients(self._batches, "retain")[:2]
         now, nll = self._here
-        if not self.steps:
+        if not self.steps and self._start is None:
             self._at_origin = now
-        elif self._all:
+        elif self._all or not self._at_origin:
             self._edit.restore()
             self._at_origin = self._gradients(self._batches, "retain")[0]
             self._edit.write(1.0)

@@ -58,12 +58,13 @@ class UnlearnResult:
         stats: what was measured of both groups on the origin; pass the result as ``previous=`` to
             the next request.
         plan: the applied plan; ``plan.undo(model)`` takes it back.
-        report: the :class:`DeletionReport`.
+        report: the :class:`DeletionReport`; None in a result made from saved statistics and a
+            saved plan, to be passed as ``previous=``.
     """
 
-    stats: ActivationStats | InfluenceStats
+    stats: ActivationStats | InfluenceStats | InfluenceFactors
     plan: AttenuationPlan | InfluencePlan
-    report: DeletionReport
+    report: DeletionReport | None
 
 
 def unlearn(
@@ -105,8 +106,10 @@ def unlearn(
             taken off, its forget set is added to this one, and one new plan is applied to the
             origin: the same as one request with the union. (With ``strength="auto"`` the trust
             region and ``holdout`` of gradient methods are measured on this request's data alone:
-            the earlier data are gone.) Requests must not overlap: a token in two of them would be
-            counted, and taken from the bank, twice.
+            the earlier data are gone.) Several influence steps go on from where its plan leads to
+            instead, and need the whole result; what was forgotten there is not run again, and the
+            retain budget is that of both requests together. Requests must not overlap: a token in
+            two of them would be counted, and taken from the bank, twice.
         holdout: for the influence step and gates: what never-seen data cost, as batches (forget
             tokens count) or in nats per token. The search stops before the forget set costs more,
             so that it does not stand out as forgotten.
@@ -152,11 +155,11 @@ def unlearn(
             if config.auto_strength or evaluate:
                 job.prepare_retain_loss(calibration, retain, forget, bank)
         with job.timed("search strength"):
+            earlier = previous.plan if isinstance(previous, UnlearnResult) else None
             if several:
                 job.retain.measure_before(config.auto_strength)
-                plan = search_walk(job, stats, forget, holdout)
+                plan = search_walk(job, stats, forget, holdout, earlier)
             else:
-                earlier = previous.plan if isinstance(previous, UnlearnResult) else None
                 plan = _choose_strength(job, plan, forget, holdout, earlier)
         if previous is not None and plan.is_noop:
             plan.note += " Nothing of the earlier requests' forget sets is unlearned either."
@@ -337,13 +340,24 @@ def _check_kinds(bank: Any, previous: Any) -> None:
 
 
 def _check_steps(config: UcanConfig, previous: Any) -> None:
-    """Refuse requests in a row where one of the two takes several steps."""
-    earlier = getattr(getattr(previous, "stats", previous), "steps", 1)
-    if previous is not None and max(config.influence_steps, earlier) > 1:
+    """Refuse requests in a row that would bring an earlier forget set back.
+
+    Several steps go on from where an earlier plan leads to. One step is taken at the origin, by
+    the gradients there, which do not say what several steps did.
+    """
+    if previous is None:
+        return
+    if config.influence_steps > 1:
+        if not isinstance(previous, UnlearnResult):
+            raise UcanError(
+                "influence_steps > 1 goes on from where the earlier request's plan leads to: pass "
+                "previous= the whole result, not its statistics."
+            )
+    elif getattr(getattr(previous, "stats", previous), "steps", 1) > 1:
         raise UcanError(
-            "influence_steps > 1 runs the forget set anew before every step, and a request after "
-            "another has not the other's data: it would be known again. Undo the earlier plan and "
-            "ask for both forget sets in one request."
+            "the earlier request took several influence steps, and one step at the origin would "
+            "bring its forget set back: answer this one with influence_steps > 1 too (preset "
+            "'thorough'), or undo the earlier plan and ask for both forget sets in one request."
         )
 
 
