@@ -1572,7 +1572,7 @@ def test_several_steps_go_on_from_the_earlier_output(project, out):
 @pytest.mark.parametrize(
     ("earlier", "later", "says"),
     [
-        ("thorough", "best", "would bring its forget set back: answer this request by several"),
+        ("thorough", "best", "would not take them again: answer this request by several"),
         ("gates", "thorough", "was not answered by influence steps"),
         ("paper", "thorough", "ucan_statistics.safetensors"),
         ("no plan", "thorough", "ucan_plan.safetensors does not exist"),

@@ -561,7 +561,7 @@ def test_the_budget_is_measured_apart_from_what_the_steps_run(monkeypatch):
         assert set(run) | set(measured) == every
         assert len(run) + len(measured) == len(every) == 6
         assert len(measured) == 2
-        note = "measured on 2 of 6 retain batches, the steps ran the others"
+        note = "measured on 2 of 6 retain batches; the steps ran the others"
         assert result.report.notes["retain budget"] == note
         given = uf.unlearn(
             trained(),
@@ -659,7 +659,7 @@ def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
         ({}, r"pass retain= batches beside it"),
         ({"retain": retain_batches(), "holdout": -1.0}, r"holdout must be batches or nats per"),
         ({"retain": retain_batches(), "calibration": []}, r"the calibration set is empty"),
-        ({"retain": []}, r"steps of unknown cost are not taken: pass retain= batches"),
+        ({"retain": []}, r"steps of unknown cost are not taken: retain= holds no batch"),
     ],
 )
 def test_what_is_missing_is_named(options, match):
@@ -737,7 +737,7 @@ def test_several_steps_go_on_from_one_but_not_one_from_several():
     before = weights(model)
     options["forget"] = forget_batches(seed=9, count=8)
     for previous in (second, second.stats):
-        with pytest.raises(uf.UcanError, match=r"would bring its forget set back: answer this"):
+        with pytest.raises(uf.UcanError, match=r"would not take them again: answer this"):
             uf.unlearn(model, previous=previous, config=single, **options)
     with pytest.raises(uf.UcanError, match=r"pass previous= the whole result, not its statistics"):
         uf.unlearn(model, previous=second.stats, config=STEPS, **options)
@@ -787,6 +787,68 @@ def test_where_nothing_is_gone_on_to_the_earlier_plan_stays():
     result = uf.unlearn(model, forget=one, previous=spent, **{**options, "config": tight})
     assert "the earlier requests alone use up the budget" in result.plan.note
     assert result.plan.strength == worse.strength
+
+
+def test_steps_do_not_go_on_from_another_method():
+    one, two, retain = two_requests()
+    model = trained()
+    gates = uf.UcanConfig(method="gates")
+    first = uf.unlearn(model, forget=one, retain=retain, config=gates, evaluate=False)
+    before = weights(model)
+    with pytest.raises(uf.UcanError, match=r"method='gates', and influence steps cannot go on"):
+        uf.unlearn(model, forget=two, retain=retain, config=STEPS, previous=first)
+    assert_same_weights(model, before)
+    with pytest.raises(uf.UcanError, match="start must be an InfluencePlan, not 'plan'"):
+        walk_of(trained(), start="plan")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_reports_of_requests_in_a_row(count):
+    one, two, retain = two_requests()
+    model, config = trained(), STEPS.replace(influence_steps=2)
+    first = uf.unlearn(model, forget=one, retain=retain, config=config)
+    assert "from where the earlier" not in first.report.to_markdown()
+    known = mean_nll(model, two, "forget")
+    holdout = None if count == 2 else known - 0.1  # no step is taken
+    second = uf.unlearn(
+        model, forget=two, retain=retain, config=config, previous=first, holdout=holdout
+    )
+    text = second.report.to_markdown()
+    assert "These steps moved them too, up or down" in text
+    if count == 2:
+        assert "moved by 2 influence steps from where the earlier requests led, var" in text
+    else:
+        assert "moved by the steps of the earlier requests alone, variant" in text
+    assert "whose measured rise of the forget NLL" in text
+
+
+def test_what_costs_more_than_blind_guessing_is_said():
+    """Positions that no longer count are moved by the others all the same."""
+    forget, retain = forget_batches(count=8), retain_batches(count=64)
+    model = trained()
+    far = STEPS.replace(influence_steps=12, influence_radius=0.05, max_retain_loss_increase=9.0)
+    result = uf.unlearn(model, forget=forget, retain=retain, config=far, evaluate=False)
+    after = mean_nll(model, forget, "forget")
+    assert after > math.log(hm.VOCAB), "the case is one where it goes too far"
+    assert f"now costs {after:.2f} nats per token, more than blind guessing (3.69)" in (
+        result.plan.note
+    )
+    near = uf.unlearn(trained(), forget=forget, retain=retain, config=STEPS, evaluate=False)
+    assert "blind" not in near.plan.note
+
+
+@pytest.mark.parametrize("kind", ["lora_ga", "corda", "loftq", "something new"])
+def test_initialisations_that_may_change_the_base_are_not_trusted(kind):
+    model = trained()
+    model.peft_config["default"].init_lora_weights = kind
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(uf.UcanError, match=f"'{kind}'.*changed the base.*holdout="):
+        uf.unlearn(model, forget=forget_batches(), retain=retain_batches(), config=STEPS)
+    assert not forwards, "refused before any work"
+    for kept in (True, "gaussian", "EVA"):
+        model.peft_config["default"].init_lora_weights = kept
+        influence_walk.check_base(model, "default")
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

@@ -120,6 +120,37 @@ def read_batches(
         yield _read(batch, f"batch {index}", default, known)
 
 
+def holding(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], group: str, wanted: int
+) -> Iterator[Mapping[str, Any]]:
+    """The batches with tokens of another group than they were passed as, those tokens alone marked.
+
+    Args:
+        batches: passed as ``group``, which unmarked tokens are in.
+        wanted: the group that is looked for, FORGET or RETAIN.
+
+    Yields:
+        Copies with ``token_groups`` (and ``decoder_token_groups``) in which every other token is
+        ignored, whatever they are passed as.
+
+    Raises:
+        UcanError: as :func:`read_batches`.
+    """
+    passed: list[Mapping[str, Any]] = []
+
+    def kept() -> Iterator[Mapping[str, Any]]:
+        for batch in batches:
+            passed[:] = [batch]
+            yield batch
+
+    for checked in read_batches(model, kept(), group):
+        found = dict(zip(_OURS, (checked.groups, checked.decoder_groups), strict=True))
+        found = {key: groups for key, groups in found.items() if groups is not None}
+        if any((groups == wanted).any() for groups in found.values()):
+            marked = {key: g.where(g == wanted, IGNORED) for key, g in found.items()}
+            yield {**passed[0], **marked}
+
+
 @dataclass(frozen=True)
 class _Known:
     """What batches are checked against.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from .batches import RETAIN, eval_mode, read_batches, reusable
 from .errors import UcanError
-from .evaluation import group_loss
+from .evaluation import check_predicts_tokens, group_loss, scored
 
 #: Retain tokens drawn for the strength search where no calibration data is given.
 CALIBRATION_TOKENS = 8192
@@ -51,7 +51,13 @@ class RetainLoss:
 
         def measure() -> float:
             with eval_mode(model), torch.no_grad():
-                return float(function(model))
+                loss = function(model)
+            try:
+                return float(loss)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UcanError(
+                    f"calibration= returned {loss!r}; it must return one number, the retain loss."
+                ) from error
 
         return cls(measure)
 
@@ -98,46 +104,72 @@ def given(model: nn.Module, calibration: Batches | Callable[[nn.Module], float])
 def sample(
     model: nn.Module, batches: Batches, seed: int, group: str = "retain"
 ) -> list[Mapping[str, Any]]:
-    """Random batches with about CALIBRATION_TOKENS retain tokens, in one pass over any iterable."""
+    """Random batches with about CALIBRATION_TOKENS scored retain tokens, in one pass.
+
+    Where no retain token is scored it is a batch with one that is not, if there is any.
+
+    Raises:
+        UcanError: a batch is malformed (it is named by its index).
+    """
     generator = random.Random(seed)
     kept: list[tuple[float, int, int, Mapping[str, Any]]] = []
-    total = 0
-    for index, batch in enumerate(batches):
-        tokens = _retain_tokens(model, batch, group)
+    total, unscored = 0, []
+    for index, (batch, tokens, there) in enumerate(counted_batches(model, batches, group)):
         if not tokens:
+            unscored = [batch] if there else unscored
             continue
         heapq.heappush(kept, (generator.random(), index, tokens, batch))
         total += tokens
         while total - kept[0][2] >= CALIBRATION_TOKENS:
             total -= heapq.heappop(kept)[2]
-    return [batch for *_, batch in sorted(kept, key=lambda entry: entry[1])]
+    return [batch for *_, batch in sorted(kept, key=lambda entry: entry[1])] or unscored
 
 
 def split(model: nn.Module, batches: Batches, seed: int) -> tuple[list, list]:
-    """Batches to measure the budget on, about CALIBRATION_TOKENS retain tokens but at most a third
-    of the batches, and the others.
+    """Batches to measure the budget on, about CALIBRATION_TOKENS scored retain tokens but at most a
+    third of the batches, and the others; those without a scored retain token are in neither.
 
     Raises:
-        UcanError: there is only one batch with retain tokens.
+        UcanError: there are batches, but at most one with scored retain tokens, or a batch is
+            malformed (it is named by its index).
     """
-    every = list(batches)
-    tokens = [_retain_tokens(model, batch, "retain") for batch in every]
-    holding = [index for index, count in enumerate(tokens) if count]
+    every = list(counted_batches(model, batches, "retain"))
+    holding = [one for one in every if one[1]]
+    if every and not holding:
+        raise UcanError(
+            "no retain token of the retain batches is scored (it needs a token before it, and a "
+            "label other than -100): there is nothing to run, nor to measure the budget on."
+        )
     if len(holding) == 1:
         raise UcanError(
             "there is only one batch of retain data, and several steps need some to run and some "
-            "to measure the retain budget on: pass it in smaller batches, or calibration=."
+            "to measure the retain budget on: pass it in smaller batches, or calibration data."
         )
-    random.Random(seed).shuffle(holding)
+    order = list(range(len(holding)))
+    random.Random(seed).shuffle(order)
     apart: set[int] = set()
-    while holding and len(apart) < max(1, len(holding) // 3):
-        if sum(tokens[index] for index in apart) >= CALIBRATION_TOKENS:
+    for index in order[: max(1, len(holding) // 3)] if holding else ():
+        if sum(holding[i][1] for i in apart) >= CALIBRATION_TOKENS:
             break
-        apart.add(holding[len(apart)])
-    return [every[i] for i in sorted(apart)], [every[i] for i in holding if i not in apart]
+        apart.add(index)
+    return (
+        [holding[i][0] for i in sorted(apart)],
+        [holding[i][0] for i in order if i not in apart],
+    )
 
 
-def _retain_tokens(model: nn.Module, batch: Mapping[str, Any], group: str) -> int:
-    checked = next(read_batches(model, [batch], group))
-    groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
-    return int((groups == RETAIN).sum())
+def counted_batches(
+    model: nn.Module, batches: Batches, group: str
+) -> Iterator[tuple[Mapping[str, Any], int, bool]]:
+    """Every batch, the number of its scored retain tokens, and whether it has any at all."""
+    check_predicts_tokens(model)
+    passed: list[Mapping[str, Any]] = []
+
+    def kept() -> Iterator[Mapping[str, Any]]:
+        for batch in batches:
+            passed[:] = [batch]
+            yield batch
+
+    for checked in read_batches(model, kept(), group):
+        groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
+        yield passed[0], int(scored(checked, RETAIN)[0].sum()), bool((groups == RETAIN).any())

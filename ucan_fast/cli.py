@@ -154,7 +154,7 @@ def _previous(folder: Path, measured: type, several: bool) -> Any:
     if plan.exists() and load_plan(plan).config.influence_steps > 1:
         raise UcanError(
             f"{folder} was answered by several influence steps, and one step on the original "
-            "adapter would bring its forget set back: answer this request by several steps too "
+            "adapter would not take them again: answer this request by several steps too "
             "(--preset thorough), or ask for both forget sets in one request."
         )
     return stats
@@ -373,7 +373,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--calibration",
         metavar="JSONL",
-        help="retain data for the strength search (default: a sample of --retain)",
+        help="retain data for the strength search (default: a sample of --retain; with several "
+        "influence steps a part of it that they do not run)",
     )
     unlearn.add_argument(
         "--holdout",

@@ -124,7 +124,7 @@ def collect_at_origin(
             pass_.begin(batch)
             model(**{**batch.forward_inputs(), **options})
             pass_.end()
-    stats = pass_.finish()
+    stats = pass_.finish(group)
     stats.fingerprint = origin
     stats.context = active_context(model, adapter)
     return stats
@@ -190,7 +190,7 @@ class _Pass:
             for recorder in self.recorders:
                 _detach(recorder.layer.module, recorder)
 
-    def finish(self) -> ActivationStats:
+    def finish(self, group: str) -> ActivationStats:
         stats = ActivationStats()
         counts = torch.tensor([r.count for r in self.recorders], dtype=torch.float64, device="cpu")
         for recorder, count in zip(self.recorders, counts.unbind(0), strict=True):
@@ -200,7 +200,7 @@ class _Pass:
             }
         idle = [r.layer.name for r in self.recorders if not r.calls]
         if not self.batches:
-            raise UcanError("there was no batch with a token; nothing was recorded.")
+            raise UcanError(f"there was no {group} batch with a token; nothing was recorded.")
         if idle:
             raise UcanError(
                 f"{idle[0]} was never called with its adapter while the model ran"

@@ -196,7 +196,7 @@ def scored_slices(
     wanted = group_index(group)
     number = 0
     for batch in read_batches(model, batches, group):
-        mask, labels = _scored(batch, wanted)
+        mask, labels = scored(batch, wanted)
         rows = mask.any(1).nonzero().squeeze(1)
         first, number = number, number + len(rows)
         if only is not None:
@@ -288,7 +288,7 @@ def _labels(batch: Batch, shape: torch.Size) -> torch.Tensor | None:
     )
 
 
-def _scored(batch: Batch, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scored(batch: Batch, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where logits are scored ``[B, T]``, and the label at every position, int64."""
     if batch.decoder_groups is not None:
         labels = _labels(batch, batch.decoder_groups.shape)

@@ -30,8 +30,8 @@ from .config import VARIANTS
 from .errors import UcanError
 from .evaluation import (
     IGNORED_LABELS,
-    _scored,
     check_predicts_tokens,
+    scored,
     slices,
     token_logits,
 )
@@ -291,8 +291,8 @@ class _Pass:
         if not batch.groups.numel():
             return
         self.batches += 1
-        true, labels = _scored(batch, self.group)
-        anywhere, _ = _scored(_ungrouped(batch, self.group), self.group)
+        true, labels = scored(batch, self.group)
+        anywhere, _ = scored(_ungrouped(batch, self.group), self.group)
         tokens = {"encoder": batch.groups == self.group}
         if batch.decoder_groups is not None:
             tokens["decoder"] = batch.decoder_groups == self.group
@@ -356,7 +356,7 @@ class _Pass:
 
     def finish(self, group: str) -> InfluenceFactors:
         if not self.batches:
-            raise UcanError("there was no batch with a token; nothing was recorded.")
+            raise UcanError(f"there was no {group} batch with a token; nothing was recorded.")
         factors = InfluenceFactors(
             {key: total.cpu() for key, total in self.gradients.items()},
             float(self.positions),

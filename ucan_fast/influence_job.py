@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .batches import RETAIN, reusable
+from .batches import RETAIN, holding, reusable
 from .config import UcanConfig
 from .errors import UcanError
 from .evaluation import _vocabulary, group_loss
@@ -110,13 +110,13 @@ def influence_statistics(
                 "all data, the forget set included."
             )
         return InfluenceStats(request, rest, config.influence_steps)
-    mixed = list(with_retain_tokens(forget))
+    mixed = list(holding(job.model, forget, "forget", RETAIN))
     if retain is None and not mixed:
         raise UcanError(
             "there is no retain set: pass retain= batches or bank= factors, or mark retain "
             "tokens in the forget batches with token_groups."
         )
-    together = job.factors(_Joined(mixed, retain or ()), "retain", **wanted)
+    together = job.factors(Joined(retain or (), mixed), "retain", **wanted)
     return InfluenceStats(request, together, config.influence_steps)
 
 
@@ -235,7 +235,7 @@ def search_walk(
     if job.retain.measure is None or job.walked is None:
         raise UcanError(
             "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
-            "cost are not taken: pass retain= batches."
+            "cost are not taken: retain= holds no batch."
         )
     if earlier is not None and earlier.is_noop:
         earlier = None
@@ -316,9 +316,12 @@ def search_walk(
     if plan.is_noop or stays:
         search.chosen, search.loss_after, job.steps = 0.0, start, []
     job.search = search
-    plan.note = plan.note if plan.is_noop and plan.note else search.note
     if stays:
-        plan.note += " The plan of the earlier requests stays as it is."
+        plan.note = f"{search.note} The plan of the earlier requests stays as it is."
+    elif plan.is_noop:
+        plan.note = plan.note or search.note
+    else:
+        plan.note = " ".join(filter(None, (search.note, plan.note)))
     return plan
 
 
@@ -357,10 +360,10 @@ def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
     }
 
 
-class _Joined:
+class Joined:
     """Some batches after others, any number of times."""
 
-    def __init__(self, first: list, second: Batches) -> None:
+    def __init__(self, first: Batches, second: Batches) -> None:
         self.first, self.second = first, second
 
     def __len__(self) -> int:
@@ -368,14 +371,6 @@ class _Joined:
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return chain(self.first, self.second)
-
-
-def with_retain_tokens(batches: Batches) -> Iterator[Mapping[str, Any]]:
-    """The batches whose ``token_groups`` mark a retain token."""
-    for batch in batches:
-        groups = [batch.get(key) for key in ("token_groups", "decoder_token_groups")]
-        if any(given is not None and (given == RETAIN).any() for given in groups):
-            yield batch
 
 
 def _earlier(previous: Any) -> InfluenceFactors:

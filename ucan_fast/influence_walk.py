@@ -13,6 +13,7 @@ from torch import nn
 
 from .adapter import resolve_adapter, unwrap
 from .batches import check_iterable, reusable
+from .calibration import counted_batches
 from .collect import _quiet
 from .config import UcanConfig, config_or
 from .errors import UcanError
@@ -50,6 +51,9 @@ _MOST_LOSS = 0.02
 #: How often, and how much longer a step may be than one that was halved.
 _HALVINGS = 4
 _GROWTH = 1.25
+#: Initialisations of PEFT that leave the base weights as they are, beside its default. Not: PiSSA,
+#: OLoRA, CorDA, LoftQ, LoRA-GA, and what may come.
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass
@@ -138,7 +142,7 @@ class InfluenceWalk:
 
         Raises:
             UcanError: as :func:`ucan_fast.make_influence_plan`; bad batches; an initialisation that
-                changed the base model (PiSSA, OLoRA, CorDA, LoftQ), without ``never_seen``; a
+                changed the base model (PiSSA, LoRA-GA, ...), without ``never_seen``; a
                 ``start`` for another adapter or other matrices.
         """
         if not never_seen > 0:  # nan too
@@ -149,7 +153,7 @@ class InfluenceWalk:
         self.model = unwrap(model)
         self.adapter = resolve_adapter(self.model, adapter)
         if never_seen == math.inf:
-            _check_base(self.model, self.adapter)
+            check_base(self.model, self.adapter)
         self._direction, self.targets = direction_of(
             self.model, forget_factors, retain_factors, self.config, self.adapter
         )
@@ -165,7 +169,11 @@ class InfluenceWalk:
             for key, p in parameters.items()
         }
         self._edit = StepEdit(parameters, self._moved)
+        if not isinstance(start, InfluencePlan | None):
+            raise UcanError(f"start must be an InfluencePlan, not {start!r}.")
         self._start = None if start is None or start.is_noop else self._checked(start)
+        # Nats per token of a guess that knows nothing.
+        self._blind = math.log(_vocabulary(self.model))
         self._references = self._measure_references(never_seen)
         # Of the forget set, on the origin; without a start the first step measures it.
         self._origin_nll = math.nan
@@ -218,7 +226,7 @@ class InfluenceWalk:
         if not count:
             return reusable(retain, "retain"), []
         # A batch without a scored retain position has no gradient.
-        scored = [b for b in retain if any(True for _ in scored_slices(self.model, [b], "retain"))]
+        scored = [b for b, tokens, _ in counted_batches(self.model, retain, "retain") if tokens]
         return (scored, []) if count >= len(scored) else (scored[:count], scored)
 
     @property
@@ -319,7 +327,7 @@ class InfluenceWalk:
         move in a straight line, not along the steps. Where nothing rose it is the plan that the
         walk started from, if any, else one that does nothing.
         """
-        rise = 0.0
+        rise, note = 0.0, ""
         if self.steps:
             after = group_loss(self.model, self._forget, "forget").mean
             before = self.measured[0].forget_nll if self._start is None else self._origin_nll
@@ -327,6 +335,14 @@ class InfluenceWalk:
         moves = rise > 0
         if self._start is not None and not moves:
             return replace(self._start, applied_fingerprint=None, originals=None)
+        if self.steps and not moves:
+            note = f"{counted(self.steps)} did not raise the forget loss ({rise:.3g} nats)."
+        elif moves and after > self._blind:
+            note = (
+                f"the forget set now costs {after:.2f} nats per token, more than blind guessing "
+                f"({self._blind:.2f}): positions that no longer counted were moved by the others. "
+                "Where that matters give what never-seen data cost (holdout=)."
+            )
         parts = self._rises
         if not sum(parts.values()) > 0:  # the way up was predicted by no step: by what was moved
             parts = {key: float(m.double().square().sum()) for key, m in self._moved.items()}
@@ -340,9 +356,7 @@ class InfluenceWalk:
             },
             shares={key: value / total if moves else 0.0 for key, value in parts.items()},
             strength=rise if moves else 0.0,
-            note=f"{counted(self.steps)} did not raise the forget loss ({rise:.3g} nats)."
-            if self.steps and not moves
-            else "",
+            note=note,
         )
 
     def _retain_side(self) -> tuple[Gradients, float]:
@@ -453,7 +467,7 @@ class InfluenceWalk:
         """Of every slice of the forget batches, the NLL ``[P]`` that its positions may cost."""
         layers = influence_layers(self.model, self.adapter)
         off = ParameterEdit({layer.name: layer.b.detach() for layer in layers})
-        most = min(never_seen, math.log(_vocabulary(self.model)))
+        most = min(never_seen, self._blind)
         found = []
         try:
             with torch.no_grad():
@@ -473,10 +487,14 @@ def counted(steps: int) -> str:
     return f"{steps} influence step{'s' if steps != 1 else ''}"
 
 
-def _check_base(model: nn.Module, adapter: str) -> None:
-    """Refuse what would take a base without its main directions for one that knows nothing."""
+def check_base(model: nn.Module, adapter: str) -> None:
+    """Refuse what would take a base without its main directions for one that knows nothing.
+
+    Raises:
+        UcanError: the adapter's initialisation took its first values out of the base weights.
+    """
     kind = getattr(model.peft_config[adapter], "init_lora_weights", None)
-    if isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda", "loftq")):
+    if isinstance(kind, str) and kind.lower() not in _KEEPS_BASE:
         raise UcanError(
             f"adapter {adapter!r} was initialised by {kind!r}, which changed the base model: what "
             "it knows without the adapter says nothing of what was learned. Give the cost of "

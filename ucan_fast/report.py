@@ -194,7 +194,7 @@ class DeletionReport:
             "## Metrics",
             "",
             "Controls are set to the retain loss that the step reached: what they forget, any "
-            "change of that cost would have forgotten."
+            "change of that cost would have forgotten. (Where it fell they are the original.)"
             if self._influence
             else f"Controls are set to the retain loss that {edited} reached: what they forget, "
             "shrinking anything would have forgotten.",
@@ -215,7 +215,7 @@ class DeletionReport:
             memory = change["factor_bytes"]
             return (
                 f"{change['matrices']} matrices ({change['parameters']} parameters) moved by "
-                f"{self._steps_text}, variant `{change['variant']}`, whose "
+                f"{self._steps_text}{self._from_text}, variant `{change['variant']}`, whose "
                 f"{self._rise_text} of the forget NLL is {change['strength']:.4g} nats per token. "
                 "Factors: "
                 + ", ".join(f"`{name}` {size / 2**20:.3g} MiB" for name, size in memory.items())
@@ -263,14 +263,21 @@ class DeletionReport:
 
     @property
     def _steps_text(self) -> str:
+        if self.config.influence_steps == 1:
+            return "one influence step"
         count = len(self.change["steps"])
-        return (
-            f"{count} influence steps" if self.config.influence_steps > 1 else "one influence step"
-        )
+        if not count and self.change["strength"]:
+            return "the steps of the earlier requests alone"
+        return f"{count} influence step{'' if count == 1 else 's'}"
+
+    @property
+    def _from_text(self) -> str:
+        later = self.config.influence_steps > 1 and self.request["includes_previous_requests"]
+        return " from where the earlier requests led" if later and self.change["steps"] else ""
 
     @property
     def _rise_text(self) -> str:
-        return "measured rise" if self.change["steps"] else "predicted rise"
+        return "predicted rise" if self.config.influence_steps == 1 else "measured rise"
 
     @property
     def _influence(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
-from .batches import check_iterable, eval_mode, reusable
+from .batches import FORGET, RETAIN, check_iterable, eval_mode, holding, reusable
 from .calibration import RetainLoss, given, sample, split
 from .collect import collect_at_origin
 from .config import UcanConfig, config_or
@@ -27,15 +27,15 @@ from .guidance import guide
 from .influence import InfluencePlan
 from .influence_job import (
     InfluenceStats,
+    Joined,
     gates_plan,
     influence_change,
     influence_plan,
     influence_statistics,
     search_step,
     search_walk,
-    with_retain_tokens,
 )
-from .influence_walk import Measured
+from .influence_walk import Measured, check_base
 from .marks import check_is_origin
 from .neurons import moments_site
 from .plan import AttenuationPlan
@@ -90,6 +90,7 @@ def unlearn(
             tokens too.
         retain: batches of D_r. Needed unless there is a bank, or ``forget`` holds retain tokens.
             Every token counts in its own group, wherever it is passed: pass none of them twice.
+            (With a bank only several influence steps run them, as retain tokens.)
         bank: ``collect(model, all_batches)`` over *all* data, D_f included; then only D_f is run,
             and ``retain = bank - forget``. For the influence step
             ``collect_factors(model, all_batches)``, for gates the same (with
@@ -140,10 +141,18 @@ def unlearn(
             check_iterable(retain, "retain")
         if holdout is not None and not (gradients and config.auto_strength):
             raise UcanError("holdout= is for method='influence' or 'gates' with strength='auto'.")
+        if isinstance(holdout, (str, bool)):
+            raise UcanError(f"holdout must be batches or nats per token > 0, not {holdout!r}.")
         if evaluate or config.auto_strength or gradients:
             forget = reusable(forget, "forget")
             retain = None if retain is None else reusable(retain, "retain")
+        if gradients and bank is None and retain is not None:
+            # Every token counts in its own group, wherever it is passed.
+            strays = list(holding(model, retain, "retain", FORGET))
+            forget = Joined(forget, strays) if strays else forget
         if several:
+            if holdout is None:
+                check_base(model, adapter)
             job.prepare_walk(calibration, retain, forget, bank)
         with job.timed("collect"):
             gather = influence_statistics if gradients else _statistics
@@ -177,6 +186,10 @@ def unlearn(
                 "forget metrics cover the data of this request only; the earlier ones are in the "
                 "statistics and in the plan, but their data were not run again"
             )
+            if several:
+                notes["earlier requests"] += (
+                    ". These steps moved them too, up or down: nothing held them where they were"
+                )
         before = stats.fingerprint
         untouched = untouched_parts(model, adapter)
         if untouched:
@@ -311,16 +324,19 @@ class _Job:
                 "hold: pass retain= batches beside it. (Not as calibration= alone: a budget that "
                 "is measured on the data that the steps run would not hold for others.)"
             )
-        mixed = [] if bank is not None else list(with_retain_tokens(forget))
-        pool = mixed if retain is None else [*mixed, *retain]
+        mixed = list(holding(self.model, forget, "forget", RETAIN))
+        pool = [*(retain or ()), *mixed]
         if calibration is not None:
             self.retain, self.walked = given(self.model, calibration), pool
             return
         apart, self.walked = split(self.model, pool, self.config.seed)
         self.retain = RetainLoss.of_batches(self.model, apart)
         if apart:
+            others = len(self.walked)
+            drawn = self.config.influence_batches
             self.notes["retain budget"] = (
-                f"measured on {len(apart)} of {len(pool)} retain batches, the steps ran the others"
+                f"measured on {len(apart)} of {len(apart) + others} retain batches; the steps ran "
+                + (f"{drawn} of the others each" if 0 < drawn < others else "the others")
             )
 
 
@@ -348,7 +364,14 @@ def _check_steps(config: UcanConfig, previous: Any) -> None:
     if previous is None:
         return
     if config.influence_steps > 1:
-        if not isinstance(previous, UnlearnResult):
+        plan = getattr(previous, "plan", None)
+        if plan is not None and not isinstance(plan, InfluencePlan):
+            raise UcanError(
+                f"the earlier request was answered by method={plan.config.method!r}, and "
+                "influence steps cannot go on from there. Undo its plan and ask for both forget "
+                "sets in one request."
+            )
+        if plan is None:
             raise UcanError(
                 "influence_steps > 1 goes on from where the earlier request's plan leads to: pass "
                 "previous= the whole result, not its statistics."
@@ -356,7 +379,7 @@ def _check_steps(config: UcanConfig, previous: Any) -> None:
     elif getattr(getattr(previous, "stats", previous), "steps", 1) > 1:
         raise UcanError(
             "the earlier request took several influence steps, and one step at the origin would "
-            "bring its forget set back: answer this one with influence_steps > 1 too (preset "
+            "not take them again: answer this one with influence_steps > 1 too (preset "
             "'thorough'), or undo the earlier plan and ask for both forget sets in one request."
         )
 
