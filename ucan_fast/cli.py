@@ -347,7 +347,8 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="ucan-fast",
-        description="One-shot unlearning for LoRA adapters: forward passes, no training.",
+        description="One-shot unlearning for LoRA adapters: U-CAN by forward passes alone, "
+        "influence steps with backward passes too.",
         epilog=_SETS,
         formatter_class=formatter,
     )

@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,29 +151,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table(documents: Sequence[dict[str, Any]]) -> str:
-    """Markdown: what of each request's interactions is forgotten after it, and at the end."""
+def table(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, one row per recommender."""
     lines = [
-        "| | forget drop, right after | at the end | all at once | retain drop | steps | time, s |",
+        "| | users | forget drop right after each, % | of the same at the end | all at once "
+        "| retain drop, % | time, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for document in documents:
         rows, union = document["requests"], document["at once"]
-        name = f"{document['data_set']}, seed {document['seed']}"
-        for index, row in enumerate(rows):
-            lines.append(
-                f"| {name}, request {index + 1} ({row['users']} users) | "
-                f"{row['forget'][index]:.1f} | {rows[-1]['forget'][index]:.1f} | "
-                f"{union['forget'][index]:.1f} | {row['retain']:.1f} | {row['steps']} | "
-                f"{row['seconds']:.1f} |"
-            )
-        means = [sum(one["forget"]) / len(rows) for one in (rows[-1], union)]
-        lines.append(
-            f"| {name}, all {union['users']} at once | - | mean {means[0]:.1f} | "
-            f"mean {means[1]:.1f} | {union['retain']:.1f} | {union['steps']} | "
-            f"{union['seconds']:.1f} |"
-        )
+        after = [row["forget"][index] for index, row in enumerate(rows)]
+        end = rows[-1]["forget"]
+        cells = [
+            f"{document['data_set']}, seed {document['seed']}",
+            " + ".join(str(row["users"]) for row in rows),
+            _listed(after),
+            _listed(end),
+            _listed(union["forget"]),
+            f"{rows[-1]['retain']:.1f} / {union['retain']:.1f}",
+            f"{sum(row['seconds'] for row in rows):.0f} / {union['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return f"{', '.join(f'{v:.0f}' for v in values)} (mean {sum(values) / len(values):.0f})"
+
+
+def section(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The README's part on them."""
+    if not documents:
+        return ""
+    where = documents[0]["environment"]
+    return (
+        "### Requests in a row\n\n"
+        "A quarter of the users leave, a few at a time; each request is answered with "
+        f'`"{PRESET}"` and `previous=` the last result, without the data of those who left before; '
+        f"then all of them at once ({where['hardware']}, {where['threads']} thread(s); `"
+        + "`, `".join(document["command"] for document in documents)
+        + "`).\n\n"
+        + table(documents)
+        + "\nRetain drop and time: in a row / at once. What was forgotten earlier drifts: nothing "
+        "holds it, nor is it run again.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m benchmarks.quality.report            rewrite them
     python -m benchmarks.quality.report --check    exit code 1 if one of them is out of date
 
-Read are the files of ``quality``, ``delivered`` and ``text`` below ``benchmarks/results``. Nothing
-in the section is written by hand, and no row is left out of docs/quality.md because it loses.
+Read are the files of ``quality``, ``delivered``, ``text`` and ``in_a_row`` below
+``benchmarks/results``. Nothing in the section is written by hand, and no row is left out of
+docs/quality.md because it loses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure as Canvas
 from ..figures import Figure
 from ..measure import ROOT
 from ..report import replaced
-from . import advice, goals, summary
+from . import advice, goals, in_a_row, summary
 from .overview import how, overview
 from .tables import (
     COLUMNS,
@@ -54,11 +55,13 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Results:
-    """What is committed: curves of the small recommenders, presets as delivered, text prompts."""
+    """What is committed: curves of the small recommenders, presets as delivered, text prompts,
+    requests in a row."""
 
     curves: Sequence[Document]
     delivered: Sequence[Document] = ()
     texts: Sequence[Document] = ()
+    in_a_row: Sequence[Document] = ()
 
 
 def section(results: Results) -> str:
@@ -90,6 +93,7 @@ def section(results: Results) -> str:
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
     parts.append(goals.section(documents, results.delivered))
     parts.append(advice.short(results.delivered, documents))
+    parts.append(in_a_row.section(results.in_a_row))
     parts.append(
         "All methods, metrics and both protocols, spreads, memory, and the command of every row: "
         f"[{PAGE}]({PAGE}).\n"
@@ -291,6 +295,7 @@ def read(folder: Path) -> Results:
         load((folder / "quality").glob("*.json")),
         load((folder / "delivered").glob("*.json"), holding="presets"),
         load((folder / "text").glob("*.json")),
+        load((folder / "in_a_row").glob("*.json"), holding="requests"),
     )
 
 

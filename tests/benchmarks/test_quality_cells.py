@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import ucan_fast as uf
-from benchmarks.quality import cell, delivered, tables
+from benchmarks.quality import cell, delivered, in_a_row, tables
 from benchmarks.quality import recommender as module
 from benchmarks.quality.case import lora_weights
 from benchmarks.quality.cell import attacks
@@ -129,6 +130,49 @@ def test_presets_as_delivered(toy, tmp_path, capsys):
         assert {"forget", "calibration", "retain"} == set(best["drops"])
         assert document["guidance"]["recommendation"] in ("attenuate", "influence", "retrain")
     assert "advice:" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_batches(toy, monkeypatch):
+    """The toy with enough of them for some to be kept for the budget."""
+    found = dataclasses.replace(toy, recipe=dataclasses.replace(toy.recipe, batch_size=4))
+    monkeypatch.setattr(in_a_row, "load_recommender", lambda *_: found)
+    return found
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_requests_in_a_row(tmp_path, capsys):
+    options = ["--data-set", "toy", "--requests", "2", "--out", str(tmp_path)]
+    assert in_a_row.main(options) == 0
+    (found,) = tables.load(tmp_path.glob("*.json"), holding="requests")
+    first, second = found["requests"]
+    assert first["users"] + second["users"] == found["at once"]["users"]
+    assert first["forget"][0] > 0
+    # The data of the second had not been asked for yet.
+    assert second["forget"][1] > first["forget"][1]
+    assert len(found["at once"]["forget"]) == 2
+    printed = capsys.readouterr().out
+    assert "| toy, seed 0 |" in printed
+    text = in_a_row.section([found])
+    assert found["command"] in text
+    assert in_a_row.table([found]) in text
+    with pytest.raises(SystemExit):
+        in_a_row.main([*options, "--requests", "1"])
+    assert "at least 2" in capsys.readouterr().err
+
+
+def test_a_row_of_requests_leaves_the_model_at_its_origin(small_batches, monkeypatch):
+    models, real = [], small_batches.model
+
+    def kept():
+        models.append(real())
+        return models[-1]
+
+    monkeypatch.setattr(small_batches, "model", kept)
+    in_a_row.compare(small_batches, 2)
+    origin = real()
+    pairs = zip(lora_weights(models[0]).values(), lora_weights(origin).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_delivering_leaves_the_model_as_it_was(toy):
