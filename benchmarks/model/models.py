@@ -161,6 +161,8 @@ def quantise_nf4(model: LlamaForCausalLM, device: torch.device) -> None:
                     quant_type="nf4",
                     device="meta",
                 )
+                # On a CPU it would else pack the weight for inference, and pass no gradient on.
+                quantised.support_avx512bf16_for_cpu = False
                 weight = linear.weight.detach().cpu()
                 quantised.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
                 setattr(parent, name, quantised.to(device))
