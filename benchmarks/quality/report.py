@@ -89,7 +89,7 @@ def section(results: Results) -> str:
         "the row, retraining aside. Time, medians over the seeds: several steps / the best "
         "baseline / retraining.\n",
     ]
-    parts += [_sizes(results.texts[0]) + "\n"] if results.texts else []
+    parts += [_sizes(results.texts) + "\n"] if results.texts else []
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
     parts.append(goals.section(documents, results.delivered))
     parts.append(advice.short(results.delivered, documents))
@@ -143,22 +143,26 @@ def text_section(texts: Sequence[Document]) -> str:
         for title, together in _by_model(texts).items()
     ]
     if parts:
-        parts.append(_sizes(texts[0]) + "\n")
+        parts.append(_sizes(texts) + "\n")
     return "\n".join(parts)
 
 
-def _sizes(text: Document) -> str:
+def _sizes(texts: Sequence[Document]) -> str:
     """What the reduced case leaves of SmolLM2 and the data."""
-    profile = text["recipe"]["profile"]
+    profile = texts[0]["recipe"]["profile"]
     blocks = f"the last {profile['blocks']} of 30 blocks" if profile["blocks"] else "all blocks"
+    counts = dict.fromkeys(
+        f"{text['scenario']} {text['cases']['forget']} and {text['cases']['retain']}"
+        for text in texts
+    )
+    fewest = min(text["cases"]["forget"] for text in texts)
     return (
-        "Drops of MRR@10 among each prompt's candidates. "
+        "Text prompts: drops of MRR@10 among each prompt's candidates. "
         f"The {profile['name']} case: adapters in {blocks}, the head cut to the answers, "
-        f"{text['interactions']['users']} users, {profile['candidates']} candidates a prompt, "
-        f"titles of {profile['title_tokens']} tokens, {text['cases']['forget']} deleted and "
-        f"{text['cases']['retain']} retained prompts judged: a prompt is "
-        f"{100 / text['cases']['forget']:.1f} % of the deleted side, and smaller differences say "
-        "nothing."
+        f"{texts[0]['interactions']['users']} users, {profile['candidates']} candidates a prompt, "
+        f"titles of {profile['title_tokens']} tokens. Deleted and retained prompts judged: "
+        f"{'; '.join(counts)}. A prompt is up to {100 / fewest:.1f} % of the deleted side, and "
+        "smaller differences say nothing."
     )
 
 

@@ -494,8 +494,16 @@ def test_an_nf4_base_is_trained_and_ranked(build, tmp_path):
         pytest.skip("bitsandbytes is not installed")
     made = build(tmp_path, dataclasses.replace(TINY, epochs=1), quantise="nf4")
     assert {type(m).__name__ for m in made.model.modules() if "Linear4bit" in type(m).__name__}
-    ranks = made.ranks(made.prompts(made.data.train, 1))
+    prompts = made.prompts(made.data.train, 1)
+    ranks = made.ranks(prompts)
     assert 1 <= ranks.min() <= ranks.max() <= TINY.candidates
+    # Gradients still pass through the base after it was run without any.
+    quantised = [m for m in made.model.modules() if "Linear4bit" in type(m).__name__]
+    bases = [m for m in quantised if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert bases
+    assert not any(m.support_avx512bf16_for_cpu for m in bases)
+    factors = uf.collect_factors(made.model, prompts)
+    assert all(g.any() for name, g in factors.gradients.items() if name.endswith("lora_B"))
 
 
 def test_what_cannot_be_trained_is_refused(build, tmp_path):

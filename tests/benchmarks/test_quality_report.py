@@ -251,9 +251,10 @@ def test_text_cases_stand_side_by_side_by_model(documents):
     row = next(line for line in lines[start:] if line.startswith("| influence |"))
     assert row.split(" | ")[1].endswith("/ 61.0**")
     assert sum("SmolLM2, q/v; reduced text" in line for line in lines) == 1
-    (sizes,) = [line for line in lines if line.startswith("Drops of MRR@10")]
+    (sizes,) = [line for line in lines if line.startswith("Text prompts: drops of")]
     assert "the last 2 of 30 blocks" in sizes
-    assert "a prompt is 2.5 % of the deleted side" in sizes
+    assert "A prompt is up to 2.5 % of the deleted side" in sizes
+    assert "judged: genre 40 and 100; users 40 and 100." in sizes
     headings = [line for line in page(results).splitlines() if line.startswith("## SmolLM2")]
     assert len(headings) == 3
 
