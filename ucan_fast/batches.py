@@ -6,7 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,12 +34,14 @@ class Batch:
         groups: int8 ``[B, T]`` of the (encoder's) tokens: 0 forget, 1 retain, -1 ignored.
         decoder_groups: the same for the decoder's tokens of an encoder-decoder model.
         where: what messages call it.
+        source: the batch as it was passed.
     """
 
     inputs: dict[str, Any]
     groups: torch.Tensor
     decoder_groups: torch.Tensor | None = None
     where: str = "the batch"
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def forward_inputs(self) -> dict[str, Any]:
         """What the model is called with when no loss is wanted from it."""
@@ -136,19 +138,12 @@ def holding(
     Raises:
         UcanError: as :func:`read_batches`.
     """
-    passed: list[Mapping[str, Any]] = []
-
-    def kept() -> Iterator[Mapping[str, Any]]:
-        for batch in batches:
-            passed[:] = [batch]
-            yield batch
-
-    for checked in read_batches(model, kept(), group):
+    for checked in read_batches(model, batches, group):
         found = dict(zip(_OURS, (checked.groups, checked.decoder_groups), strict=True))
         found = {key: groups for key, groups in found.items() if groups is not None}
         if any((groups == wanted).any() for groups in found.values()):
             marked = {key: g.where(g == wanted, IGNORED) for key, g in found.items()}
-            yield {**passed[0], **marked}
+            yield {**checked.source, **marked}
 
 
 @dataclass(frozen=True)
@@ -266,7 +261,7 @@ def _read(batch: Mapping[str, Any], where: str, default: int, known: _Known) -> 
         for key, value in batch.items()
         if key not in _OURS
     }
-    return Batch(inputs, groups.to(device), decoder_groups, where)
+    return Batch(inputs, groups.to(device), decoder_groups, where, batch)
 
 
 def _groups(

@@ -163,13 +163,7 @@ def counted_batches(
 ) -> Iterator[tuple[Mapping[str, Any], int, bool]]:
     """Every batch, the number of its scored retain tokens, and whether it has any at all."""
     check_predicts_tokens(model)
-    passed: list[Mapping[str, Any]] = []
-
-    def kept() -> Iterator[Mapping[str, Any]]:
-        for batch in batches:
-            passed[:] = [batch]
-            yield batch
-
-    for checked in read_batches(model, kept(), group):
+    for checked in read_batches(model, batches, group):
         groups = checked.groups if checked.decoder_groups is None else checked.decoder_groups
-        yield passed[0], int(scored(checked, RETAIN)[0].sum()), bool((groups == RETAIN).any())
+        count = int(scored(checked, RETAIN)[0].sum())
+        yield checked.source, count, bool((groups == RETAIN).any())

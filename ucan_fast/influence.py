@@ -85,7 +85,7 @@ class InfluencePlan(ReversiblePlan):
             Parameters that several layers share have one entry, under the first of them.
         shares: the part of the predicted rise that each of them brings; they add up to 1.
         strength: t, the predicted rise of the forget NLL in nats; of several steps, the measured
-            one.
+            one, from where the first of them began.
         note: what a user must know about it, or "".
 
     It holds the direction that leads back to the original weights, and so what was to be

@@ -116,7 +116,8 @@ def influence_statistics(
             "there is no retain set: pass retain= batches or bank= factors, or mark retain "
             "tokens in the forget batches with token_groups."
         )
-    together = job.factors(Joined(retain or (), mixed), "retain", **wanted)
+    others = () if retain is None else retain
+    together = job.factors(Joined(others, mixed), "retain", **wanted)
     return InfluenceStats(request, together, config.influence_steps)
 
 
@@ -317,7 +318,10 @@ def search_walk(
         search.chosen, search.loss_after, job.steps = 0.0, start, []
     job.search = search
     if stays:
-        plan.note = f"{search.note} The plan of the earlier requests stays as it is."
+        plan.note = (
+            " ".join(filter(None, (search.note, plan.note)))
+            + " The plan of the earlier requests stays as it is."
+        )
     elif plan.is_noop:
         plan.note = plan.note or search.note
     else:

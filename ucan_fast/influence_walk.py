@@ -175,10 +175,6 @@ class InfluenceWalk:
         # Nats per token of a guess that knows nothing.
         self._blind = math.log(_vocabulary(self.model))
         self._references = self._measure_references(never_seen)
-        # Of the forget set, on the origin; without a start the first step measures it.
-        self._origin_nll = math.nan
-        if self._start is not None:
-            self._origin_nll = group_loss(self.model, self._forget, "forget").mean
         self._begin()
 
     def _begin(self) -> None:
@@ -323,18 +319,15 @@ class InfluenceWalk:
     def plan(self) -> InfluencePlan:
         """The way from the origin to here, as a plan for the origin (not applied).
 
-        Its strength is the *measured* rise of the forget NLL; on the way back to 0 the weights
-        move in a straight line, not along the steps. Where nothing rose it is the plan that the
-        walk started from, if any, else one that does nothing.
+        Its strength is the *measured* rise of the forget NLL since the first step; on the way back
+        to 0 the weights move in a straight line, not along the steps. Where nothing rose it is the
+        plan that the walk started from, if any, else one that does nothing.
         """
         rise, note = 0.0, ""
         if self.steps:
             after = group_loss(self.model, self._forget, "forget").mean
-            before = self.measured[0].forget_nll if self._start is None else self._origin_nll
-            rise = after - before
+            rise = after - self.measured[0].forget_nll
         moves = rise > 0
-        if self._start is not None and not moves:
-            return replace(self._start, applied_fingerprint=None, originals=None)
         if self.steps and not moves:
             note = f"{counted(self.steps)} did not raise the forget loss ({rise:.3g} nats)."
         elif moves and after > self._blind:
@@ -343,6 +336,9 @@ class InfluenceWalk:
                 f"({self._blind:.2f}): positions that no longer counted were moved by the others. "
                 "Where that matters give what never-seen data cost (holdout=)."
             )
+        if self._start is not None and not moves:
+            unapplied = {"applied_fingerprint": None, "originals": None}
+            return replace(self._start, config=self.config, note=note, **unapplied)
         parts = self._rises
         if not sum(parts.values()) > 0:  # the way up was predicted by no step: by what was moved
             parts = {key: float(m.double().square().sum()) for key, m in self._moved.items()}

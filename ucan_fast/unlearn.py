@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from .adapter import find_layers, fingerprint, one_walk, resolve_adapter, untouched_parts, unwrap
-from .batches import FORGET, RETAIN, check_iterable, eval_mode, holding, reusable
+from .batches import (
+    FORGET,
+    RETAIN,
+    check_iterable,
+    eval_mode,
+    group_index,
+    holding,
+    reusable,
+)
 from .calibration import RetainLoss, given, sample, split
 from .collect import collect_at_origin
 from .config import UcanConfig, config_or
@@ -90,14 +98,16 @@ def unlearn(
             tokens too.
         retain: batches of D_r. Needed unless there is a bank, or ``forget`` holds retain tokens.
             Every token counts in its own group, wherever it is passed: pass none of them twice.
-            (With a bank only several influence steps run them, as retain tokens.)
+            (With a bank only several influence steps run them, and only their retain tokens; forget
+            tokens among them warn. Several steps keep all of them in memory.)
         bank: ``collect(model, all_batches)`` over *all* data, D_f included; then only D_f is run,
             and ``retain = bank - forget``. For the influence step
             ``collect_factors(model, all_batches)``, for gates the same (with
             ``variant="diagonal"`` it is far smaller).
         calibration: batches of D_r for the strength search, or a function ``model -> loss``.
             Default: a sample of about 8192 tokens of the retain batches (which stay in the
-            statistics too).
+            statistics too); of several steps a part that they do not run. For requests in a row
+            give data that stay out of every ``retain=``, or an earlier one has run them.
         config: all choices; default ``UcanConfig()``.
         evaluate: True: KL, prediction shift and perplexity, before, after and for both controls.
             A function ``model -> {name: value}`` is measured in the same four states as well.
@@ -150,10 +160,12 @@ def unlearn(
             # Every token counts in its own group, wherever it is passed.
             strays = list(holding(model, retain, "retain", FORGET))
             forget = Joined(forget, strays) if strays else forget
+        if bank is not None and retain is not None:
+            _warn_of_forget_tokens(model, retain)
         if several:
             if holdout is None:
                 check_base(model, adapter)
-            job.prepare_walk(calibration, retain, forget, bank)
+            job.prepare_walk(calibration, retain, forget, previous is not None, bank)
         with job.timed("collect"):
             gather = influence_statistics if gradients else _statistics
             stats = gather(job, forget, retain, bank, previous)
@@ -186,7 +198,7 @@ def unlearn(
                 "forget metrics cover the data of this request only; the earlier ones are in the "
                 "statistics and in the plan, but their data were not run again"
             )
-            if several:
+            if job.steps:
                 notes["earlier requests"] += (
                     ". These steps moved them too, up or down: nothing held them where they were"
                 )
@@ -262,7 +274,7 @@ class _Job:
         return sum(self.sequences.values()) / max(self.seconds["collect"], 1e-9)
 
     def collect(self, batches: Batches, group: str, sites: tuple[str, ...]) -> ActivationStats:
-        counted = _Counted(batches)
+        counted = _Counted(batches, group)
         stats = collect_at_origin(
             self.model,
             counted,
@@ -276,7 +288,7 @@ class _Job:
         return stats
 
     def factors(self, batches: Batches, group: str, **options: Any) -> InfluenceFactors:
-        counted = _Counted(batches)
+        counted = _Counted(batches, group)
         factors = collect_factors(
             self.model,
             counted,
@@ -311,9 +323,13 @@ class _Job:
         calibration: Batches | Callable | None,
         retain: Batches | None,
         forget: Batches,
+        later: bool,
         bank: InfluenceFactors | None,
     ) -> None:
         """Find out what several steps run, apart from what their budget is measured on.
+
+        Args:
+            later: whether other requests came before this one.
 
         Raises:
             UcanError: there is no retain data to run, or too little to be split.
@@ -325,7 +341,7 @@ class _Job:
                 "is measured on the data that the steps run would not hold for others.)"
             )
         mixed = list(holding(self.model, forget, "forget", RETAIN))
-        pool = [*(retain or ()), *mixed]
+        pool = [*(() if retain is None else retain), *mixed]
         if calibration is not None:
             self.retain, self.walked = given(self.model, calibration), pool
             return
@@ -337,6 +353,11 @@ class _Job:
             self.notes["retain budget"] = (
                 f"measured on {len(apart)} of {len(apart) + others} retain batches; the steps ran "
                 + (f"{drawn} of the others each" if 0 < drawn < others else "the others")
+                + (
+                    "; earlier requests may have run any of them: give calibration= data of its own"
+                    if later
+                    else ""
+                )
             )
 
 
@@ -352,6 +373,17 @@ def _check_kinds(bank: Any, previous: Any) -> None:
         raise UcanError(
             f"previous must be the result of an earlier unlearn or its statistics, not "
             f"{previous!r}."
+        )
+
+
+def _warn_of_forget_tokens(model: nn.Module, retain: Batches) -> None:
+    """Beside a bank the retain batches say nothing of what is to be forgotten."""
+    if next(holding(model, retain, "retain", FORGET), None) is not None:
+        warnings.warn(
+            "retain= holds forget tokens. Beside a bank only those of forget= are forgotten: pass "
+            "them there too.",
+            UcanWarning,
+            stacklevel=3,
         )
 
 
@@ -385,10 +417,10 @@ def _check_steps(config: UcanConfig, previous: Any) -> None:
 
 
 class _Counted:
-    """Batches, and how many sequences went by."""
+    """Batches, and how many sequences with a token of the group went by."""
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    def __init__(self, batches: Batches, group: str) -> None:
+        self.batches, self.group = batches, group_index(group)
         self.sequences = 0
 
     def __len__(self) -> int:
@@ -397,6 +429,10 @@ class _Counted:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self.batches:
             yield batch
+            groups = batch.get("token_groups")
+            if groups is not None:
+                self.sequences += int((groups == self.group).any(1).sum())
+                continue
             tokens = batch.get("input_ids")
             self.sequences += len(batch["inputs_embeds"] if tokens is None else tokens)
 
@@ -415,7 +451,10 @@ def _at_origin(
     find_layers(model, adapter)  # what cannot be measured is said before weights are read
     origin = fingerprint(model, adapter)
     undone = None
-    if isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == origin:
+    applied = isinstance(previous, UnlearnResult) and previous.plan.applied_fingerprint == origin
+    # One that was read from a file does not know the original weights, and need not where it
+    # changed nothing.
+    if applied and not (previous.plan.is_noop and previous.plan.originals is None):
         previous.plan.undo(model, adapter)
         undone = previous.plan
         origin = undone.fingerprint
