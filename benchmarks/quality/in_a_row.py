@@ -4,7 +4,8 @@
 
 A quarter of the users leave, a few at a time. Each request is answered by ``unlearn`` with preset
 ``"thorough"`` and ``previous=`` the result before it, on the data of those who have not left yet;
-what earlier requests deleted is not run again. Then all of them are answered by one request.
+what earlier requests deleted is not run again. Then all of them are answered by one request. The
+budget is measured on users whose data no request runs: a tenth of those who stay.
 """
 
 from __future__ import annotations
@@ -58,18 +59,21 @@ def compare(recommender: Recommender, count: int) -> dict[str, Any]:
             "retain": judge.drops()["retain"],
         }
 
-    rows, previous, gone = [], None, np.array([], dtype=leaving.dtype)
+    staying = np.random.default_rng([recipe.seed, 1]).permutation(
+        np.setdiff1d(data.tuned_users, leaving)
+    )
+    apart = np.sort(staying[: max(1, len(staying) // 10)])
+    options = {"bank": bank, "config": config, "calibration": data.batches(recipe, apart)}
+    rows, previous, gone = [], None, apart
     for users in groups:
         gone = np.union1d(gone, users)
         kept = data.batches(recipe, np.setdiff1d(data.tuned_users, gone))
-        previous, row = _answer(
-            model, _forget(recommender, users), kept, bank, config, previous=previous
-        )
+        options |= {"retain": kept, "previous": previous}
+        previous, row = _answer(model, _forget(recommender, users), **options)
         rows.append({"users": len(users), **row, **state()})
     previous.plan.undo(model)
-    kept = data.batches(recipe, np.setdiff1d(data.tuned_users, gone))
-    result, row = _answer(model, only(case.forget, FORGET), kept, bank, config)
-    union = {"users": len(gone), **row, **state()}
+    result, row = _answer(model, only(case.forget, FORGET), **options | {"previous": None})
+    union = {"users": len(leaving), **row, **state()}
     result.plan.undo(model)
     return {"requests": rows, "at once": union}
 
@@ -87,24 +91,11 @@ def _forget(recommender: Recommender, users: np.ndarray) -> list[Batch]:
 
 
 def _answer(
-    model: Any,
-    forget: list[Batch],
-    retain: list[Batch],
-    bank: uf.InfluenceFactors,
-    config: uf.UcanConfig,
-    previous: Any = None,
-) -> tuple[Any, dict[str, Any]]:
+    model: Any, forget: list[Batch], **options: Any
+) -> tuple[uf.UnlearnResult, dict[str, Any]]:
     clock = Clock()
     with clock:
-        result = uf.unlearn(
-            model,
-            forget=forget,
-            retain=retain,
-            bank=bank,
-            config=config,
-            previous=previous,
-            evaluate=False,
-        )
+        result = uf.unlearn(model, forget=forget, evaluate=False, **options)
     steps, note = len(result.report.change["steps"]), result.plan.note
     return result, {"seconds": clock.seconds, "steps": steps, "note": note}
 
@@ -155,8 +146,8 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one row per recommender."""
     lines = [
         "| | users | forget drop right after each, % | of the same at the end | all at once "
-        "| retain drop, % | time, s |",
-        "|---|---|---|---|---|---|---|",
+        "| retain drop after each, % | all at once | time, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for document in documents:
         rows, union = document["requests"], document["at once"]
@@ -168,7 +159,8 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
             _listed(after),
             _listed(end),
             _listed(union["forget"]),
-            f"{rows[-1]['retain']:.1f} / {union['retain']:.1f}",
+            ", ".join(f"{row['retain']:.1f}" for row in rows),
+            f"{union['retain']:.1f}",
             f"{sum(row['seconds'] for row in rows):.0f} / {union['seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -192,7 +184,8 @@ def section(documents: Sequence[Mapping[str, Any]]) -> str:
         + "`, `".join(document["command"] for document in documents)
         + "`).\n\n"
         + table(documents)
-        + "\nRetain drop and time: in a row / at once. What was forgotten earlier drifts: nothing "
+        + "\nTime: in a row / at once. The budget of 2 % of retain loss is measured on a tenth of "
+        "the users who stay, whose data no request runs. What was forgotten earlier drifts: nothing "
         "holds it, nor is it run again.\n"
     )
 
