@@ -185,8 +185,8 @@ def section(documents: Sequence[Mapping[str, Any]]) -> str:
         + "`).\n\n"
         + table(documents)
         + "\nTime: in a row / at once. The budget of 2 % of retain loss is measured on a tenth of "
-        "the users who stay, whose data no request runs. What was forgotten earlier drifts: nothing "
-        "holds it, nor is it run again.\n"
+        "the users who stay, whose data no request runs. What was forgotten earlier drifts: "
+        "nothing holds it, nor is it run again.\n"
     )
 
 

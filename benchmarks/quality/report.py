@@ -71,12 +71,12 @@ def section(results: Results) -> str:
         f"**All {len(documents)} cells** (a data set, a request and a seed each: "
         f"{_cells(documents)})\n",
         summary.over_all(documents),
-        "First: nothing but retraining forgets more at that drop on retained interactions, as far as "
-        "its curve goes (the two rows of several steps do not count against each other). The other columns belong to the "
-        "strongest state that is within 5 % on calibration users, as median [range] over the "
-        "cells, the last two as mean [range]: drop of Recall@10 on deleted interactions in %, less "
-        "that of the adapter retrained there; seconds on one thread, sums of a bank at hand; AUC "
-        "of the loss attack (0.5: cannot be told apart).\n",
+        "First: nothing but retraining forgets more at that drop on retained interactions, as far "
+        "as its curve goes (the two rows of several steps do not count against each other). The "
+        "other columns belong to the strongest state that is within 5 % on calibration users, as "
+        "median [range] over the cells, the last two as mean [range]: drop of Recall@10 on "
+        "deleted interactions in %, less that of the adapter retrained there; seconds on one "
+        "thread, sums of a bank at hand; AUC of the loss attack (0.5: cannot be told apart).\n",
         summary.judged_only(documents),
         "**By request**\n",
         summary.by_request(documents, lambda d: f"{d['data_set']}, {d['scenario']}"),

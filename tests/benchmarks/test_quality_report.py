@@ -185,6 +185,10 @@ def test_all_cells_in_one_table(documents):
     assert cells(lines, "influence")[1:4] == ["4", "4", "1"]  # where the fifth is not there
     assert cells(lines, "retraining")[1:5] == ["4", "-", "-", "0 [0, 0]"]
     assert not any(line.startswith("| SSD") for line in lines)  # failed everywhere
+    at(documents[0], "NPO", 1.0, 50.0)
+    text = summary.judged_only(documents)
+    # Several steps are first in all four; in one the best baseline's curve ended before.
+    assert text.startswith("In 1 of the 4 cells where several steps are first at 5 %")
     # Only the second file has another seed than 0; the fifth is not there to be passed.
     assert "of the 1 cells of other seeds they are first in 0 at 1 % and in 1 at 5 %" in (
         summary.judged_only(documents)
