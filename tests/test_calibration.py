@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import helpers_models as hm
 import pytest
@@ -119,6 +120,56 @@ def test_retain_tokens_beside_forget_ones_are_run_and_measured_with_a_bank_too(m
     for options in ({"bank": bank}, {}):
         uf.unlearn(trained(), forget=forget, retain=retain, config=STEPS, evaluate=False, **options)
     assert seen == [len(retain) + len(forget)] * 2
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches without a length, any number of times."""
+
+    def __init__(self, batches: list[dict]) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("banked", [False, True])
+@pytest.mark.parametrize("name", list(GRADIENTS))
+def test_retain_data_need_no_length(name, banked):
+    forget, retain = forget_batches(), retain_batches(count=24, size=4)
+    options = {"config": GRADIENTS[name], "evaluate": False}
+    options["bank"] = uf.collect_factors(trained(), [*forget, *retain]) if banked else None
+    found = []
+    for data in (retain, torch.utils.data.DataLoader(Stream(retain), batch_size=None)):
+        result = uf.unlearn(trained(), forget=forget, retain=data, **options)
+        found.append((result.report.request, result.plan.strength))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", list(GRADIENTS))
+def test_forget_tokens_beside_a_bank_are_not_lost_silently(name):
+    forget, retain = forget_batches(), retain_batches(count=24, size=4)
+    bank = uf.collect_factors(trained(), [*forget, *retain])
+    options = {"forget": forget, "bank": bank, "config": GRADIENTS[name], "evaluate": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uf.unlearn(trained(), retain=retain, **options)
+    groups = torch.ones_like(retain[3]["input_ids"])
+    groups[0, :3] = 0
+    retain[3] = {**retain[3], "token_groups": groups}
+    with pytest.warns(uf.UcanWarning, match="Beside a bank only those of forget= are forgotten"):
+        uf.unlearn(trained(), retain=retain, **options)
+
+
+def test_sequences_count_where_they_hold_a_token_of_the_group():
+    forget, retain = forget_batches(count=8), retain_batches(count=16)
+    groups = torch.ones_like(retain[0]["input_ids"])
+    groups[2, 1] = 0
+    retain[0] = {**retain[0], "token_groups": groups}
+    config = GRADIENTS["best"]
+    request = uf.unlearn(
+        trained(), forget=forget, retain=retain, config=config, evaluate=False
+    ).report.request
+    assert request["forget_sequences"] == 8 + 1
 
 
 # The part that is kept for the budget.

@@ -789,6 +789,60 @@ def test_where_nothing_is_gone_on_to_the_earlier_plan_stays():
     assert result.plan.strength == worse.strength
 
 
+def test_steps_that_only_undo_what_the_start_did_count_all_the_same():
+    """The rise is that from the start: it may lead to below where the origin was."""
+    forget, retain = forget_batches(count=8), retain_batches(count=12)
+    model = trained()
+    better = plan_of(model, forget, retain)
+    better.directions = {key: -d for key, d in better.directions.items()}
+    origin = mean_nll(model, forget, "forget")
+    short = CONFIG.replace(influence_radius=1e-7)
+    walk = walk_of(model, forget=forget, retain=retain, start=better, config=short)
+    assert walk.advance()
+    here = mean_nll(model, forget, "forget")
+    assert walk.measured[0].forget_nll < here < origin, "the case is one of that kind"
+    plan = walk.plan()
+    assert plan.strength == pytest.approx(here - walk.measured[0].forget_nll, rel=1e-4)
+    there = weights(model)
+    walk.restore()
+    plan.apply(model)
+    for name, weight in weights(model).items():
+        assert torch.allclose(weight, there[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_steps_that_raise_nothing_leave_the_start():
+    forget, retain = forget_batches(count=8), retain_batches(count=12)
+    model = trained()
+    start = plan_of(model, forget_batches(seed=7, count=8), retain)
+    walk = walk_of(model, forget=forget, retain=retain, start=start)
+    assert walk.advance()
+    walk._last = {key: 3 * value for key, value in walk._last.items()}
+    walk._last_rises = dict.fromkeys(walk._last_rises, 0.0)
+    walk._write(-1.0)  # twice as far the other way
+    plan = walk.plan()
+    assert plan.directions is start.directions
+    assert plan.strength == start.strength
+    assert "1 influence step did not raise the forget loss" in plan.note
+    assert plan.config.influence_steps == walk.config.influence_steps
+
+
+def test_a_saved_plan_that_does_nothing_can_be_gone_on_from(tmp_path):
+    one, two, retain = two_requests()
+    model = trained()
+    known = mean_nll(model, one, "forget")
+    options = {"retain": retain, "config": STEPS, "evaluate": False}
+    with pytest.warns(uf.UcanWarning, match="nothing to unlearn"):
+        nothing = uf.unlearn(model, forget=one, holdout=known - 0.1, **options)
+    nothing.plan.save(tmp_path / "plan")
+    plan = uf.InfluencePlan.load(tmp_path / "plan")
+    again = uf.unlearn(
+        trained(), forget=two, previous=replace(nothing, plan=plan, report=None), **options
+    )
+    alone = uf.unlearn(model, forget=two, previous=nothing, **options)
+    assert alone.plan.strength > 0
+    assert again.plan.strength == pytest.approx(alone.plan.strength)
+
+
 def test_steps_do_not_go_on_from_another_method():
     one, two, retain = two_requests()
     model = trained()
