@@ -185,8 +185,9 @@ def section(documents: Sequence[Mapping[str, Any]]) -> str:
         + "`).\n\n"
         + table(documents)
         + "\nTime: in a row / at once. The budget of 2 % of retain loss is measured on a tenth of "
-        "the users who stay, whose data no request runs. What was forgotten earlier drifts: "
-        "nothing holds it, nor is it run again.\n"
+        "the users who stay, whose data no request runs. It is that of all requests together, so "
+        "that later ones end sooner; and what was forgotten earlier drifts: nothing holds it, nor "
+        "is it run again. Gather requests where you can.\n"
     )
 
 
