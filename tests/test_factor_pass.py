@@ -536,7 +536,7 @@ def test_bad_options_are_named(options, match):
 
 
 def test_sets_without_a_scored_position_are_refused():
-    with pytest.raises(uf.UcanError, match="there was no batch"):
+    with pytest.raises(uf.UcanError, match="there was no retain batch"):
         collect_factors(trained(), [])
     lonely = {"input_ids": torch.full((3, 1), 5)}
     with pytest.raises(uf.UcanError, match="no retain position is scored"):
