@@ -138,7 +138,12 @@ def holding(
     Raises:
         UcanError: as :func:`read_batches`.
     """
-    for checked in read_batches(model, batches, group):
+    default, known = group_index(group), _Known.of(model)
+    for index, batch in enumerate(batches):
+        # Without a mark all of it is in the group it was passed as: nothing to look at.
+        if isinstance(batch, Mapping) and all(batch.get(key) is None for key in _OURS):
+            continue
+        checked = _read(batch, f"batch {index}", default, known)
         found = dict(zip(_OURS, (checked.groups, checked.decoder_groups), strict=True))
         found = {key: groups for key, groups in found.items() if groups is not None}
         if any((groups == wanted).any() for groups in found.values()):
