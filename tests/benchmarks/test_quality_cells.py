@@ -161,6 +161,14 @@ def test_requests_in_a_row(tmp_path, capsys):
     assert "at least 2" in capsys.readouterr().err
 
 
+def sequences(batches) -> set[tuple[int, ...]]:
+    return {
+        tuple(row[mask.bool()].tolist())
+        for batch in batches
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+
+
 def test_a_row_of_requests_leaves_the_model_at_its_origin(small_batches, monkeypatch):
     models, real = [], small_batches.model
 
@@ -169,7 +177,22 @@ def test_a_row_of_requests_leaves_the_model_at_its_origin(small_batches, monkeyp
         return models[-1]
 
     monkeypatch.setattr(small_batches, "model", kept)
+    asked, answer = [], in_a_row._answer
+
+    def spied(model, forget, **options):
+        asked.append({"forget": forget, **options})
+        return answer(model, forget, **options)
+
+    monkeypatch.setattr(in_a_row, "_answer", spied)
     in_a_row.compare(small_batches, 2)
+    # No request runs the data that the budget is measured on, nor those of who left before.
+    assert len(asked) == 3
+    gone = set()
+    for request in asked[:2]:
+        gone |= sequences(request["forget"])
+        assert not sequences(request["retain"]) & (gone | sequences(asked[0]["calibration"]))
+        assert request["calibration"] is asked[0]["calibration"]
+    assert sequences(asked[2]["forget"]) == gone
     origin = real()
     pairs = zip(lora_weights(models[0]).values(), lora_weights(origin).values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
