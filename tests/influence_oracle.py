@@ -106,8 +106,9 @@ def factors(model: nn.Module, batches: list[dict], group: int, seed: int = 0) ->
         for handle in handles:
             handle.remove()
         uniforms = row_uniforms({"input_ids": ids[None]}, scored[None], seed)
-        drawn = draw_labels(logits[scored].detach(), uniforms)
-        loss = -logits[scored].log_softmax(-1)[torch.arange(len(drawn)), drawn].sum()
+        soft = torch.stack([less_sure(row) for row in logits[scored]])
+        drawn = draw_labels(soft.detach(), uniforms)
+        loss = -soft.log_softmax(-1)[torch.arange(len(drawn)), drawn].sum()
         found = torch.autograd.grad(loss, list(probes.values()))
         for name, g in zip(probes, found, strict=True):
             layer = layers[name]
@@ -121,6 +122,18 @@ def factors(model: nn.Module, batches: list[dict], group: int, seed: int = 0) ->
                         sums[name][which] += torch.outer(v, v)
                     sums[name]["tokens"] += 1
     return sums
+
+
+def less_sure(row: torch.Tensor) -> torch.Tensor:
+    """Logits ``[V]`` with the best no likelier than all others together."""
+    best = int(row.argmax())
+    rest = torch.cat([row[:best], row[best + 1 :]]).detach().exp().sum()
+    surplus = row[best].detach().exp() / rest
+    if surplus <= 1:
+        return row
+    lower = torch.zeros_like(row)
+    lower[best] = surplus.log()
+    return row - lower
 
 
 def _remember(inputs: dict, name: str):

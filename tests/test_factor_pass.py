@@ -21,8 +21,14 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import evaluation
-from ucan_fast.factor_pass import collect_factors, draw_labels, factor_memory, row_uniforms
+from ucan_fast import evaluation, factor_pass
+from ucan_fast.factor_pass import (
+    collect_factors,
+    draw_labels,
+    factor_memory,
+    row_uniforms,
+    softened,
+)
 from ucan_fast.factors import FACTORS
 
 INDEX = {"forget": 0, "retain": 1}
@@ -72,6 +78,38 @@ def test_gradients_and_factors_are_those_of_the_references(group, kind, side):
     # A batch without token_groups is all of the default group.
     assert_gradients(factors, *oracle.gradients(model, data, INDEX[group]), rtol)
     assert_factors(factors, oracle.factors(model, data, INDEX[group], seed=3), rtol)
+
+
+def surer(model: nn.Module, times: float) -> nn.Module:
+    """The same with larger logits."""
+    norm = next(m for name, m in model.named_modules() if name.endswith(("ln_f", "model.norm")))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter *= times
+    return model
+
+
+@pytest.mark.parametrize(("kind", "times"), [("gpt2", 8.0), ("gpt2", 40.0), ("llama", 40.0)])
+def test_factors_of_a_sure_model_are_those_of_the_references(kind, times):
+    model, data = surer(model64(kind), times), batches()
+    data[0]["labels"] = data[0]["input_ids"].clone()
+    best = model(input_ids=data[0]["input_ids"]).logits.softmax(-1).amax(-1)
+    assert (best > 0.5).any()
+    assert times > 8 or (best < 0.5).any(), "a case with both"
+    factors = collect_factors(model, data)
+    rtol = ROUNDING[kind] * times
+    assert_gradients(factors, *oracle.gradients(model, data, 1), rtol)
+    assert_factors(factors, oracle.factors(model, data, 1), rtol)
+
+
+def test_data_that_are_known_by_heart_have_curvature():
+    """Where labels are drawn from the model itself it is e^-margin of this."""
+    name, sizes = "", []
+    for times in (20.0, 80.0):
+        factors = collect_factors(surer(model64(), times), batches(groups=None))
+        name = name or next(iter(factors.layers))
+        sizes.append(float(factors.factor(name, "s_y").trace()) / times**2)
+    assert 0.2 < sizes[1] / sizes[0] < 5
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -206,6 +244,33 @@ def test_labels_follow_the_model():
     assert torch.allclose(counts, probabilities, atol=1e-3)
     largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
     assert draw_labels(torch.tensor([[0.0, -math.inf]]), largest).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_best_label_is_no_likelier_than_all_others(dtype, monkeypatch):
+    monkeypatch.setattr(factor_pass, "_CHUNK_ELEMENTS", 8)  # several rows' worth of pieces
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5).to(dtype)
+    logits[0, 3], logits[1, 0], logits[2, 4] = 9.0, 60.0, 30000.0
+    logits[3] = torch.tensor([0.0, -math.inf, -math.inf, -math.inf, -math.inf])
+    logits[4] = torch.tensor([5.0, 0.0, -math.inf, 1.0, -math.inf])
+    logits.requires_grad_()
+    soft = softened(logits)
+    assert soft.dtype == torch.promote_types(dtype, torch.float32)
+    before, after = logits.detach().double().softmax(-1), soft.detach().double().softmax(-1)
+    assert before[5].max() < 0.5 < before[0].max(), "a case with both"
+    # What is not sure, or has nothing beside it, stays bit by bit.
+    assert torch.equal(soft[[3, 5]], logits[[3, 5]].to(soft.dtype))
+    for row in (0, 1, 2, 4):
+        best = int(before[row].argmax())
+        assert after[row, best] == pytest.approx(0.5, abs=1e-3 if row == 2 else 1e-6)
+        others = torch.arange(5) != best
+        assert torch.equal(soft[row, others], logits[row, others].to(soft.dtype))
+    weight = torch.randn_like(soft)
+    (gradient,) = torch.autograd.grad((soft * weight).sum(), logits)
+    assert torch.equal(gradient, weight.to(dtype)), "how far it is lowered is a constant"
+    alone = torch.full((2, 1), 3.0)
+    assert softened(alone) is alone
 
 
 def test_uniforms_depend_on_the_sequence_alone():

@@ -222,6 +222,50 @@ def test_a_step_that_the_retain_batches_do_not_bear_is_halved(monkeypatch):
     assert rises[0.02] in [pytest.approx(rises[math.inf] / 2**k) for k in (1, 2, 3, 4)]
 
 
+def test_lengths_come_back_twice_as_long_at_a_time():
+    walk, other = walk_of(trained()), walk_of(trained())
+    for one in (walk, other):
+        one.advance()
+    for _ in range(3):
+        walk.shorten()
+    assert walk._scale == 0.125
+    scales = []
+    for _ in range(4):
+        assert walk.advance()
+        scales.append(walk._scale)
+    assert scales == [0.25, 0.5, 1, 1]
+
+
+def test_gradients_are_only_taken_where_a_halved_step_is_borne(monkeypatch):
+    """A halved step is looked at by a forward pass first."""
+    walk = walk_of(trained())
+    calls, costs = [], iter([9.0, 9.0])
+    gradients, loss = walk._gradients, influence_walk.group_loss
+
+    def taken(batches, group, *references):
+        found = list(gradients(batches, group, *references))
+        calls.append(f"{group} gradients")
+        if len(calls) == 3:  # where the whole step led
+            found[1] = 9.0
+        return tuple(found)
+
+    def passed(model, batches, group):
+        calls.append(f"{group} loss")
+        found = loss(model, batches, group)
+        cost = next(costs, found.mean)
+        return evaluation.Loss(cost * found.tokens, found.tokens)
+
+    monkeypatch.setattr(walk, "_gradients", taken)
+    monkeypatch.setattr(influence_walk, "group_loss", passed)
+    assert walk.advance()
+    assert walk._scale == 0.25, "halved three times, and twice as long next time"
+    wanted = ["retain gradients", "forget gradients", "retain gradients", *["retain loss"] * 3]
+    assert calls == [*wanted, "retain gradients"]
+    calls.clear()
+    assert walk.advance(last=True)
+    assert calls == ["forget gradients", "retain loss"], "those of the retain set are at hand"
+
+
 def test_drawn_batches_are_others_before_every_step(monkeypatch):
     model = trained()
     config = CONFIG.replace(influence_steps=4, influence_batches=2)
@@ -364,14 +408,14 @@ def test_shortened_and_taken_back():
     assert walk.steps == 1
     for name, weight in weights(model).items():
         assert torch.allclose(weight, one[name], rtol=1e-5, atol=1e-6), name
-    # The next step is half as long as it would have been, and a fourth longer the time after.
+    # The next step is half as long as it would have been, and the one after that as long.
     full = trained()
     other = walk_of(full)
     for _ in range(2):
         other.advance()
     walk.advance()
     assert walk.measured[-1].rise == pytest.approx(0.5 * other.measured[-1].rise, rel=0.05)
-    assert walk._scale == 0.625
+    assert walk._scale == 1
 
 
 def test_a_step_that_was_taken_back_is_the_same_again():

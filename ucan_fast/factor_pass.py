@@ -65,7 +65,9 @@ def collect_factors(
     Per slice of a batch one forward pass, one backward pass of the group's NLL (true labels;
     gradients), and one of the NLL of labels drawn from the model at every scored position of the
     sequence (factors). A label depends on the seed and its own sequence only, not on the batch,
-    so a sequence that is run again gives the same sums and can be subtracted.
+    so a sequence that is run again gives the same sums and can be subtracted. Where the model is
+    sure of a label its logits are :func:`softened` first: data that are known by heart have no
+    curvature of their own, and a step could go anywhere.
 
     Args:
         model: a model with PEFT LoRA layers, plain or accelerated.
@@ -331,12 +333,12 @@ class _Pass:
                 loss = _summed_nll(scored, wanted)
                 self._add_gradients(gradients(loss, uses, keep=self.curvature))
             if self.curvature:
-                scored = logits[anywhere]
-                drawn = draw_labels(scored.detach(), row_uniforms(inputs, anywhere, self.seed))
+                soft = softened(logits[anywhere])
+                drawn = draw_labels(soft.detach(), row_uniforms(inputs, anywhere, self.seed))
                 self._agree_on_inputs()
                 self.summing = True
                 try:
-                    gradients(_summed_nll(scored, drawn), uses)
+                    gradients(_summed_nll(soft, drawn), uses)
                 finally:
                     self.summing = False
 
@@ -551,6 +553,32 @@ def row_uniforms(inputs: Mapping[str, Any], positions: torch.Tensor, seed: int) 
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
         found.append(torch.rand(count, generator=generator, dtype=torch.float64, device="cpu"))
     return torch.cat(found).to(positions.device)
+
+
+def softened(logits: torch.Tensor) -> torch.Tensor:
+    """Logits ``[P, V]`` with the best of a row lowered until it is no likelier than all others.
+
+    A row whose best label has at most half of the probability stays as it is, bit by bit; in
+    another the others keep their shares among themselves. (Ours; not in the paper.) The curvature
+    p (1 - p) of a label that is known by heart is next to nothing at the point where it is
+    measured and grows e-fold with every nat that a step takes off its margin; here it is what the
+    step would meet when the margin is gone.
+    """
+    if logits.shape[1] < 2:
+        return logits
+    with torch.no_grad():
+        best = logits.argmax(1, keepdim=True)
+        margins = []
+        step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        for part, at in zip(logits.split(step), best.split(step), strict=True):
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            others = wide.scatter(1, at, -math.inf).logsumexp(1, keepdim=True)
+            margins.append(wide.gather(1, at) - others)
+        # Where all others are impossible (-inf) there is nothing that the best could be lowered to.
+        margin = torch.cat(margins)
+        margin = margin.clamp_min(0).masked_fill(margin.isinf(), 0)
+    wide = logits.to(margin.dtype)
+    return wide.scatter_add(1, best, -margin)
 
 
 def draw_labels(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from .errors import UcanError
 from .files import read_safetensors, write_safetensors
 
 FORMAT = "ucan_fast.influence_factors"
-FORMAT_VERSION = "1"
+#: 2: labels are drawn from softened logits.
+FORMAT_VERSION = "2"
 #: The factors of A (C_x, S_z) and of B (S_y, C_z).
 FACTORS = ("c_x", "s_z", "s_y", "c_z")
 
