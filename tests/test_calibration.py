@@ -9,8 +9,11 @@ import helpers_models as hm
 import pytest
 import torch
 from trained_model import (
+    MEMBERS,
     assert_same_weights,
+    by_heart,
     forget_batches,
+    mean_nll,
     memorised,
     mixed_batches,
     random_batches,
@@ -222,3 +225,29 @@ def test_a_set_without_a_token_is_named():
     for config in (uf.UcanConfig(), *GRADIENTS.values()):
         with pytest.raises(uf.UcanError, match=r"no forget batch with a token|forget set is empty"):
             uf.unlearn(memorised(0), forget=[], retain=random_batches(1), config=config)
+
+
+@pytest.mark.parametrize("name", ["attenuate", "best", "gates", "thorough"])
+def test_what_is_known_by_heart_may_cost_a_share_of_one_nat(name):
+    """A share of what it costs would be nothing, and nothing would be forgotten."""
+    config = GRADIENTS.get(name, uf.UcanConfig(site="mlp"))
+    every = random_batches(MEMBERS)
+    forget, *retain = every
+    data = {"forget": [forget], "retain": retain}
+    options = {"config": config, "evaluate": False}
+    report = uf.unlearn(by_heart(), **data, calibration=retain, **options).report
+    search = report.search
+    assert search.loss_before < 0.5
+    room = config.max_retain_loss_increase
+    assert search.loss_after <= search.loss_before + room
+    if name != "thorough":  # which goes down the retain loss
+        assert search.loss_after > search.loss_before * (1 + room)
+    assert f"may rise by {100 * room:g} % of 1 nat (from" in report.to_markdown()
+
+    def own(model):
+        return mean_nll(model, retain, "retain")
+
+    # That of another function is a share of what it gives.
+    other = uf.unlearn(by_heart(), **data, calibration=own, **options).report
+    assert other.search.loss_after <= search.loss_before * (1 + room) + 1e-9
+    assert f"may rise by {100 * room:g} % (from" in other.to_markdown()

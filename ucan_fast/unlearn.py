@@ -533,6 +533,7 @@ def _choose_strength(
         job.config.max_retain_loss_increase,
         1.0 if hard else job.config.max_strength,
         "fraction" if hard else "strength",
+        floor=job.retain.floor,
     )
     job.search = search
     chosen = at(search.chosen)
