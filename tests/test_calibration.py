@@ -242,7 +242,7 @@ def test_what_is_known_by_heart_may_cost_a_share_of_one_nat(name):
     assert search.loss_after <= search.loss_before + room
     if name != "thorough":  # which goes down the retain loss
         assert search.loss_after > search.loss_before * (1 + room)
-    assert f"may rise by {100 * room:g} % of 1 nat (from" in report.to_markdown()
+    assert f"may rise by {room:g} nats ({100 * room:g} % of 1) (from" in report.to_markdown()
 
     def own(model):
         return mean_nll(model, retain, "retain")

@@ -28,6 +28,7 @@ from trained_model import (
 
 import ucan_fast as uf
 from ucan_fast import cli, files
+from ucan_fast import factors as influence_factors
 from ucan_fast.audit import audit as library_audit
 from ucan_fast.jsonl import read_jsonl
 from ucan_fast.report import REPORT
@@ -1150,6 +1151,18 @@ def test_collect_replaces_only_its_own_output_and_only_when_asked(project, out, 
     assert out.read_bytes() != earlier
     uf.ActivationStats.load(out)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_collect_replaces_factors_of_another_version(project, out, monkeypatch):
+    out.parent.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(influence_factors, "FORMAT_VERSION", "1")
+        assert run(project, "collect", "--factors", "all", data="all.jsonl", out=out)[0] == 0
+    with pytest.raises(uf.UcanError, match=r"has format version 1, .* reads 2: make it again"):
+        uf.InfluenceFactors.load(out)
+    again = ("collect", "--overwrite", "--factors", "all")
+    assert run(project, *again, data="all.jsonl", out=out)[0] == 0
+    uf.InfluenceFactors.load(out)
 
 
 def test_collect_refuses_unknown_sites_and_bad_data(project, out):

@@ -360,5 +360,10 @@ def test_a_loss_of_next_to_nothing_may_rise_by_a_share_of_the_floor(before, floo
     search = search_strength(lambda v: before + 0.1 * v, before, 0.05, 32.0, floor=floor)
     assert search.room == pytest.approx(room)
     assert 0.95 * room / 0.1 < search.chosen <= room / 0.1 * (1 + 1e-9)
-    assert search.share == ("5 % of 1 nat" if before < floor else "5 %")
-    assert search_strength(lambda v: before + 0.1 * v, before, 0.05, 32.0).share == "5 %"
+    below = before < floor
+    assert search.share == ("0.05 nats (5 % of 1)" if below else "5 %")
+    assert search.rise(before + 0.003) == ("+0.0030" if below else "+0.10 %")
+    assert search.rise(math.nan) == "n/a"
+    bare = search_strength(lambda v: before + 0.1 * v, before, 0.05, 32.0)
+    assert bare.share == "5 %"
+    assert bare.rise(before * 1.02) == "+2.00 %"

@@ -268,13 +268,12 @@ def _check_output_file(
 
 
 def _is_statistics(path: Path) -> bool:
-    from .factors import InfluenceFactors
-    from .stats import ActivationStats
+    from . import factors, stats
+    from .files import safetensors_kind
 
-    for kind in (ActivationStats, InfluenceFactors):
-        with contextlib.suppress(UcanError):
-            kind.load(path)
-            return True
+    # Not loaded: one of another version, or a damaged one, must be replaceable too.
+    with contextlib.suppress(UcanError):
+        return safetensors_kind(path) in (factors.FORMAT, stats.FORMAT)
     return False
 
 

@@ -114,7 +114,7 @@ class UcanConfig:
             the gradients of both sets anew before each, stop by themselves where the forget set
             is known no better than without the adapter, and need retain data at every step.
         influence_radius: ε, how far one of several steps goes: nats of KL per retained token by
-            the factors' quadratic model.
+            the factors' quadratic model (which is above the true one where labels are sure).
         influence_batches: retain batches that one of several steps runs, drawn anew before each
             (``seed``); 0: all of them.
 

@@ -43,6 +43,8 @@ from .progress import Progress, track
 
 #: Elements of fp64 probabilities that labels are drawn from at a time.
 _CHUNK_ELEMENTS = 1 << 22
+#: Nats by which no logit is above another that takes part.
+_MASKED = 1e3
 
 
 # Tensors made in inference mode could not be differentiated.
@@ -63,11 +65,11 @@ def collect_factors(
     """Run the model over the batches, forward and backward, and sum up gradients and factors.
 
     Per slice of a batch one forward pass, one backward pass of the group's NLL (true labels;
-    gradients), and one of the NLL of labels drawn from the model at every scored position of the
-    sequence (factors). A label depends on the seed and its own sequence only, not on the batch,
-    so a sequence that is run again gives the same sums and can be subtracted. Where the model is
-    sure of a label its logits are :func:`softened` first: data that are known by heart have no
-    curvature of their own, and a step could go anywhere.
+    gradients), and one of the NLL of labels drawn from the model, its logits :func:`softened`, at
+    every scored position of the sequence (factors). A label depends on the seed and its own
+    sequence only, not on the batch, so a sequence that is run again gives the same sums and can be
+    subtracted. (As far as its logits are the same: in bf16 another batching may round them so that
+    another label is drawn.)
 
     Args:
         model: a model with PEFT LoRA layers, plain or accelerated.
@@ -561,8 +563,8 @@ def softened(logits: torch.Tensor) -> torch.Tensor:
     A row whose best label has at most half of the probability stays as it is, bit by bit; in
     another the others keep their shares among themselves. (Ours; not in the paper.) The curvature
     p (1 - p) of a label that is known by heart is next to nothing at the point where it is
-    measured and grows e-fold with every nat that a step takes off its margin; here it is what the
-    step would meet when the margin is gone.
+    measured and grows e-fold with every nat that a step takes off its margin: by it alone a step
+    could go anywhere. Here it is what the step would meet when the margin is gone, an upper bound.
     """
     if logits.shape[1] < 2:
         return logits
@@ -574,9 +576,9 @@ def softened(logits: torch.Tensor) -> torch.Tensor:
             wide = part.to(torch.promote_types(part.dtype, torch.float32))
             others = wide.scatter(1, at, -math.inf).logsumexp(1, keepdim=True)
             margins.append(wide.gather(1, at) - others)
-        # Where all others are impossible (-inf) there is nothing that the best could be lowered to.
+        # Where all others are masked (-inf, or the dtype's least) there is nothing to lower it to.
         margin = torch.cat(margins)
-        margin = margin.clamp_min(0).masked_fill(margin.isinf(), 0)
+        margin = margin.clamp_min(0).masked_fill(margin > _MASKED, 0)
     wide = logits.to(margin.dtype)
     return wide.scatter_add(1, best, -margin)
 

@@ -56,9 +56,9 @@ Factor = torch.Tensor | Eigen
 class LayerFactors:
     """Sums over the tokens that one LoRA layer saw.
 
-    With h the gradient of the summed NLL (labels drawn from the model) by the output of
-    ``lora_B`` and g_z that by the output of ``lora_A``, g = h / s is the gradient by the layer's
-    output.
+    With h the gradient of the summed NLL (of drawn labels: :func:`ucan_fast.collect_factors`) by
+    the output of ``lora_B`` and g_z that by the output of ``lora_A``, g = h / s is the gradient by
+    the layer's output.
 
     Attributes:
         tokens: how many.

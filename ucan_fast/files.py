@@ -153,7 +153,8 @@ def read_safetensors(
         raise UcanError(f"{path} is no {kind} file (it says {metadata.get('format')!r}).")
     if metadata.get("version") != version:
         raise UcanError(
-            f"{path} has format version {metadata.get('version')}, this ucan_fast reads {version}."
+            f"{path} has format version {metadata.get('version')}, this ucan_fast reads {version}: "
+            "make it again."
         )
     if metadata.pop("sha256", None) != _digest(metadata, tensors):
         raise UcanError(

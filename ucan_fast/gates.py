@@ -36,7 +36,8 @@ def make_gates_plan(
     A negative slope means that closing the gate raises the forget NLL. The slope of one token's
     NLL is ``x_j A_jᵀ g_z`` at an input and ``s g_i (B_i z)`` at an output, with g the gradient by
     the layer's output and ``g_z = s Bᵀ g``. Its mean square over retain tokens, labels drawn from
-    the model, is the Fisher information of the gate; with x independent of g_z, and g of z (the
+    the model, is the Fisher information of the gate (an upper bound of it where the model is sure
+    of a label: :func:`ucan_fast.collect_factors`); with x independent of g_z, and g of z (the
     assumption of Kronecker factors, Martens and Grosse, arXiv 1503.05671), from mean factors::
 
         F_j = C_x[jj] · A_jᵀ S_z A_j                F_i = s² S_y[ii] · B_i C_z B_iᵀ

@@ -93,8 +93,8 @@ class InfluenceWalk:
     each step and run at the origin as well: what a step costs then does not grow with D_r. (A
     small set that stays the same would be learned by heart.)
 
-    A step after which S cost over 0.02 nats more than before it is halved; the next may be as long
-    as it ended, and each after that twice as long as the one before, up to c.
+    A step after which S cost over 0.02 nats more than before it is halved, up to eight times; the
+    next may be twice as long as it ended, and so on up to c.
 
     A position counts as long as the model knows it better than its reference, the least of: the
     model *without the adapter's A and B*, blind guessing (ln V), and never-seen data where their
@@ -285,7 +285,7 @@ class InfluenceWalk:
         return True
 
     def shorten(self) -> None:
-        """Halve the last step. The next is as long at most; those after it grow again.
+        """Halve the last step. The next is at most twice as long; those after it grow again.
 
         Raises:
             UcanError: there is no last step: none was taken, or it was taken back.
@@ -395,8 +395,7 @@ class InfluenceWalk:
             if tried:
                 self.shorten()
             ahead = not (self._all or last)  # the next step starts with these gradients
-            # Another step of a walk is borne more often than not; the half of one that was not
-            # is looked at first.
+            # A step is borne more often than not; the half of one that was not is looked at first.
             if tried or not ahead:
                 nll = group_loss(self.model, self._batches, "retain").mean
                 if not nll <= before + _MOST_LOSS:

@@ -48,8 +48,22 @@ class StrengthSearch:
     @property
     def share(self) -> str:
         """The budget in words."""
-        below = abs(self.loss_before) < self.floor
-        return f"{100 * self.budget:g} %" + (f" of {self.floor:g} nat" if below else "")
+        share = f"{100 * self.budget:g} %"
+        return f"{self.room:g} nats ({share} of {self.floor:g})" if self._below else share
+
+    def rise(self, loss: float) -> str:
+        """How far a loss is above that of the origin, in the budget's terms."""
+        rise = loss - self.loss_before
+        # A calibration function may return 0 (1 - recall) or less (-recall).
+        if not math.isfinite(rise) or not (self._below or self.loss_before):
+            return "n/a"
+        if self._below:
+            return f"{rise:+.4f}"
+        return f"{100 * rise / abs(self.loss_before):+.2f} %"
+
+    @property
+    def _below(self) -> bool:
+        return abs(self.loss_before) < self.floor
 
 
 def search_strength(
