@@ -647,7 +647,7 @@ def test_steps_beyond_the_budget_are_halved_and_taken_back():
             config=careless.replace(max_retain_loss_increase=1e-9),
             evaluate=False,
         )
-    assert [step for step, _ in result.report.search.curve] == [1] * 5
+    assert [step for step, _ in result.report.search.curve] == [1] * 9
     assert result.plan.is_noop
     assert_same_weights(model, origin)
     # A wider budget takes the halved steps.
@@ -657,8 +657,8 @@ def test_steps_beyond_the_budget_are_halved_and_taken_back():
     tried = [step for step, _ in search.curve]
     assert len(tried) > len(set(tried)), "a step was halved"
     assert search.loss_before < search.loss_after <= 1.02 * search.loss_before
-    assert search.loss_after > 1.019 * search.loss_before
-    assert "the budget of 2 % retain loss" in search.note
+    assert search.loss_after > 1.0195 * search.loss_before
+    assert search.note.endswith("the budget of 2 % retain loss is used up.")
     assert result.plan.strength > 0
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .unlearn import _Job
 
 Batches = Iterable[Mapping[str, Any]]
-#: How often a step that leaves the retain budget is halved.
-_HALVINGS = 4
+#: How often a step that leaves the retain budget is halved: as often as by the walk itself.
+_HALVINGS = 8
 #: The budget counts as used up where this share of it is left.
 _CLOSE = 0.02
 
