@@ -353,17 +353,3 @@ def test_nothing_fits_the_budget():
         )
     assert result.plan.attenuated == 0
     assert result.plan.strength == 0
-
-
-@pytest.mark.parametrize(("before", "floor", "room"), [(0.1, 1.0, 0.05), (3.0, 1.0, 0.15)])
-def test_a_loss_of_next_to_nothing_may_rise_by_a_share_of_the_floor(before, floor, room):
-    search = search_strength(lambda v: before + 0.1 * v, before, 0.05, 32.0, floor=floor)
-    assert search.room == pytest.approx(room)
-    assert 0.95 * room / 0.1 < search.chosen <= room / 0.1 * (1 + 1e-9)
-    below = before < floor
-    assert search.share == ("0.05 nats (5 % of 1)" if below else "5 %")
-    assert search.rise(before + 0.003) == ("+0.0030" if below else "+0.10 %")
-    assert search.rise(math.nan) == "n/a"
-    bare = search_strength(lambda v: before + 0.1 * v, before, 0.05, 32.0)
-    assert bare.share == "5 %"
-    assert bare.rise(before * 1.02) == "+2.00 %"

@@ -15,8 +15,9 @@ from torch import nn
 from .batches import RETAIN, eval_mode, read_batches, reusable
 from .errors import UcanError
 from .evaluation import check_predicts_tokens, group_loss, scored
-from .strength import NLL_FLOOR
 
+#: Nats per token: data that cost less are known by heart.
+BY_HEART = 0.2
 #: Retain tokens drawn for the strength search where no calibration data is given.
 CALIBRATION_TOKENS = 8192
 
@@ -38,11 +39,6 @@ class RetainLoss:
     on_batches: bool = False
     before: float = float("nan")
     missing: str = "there is no calibration data (calibration= or retain=)"
-
-    @property
-    def floor(self) -> float:
-        """What a budget is a share of at least (:class:`ucan_fast.strength.StrengthSearch`)."""
-        return NLL_FLOOR if self.on_batches else 0.0
 
     @classmethod
     def of_batches(cls, model: nn.Module, batches: list) -> RetainLoss:

@@ -89,9 +89,10 @@ class UcanConfig:
             influence step and of gates: t, the predicted rise of the forget NLL in nats per token.
         floor: γ is never below this.
         max_retain_loss_increase: the budget for ``"auto"``: how far the mean retain NLL may
-            rise, relative to its value before (0.05 = 5 %), or to 1 nat where it is less (a share
-            of next to nothing is nothing; a loss of your own has no such floor). An influence step
-            moves rankings more than this loss: start with 0.01 there, or search on your own.
+            rise, relative to its value before (0.05 = 5 %). An influence step moves rankings more
+            than this loss: start with 0.01 there, or search on a loss of your own
+            (``calibration=`` a function): a must where the retain set is known by heart, since a
+            share of next to nothing is nothing.
         max_strength: ``"auto"`` searches β in [0, max_strength]; t at most up to ln V. (Not
             of several steps.)
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or

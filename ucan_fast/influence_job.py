@@ -201,19 +201,14 @@ def search_step(
     # Beyond ln V a token is less likely than one drawn blindly: nothing is gained there.
     high = min(job.config.max_strength, math.log(_vocabulary(job.model)))
     search = search_strength(
-        loss_at,
-        job.retain.before,
-        job.config.max_retain_loss_increase,
-        high,
-        guard=guard,
-        floor=job.retain.floor,
+        loss_at, job.retain.before, job.config.max_retain_loss_increase, high, guard=guard
     )
     job.search = search
     chosen = plan.with_strength(search.chosen)
     if search.chosen == high:
         search.note = (
             f"even a predicted rise of {high:.3g} nats, the most that is tried, stays within the "
-            f"budget of {search.share} retain loss."
+            f"budget of {100 * search.budget:g} % retain loss."
         )
     chosen.note = search.note
     return chosen
@@ -247,9 +242,8 @@ def search_walk(
         earlier = None
     ceiling = ceiling_of(job.model, holdout)
     budget = job.config.max_retain_loss_increase
-    origin = job.retain.before
-    search = StrengthSearch("steps", budget, origin, loss_after=origin, floor=job.retain.floor)
-    allowed = origin + search.room
+    allowed = job.retain.before + budget * abs(job.retain.before)
+    search = StrengthSearch("steps", budget, job.retain.before, loss_after=job.retain.before)
     walk = InfluenceWalk(
         job.model,
         forget,
@@ -271,7 +265,7 @@ def search_walk(
         loss = job.retain.measure()
         search.curve.append((walk.steps, loss))
         if not loss <= allowed:  # nan is outside
-            return f"the budget of {search.share} retain loss"
+            return f"the budget of {100 * budget:g} % retain loss"
         if not cost() <= ceiling:
             return f"the cost of never-seen data ({ceiling:.4f} nats per token)"
         search.chosen, search.loss_after = walk.steps, loss
@@ -290,7 +284,7 @@ def search_walk(
             )
         elif not search.loss_after <= allowed:
             search.note = (
-                f"the earlier requests alone use up the budget of {search.share} retain loss: "
+                f"the earlier requests alone use up the budget of {100 * budget:g} % retain loss: "
                 "no step was taken."
             )
         start = search.loss_after
@@ -310,9 +304,9 @@ def search_walk(
             if why:
                 walk.back()
                 search.note = f"stopped by {why}: no shorter step {walk.steps + 1} was within."
-            elif allowed - search.loss_after <= _CLOSE * search.room:
+            elif allowed - search.loss_after <= _CLOSE * budget * abs(job.retain.before):
                 search.note = (
-                    f"ended after {counted(walk.steps)}: the budget of {search.share} retain "
+                    f"ended after {counted(walk.steps)}: the budget of {100 * budget:g} % retain "
                     "loss is used up."
                 )
         plan = walk.plan()

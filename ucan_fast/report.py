@@ -294,15 +294,16 @@ class DeletionReport:
             "",
             "## Strength search",
             "",
-            f"Budget: the retain loss may rise by {search.share} (from "
+            f"Budget: the retain loss may rise by {100 * search.budget:g} % (from "
             f"{search.loss_before:.4f}). Chosen: {search.parameter} {search.chosen:.4g}, retain "
-            f"loss {search.loss_after:.4f} ({search.rise(search.loss_after)}).",
+            f"loss {search.loss_after:.4f} ({_rise(search.loss_after, search.loss_before)}).",
             "",
             f"| {search.parameter} | retain loss | change |",
             "|---:|---:|---:|",
         ]
         for value, loss in search.curve:
-            lines.append(f"| {value:.4g} | {loss:.4f} | {search.rise(loss)} |")
+            rise = _rise(loss, search.loss_before)
+            lines.append(f"| {value:.4g} | {loss:.4f} | {rise} |")
         return lines + self._step_lines()
 
     def _step_lines(self) -> list[str]:
@@ -436,6 +437,13 @@ def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "n/a"
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _rise(loss: float, before: float) -> str:
+    # A calibration function may return 0 (1 - recall) or less (-recall).
+    if before == 0 or not math.isfinite(loss - before):
+        return "n/a"
+    return f"{100 * (loss - before) / abs(before):+.2f} %"
 
 
 def _percent(part: float, whole: float) -> str:

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 _STEPS = 12
 #: Close enough: the search stops when this share of the budget is left, or of the value range.
 _CLOSE = 0.02
-#: Nats: a mean NLL below this may rise by its share of this. What the model knows by heart costs
-#: next to nothing, and a share of that is no change that anyone would notice.
-NLL_FLOOR = 1.0
 #: What of the budget is aimed at: past it a try is lost, and from 1 - _CLOSE on it is the last one.
 _AIM = 0.99
 
@@ -23,8 +20,7 @@ class StrengthSearch:
     Attributes:
         parameter: ``"strength"`` (β) or, for hard pruning, ``"fraction"``.
         budget: allowed relative rise of the retain loss.
-        loss_before: of the origin: mean retain NLL in nats, or what the caller's function gives.
-        floor: the budget is a share of ``loss_before``, or of this where that is less.
+        loss_before: mean retain NLL of the origin, nats.
         curve: (value, loss) of every try, in order.
         chosen: the largest value tried whose loss stayed within the budget.
         loss_after: the loss there.
@@ -38,32 +34,6 @@ class StrengthSearch:
     chosen: float = 0.0
     loss_after: float = math.nan
     note: str = ""
-    floor: float = 0.0
-
-    @property
-    def room(self) -> float:
-        """How far the retain loss may rise, in its own unit."""
-        return self.budget * max(abs(self.loss_before), self.floor)
-
-    @property
-    def share(self) -> str:
-        """The budget in words."""
-        share = f"{100 * self.budget:g} %"
-        return f"{self.room:g} nats ({share} of {self.floor:g})" if self._below else share
-
-    def rise(self, loss: float) -> str:
-        """How far a loss is above that of the origin, in the budget's terms."""
-        rise = loss - self.loss_before
-        # A calibration function may return 0 (1 - recall) or less (-recall).
-        if not math.isfinite(rise) or not (self._below or self.loss_before):
-            return "n/a"
-        if self._below:
-            return f"{rise:+.4f}"
-        return f"{100 * rise / abs(self.loss_before):+.2f} %"
-
-    @property
-    def _below(self) -> bool:
-        return abs(self.loss_before) < self.floor
 
 
 def search_strength(
@@ -73,7 +43,6 @@ def search_strength(
     high: float,
     parameter: str = "strength",
     guard: Callable[[float], str] | None = None,
-    floor: float = 0.0,
 ) -> StrengthSearch:
     """The largest value in [0, high] that is found; never ends outside the budget.
 
@@ -88,10 +57,9 @@ def search_strength(
         budget: allowed relative rise.
         high: the largest value to consider.
         guard: why a value within the budget is refused all the same, "" where it is not.
-        floor: see :class:`StrengthSearch`.
     """
-    search = StrengthSearch(parameter, budget, loss_before, loss_after=loss_before, floor=floor)
-    allowed = search.room
+    search = StrengthSearch(parameter, budget, loss_before, loss_after=loss_before)
+    allowed = budget * abs(loss_before)
     # Of the smallest value that was refused, "" where that was for the budget.
     refused = (math.inf, "")
 
@@ -109,7 +77,7 @@ def search_strength(
 
     if inside(high):
         search.note = (
-            f"even {parameter}={high:g} stays within the budget of {search.share} retain loss; "
+            f"even {parameter}={high:g} stays within the budget of {100 * budget:g} % retain loss; "
             "the selection, not the budget, limits what is forgotten."
         )
         return search
@@ -122,7 +90,7 @@ def search_strength(
         bracket.add(value, inside(value), search.curve[-1][1] - loss_before)
     if not search.chosen and not refused[1]:
         search.note = (
-            f"no {parameter} above {high:.3g} stays within the budget of {search.share} retain "
+            f"no {parameter} above {high:.3g} stays within the budget of {100 * budget:g} % retain "
             "loss; nothing was attenuated."
         )
     elif refused[1]:

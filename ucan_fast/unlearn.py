@@ -23,7 +23,7 @@ from .batches import (
     holding,
     reusable,
 )
-from .calibration import RetainLoss, given, sample, split
+from .calibration import BY_HEART, RetainLoss, given, sample, split
 from .collect import collect_at_origin
 from .config import UcanConfig, config_or
 from .controls import Control, random_control, random_step_control, uniform_control
@@ -182,6 +182,7 @@ def unlearn(
                 plan = search_walk(job, stats, forget, holdout, earlier)
             else:
                 plan = _choose_strength(job, plan, forget, holdout, earlier)
+            job.warn_of_next_to_nothing()
         if previous is not None and plan.is_noop:
             plan.note += " Nothing of the earlier requests' forget sets is unlearned either."
             if undone is not None:
@@ -360,6 +361,20 @@ class _Job:
                 )
             )
 
+    def warn_of_next_to_nothing(self) -> None:
+        """Say that the budget is a share of a loss that is none."""
+        before, budget = self.retain.before, self.config.max_retain_loss_increase
+        if self.config.auto_strength and self.retain.on_batches and before < BY_HEART:
+            text = (
+                f"it is {100 * budget:g} % of next to nothing: the retain data cost {before:.2g} "
+                "nats per token, so they are known by heart, and can lose many times that with no "
+                "recommendation changed. Pass calibration= a function that measures "
+                "recommendations, or raise max_retain_loss_increase"
+            )
+            earlier = self.notes.get("retain budget")
+            self.notes["retain budget"] = f"{earlier}; {text}" if earlier else text
+            warnings.warn(f"retain budget: {text}.", UcanWarning, stacklevel=3)
+
 
 def _check_kinds(bank: Any, previous: Any) -> None:
     """Refuse what is no statistics, such as the path of a file."""
@@ -533,7 +548,6 @@ def _choose_strength(
         job.config.max_retain_loss_increase,
         1.0 if hard else job.config.max_strength,
         "fraction" if hard else "strength",
-        floor=job.retain.floor,
     )
     job.search = search
     chosen = at(search.chosen)
