@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+import ucan_fast as uf
 from ucan_fast.errors import UcanError
 from ucan_fast.recsys import (
     InteractionLog,
@@ -375,3 +376,44 @@ def test_trade_offs_pair_the_sides_of_each_protocol():
         "strict_train": pytest.approx(50 - 10),
         "strict_test": pytest.approx(20 - 2),
     }
+
+
+# A retain budget of ranks, as in the README.
+
+
+def test_a_budget_can_be_a_drop_of_reciprocal_ranks():
+    vocabulary = ItemVocabulary(30)
+    base = llama(vocabulary)
+    target = ["q_proj", "v_proj", "down_proj"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=target))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(vocabulary.size - 30, vocabulary.size, (32, 9), generator=generator)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    batches = [
+        {
+            "input_ids": part,
+            "attention_mask": torch.ones_like(part),
+            "token_groups": torch.full_like(part, group),
+        }
+        for group, part in zip((0, 1, 1, 1), rows.split(8), strict=True)
+    ]
+    forget, retain = batches[:1], batches[1:]
+
+    def mean_rank(model):
+        return 1 / (1 / next_item_ranks(model, retain, group=1, vocabulary=vocabulary)).mean()
+
+    before = float(mean_rank(model))
+    config = uf.UcanConfig.preset(
+        "thorough", influence_radius=0.02, max_retain_loss_increase=0.01, retain_gradient_weight=0.0
+    )
+    options = {"forget": forget, "retain": retain, "config": config, "evaluate": False}
+    result = uf.unlearn(model, calibration=mean_rank, **options)
+    search = result.report.search
+    assert search.loss_before == pytest.approx(before)
+    assert max(loss for _, loss in search.curve) > 1.01 * before, "the budget is what ends it"
+    assert search.loss_after == pytest.approx(float(mean_rank(model)))
+    assert search.loss_after <= 1.01 * before
