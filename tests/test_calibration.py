@@ -251,6 +251,7 @@ def test_a_budget_of_next_to_nothing_is_said(name, monkeypatch):
     # Not of a loss that is no NLL, nor where nothing is searched, nor where they cost more.
     quiet(by_heart(), calibration=own)
     if name != "thorough":
-        quiet(by_heart(), calibration=retain, config=config.replace(strength=0.01))
+        given = config.replace(strength=0.01)
+        quiet(by_heart(), calibration=retain, config=given, evaluate=True)
     monkeypatch.setattr(module, "BY_HEART", 0.2)
     quiet(by_heart(), calibration=retain)
