@@ -65,7 +65,7 @@ def test_defaults_are_those_of_the_design():
         "influence_blocks": 2,
         "damping": 0.01,
         "retain_gradient_weight": 1.0,
-        "trust_region": 1.0,
+        "trust_region": 3.0,
         "influence_steps": 1,
         "influence_radius": 5e-4,
         "influence_batches": 0,

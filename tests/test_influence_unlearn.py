@@ -355,6 +355,19 @@ def test_the_trust_region_stops_the_search():
     assert abs(rise - tight.strength) <= 0.1 * tight.strength * 1.001
 
 
+def test_a_fall_of_the_forget_loss_stops_the_search(monkeypatch):
+    costs = iter([1.0])
+
+    def falling(*_arguments):
+        return evaluation.Loss(next(costs, 0.9), 1)
+
+    monkeypatch.setattr(influence_job, "group_loss", falling)
+    data = {"forget": forget_batches(), "retain": retain_batches(), "evaluate": False}
+    with pytest.warns(uf.UcanWarning, match="changes nothing.*nats was one of -0.1, a fall"):
+        plan = uf.unlearn(trained(), **data, config=AUTO).plan
+    assert plan.is_noop
+
+
 def test_a_budget_of_everything_says_so():
     model = trained()
     config = AUTO.replace(max_retain_loss_increase=1e6, trust_region=1e6)

@@ -110,7 +110,9 @@ class UcanConfig:
         retain_gradient_weight: κ, how much of the retain gradient is taken off the forget
             gradient.
         trust_region: ``"auto"`` goes no further than where the measured rise of the forget NLL is
-            off the predicted one by this share of it. Of one step; several are short.
+            off the predicted one by this share of it, or is a fall. (Of what is known well the
+            slope grows on the way, and the rise is some times the predicted one.) Of one step;
+            several are short.
         influence_steps: how many at most. More than one (:class:`ucan_fast.InfluenceWalk`) take
             the gradients of both sets anew before each, stop by themselves where the forget set
             is known no better than without the adapter, and need retain data at every step.
@@ -145,7 +147,7 @@ class UcanConfig:
     influence_blocks: int = 2
     damping: float = 0.01
     retain_gradient_weight: float = 1.0
-    trust_region: float = 1.0
+    trust_region: float = 3.0
     influence_steps: int = 1
     influence_radius: float = 5e-4
     influence_batches: int = 0

@@ -191,10 +191,11 @@ def search_step(
                 f"({ceiling:.4f} nats per token), before the retain budget was used up."
             )
         rise = after - before.mean
-        if not abs(rise - strength) <= trust * strength:
+        if not (rise >= 0 and abs(rise - strength) <= trust * strength):
+            off = f"further off than trust_region={trust:g} times the prediction"
             return (
                 f"stopped by the trust region: a predicted rise of {strength:.3g} nats was one of "
-                f"{rise:.3g}, further off than trust_region={trust:g} times the prediction."
+                f"{rise:.3g}, {'a fall' if rise < 0 else off}."
             )
         return ""
 
