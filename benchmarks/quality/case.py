@@ -82,7 +82,7 @@ class Method:
         name: as tables call it.
         states: ``states(case, **setting)`` yields the method's states from the weakest edit to
             the strongest. While it is suspended ``case.model`` is that state; when it is closed or
-            ends, the model is the original again, bit by bit.
+            ends, the model is the original again, bit by bit. It may return why it ended.
         settings: the grid of settings, of which the best on ``calibration`` is taken; of a coarse
             case the last two.
         needs: entries of ``case.prepared`` that it uses.

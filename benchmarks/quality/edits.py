@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -223,11 +223,14 @@ def influence(case: Case, **fields: Any) -> Iterator[State]:
     yield from _steps(case, plan, clock)
 
 
-def influence_steps(case: Case, share: float = 1.0) -> Iterator[State]:
+def influence_steps(case: Case, share: float = 1.0) -> Generator[State, None, str]:
     """Several influence steps as preset ``"thorough"`` takes them, the search aside: by number.
 
     Args:
         share: of the retain batches that a step runs, drawn anew before each.
+
+    Returns:
+        Why the walk ended by itself; "" where it took all its steps.
     """
     sums, seconds = request_factors(case)
     clock = Clock(seconds)
@@ -241,6 +244,7 @@ def influence_steps(case: Case, share: float = 1.0) -> Iterator[State]:
                 if not walk.advance(last=walk.steps + 1 == config.influence_steps):
                     break
             yield State(walk.steps, clock.seconds)
+        return walk.ended
     finally:
         walk.restore()
 

@@ -199,6 +199,7 @@ def page(results: Results) -> str:
         parts.append("\n".join(table(together, DETAILS)) + "\n")
         parts.append("</details>\n")
         parts += [f"- {_provenance(document)}" for document in together]
+        parts += _endings(together)
         parts.append("")
     return "\n".join(parts)
 
@@ -209,6 +210,17 @@ def _bank(documents: Sequence[Document]) -> str:
         n: mean([d["bank_seconds"][n] for d in documents if n in d["bank_seconds"]]) for n in names
     }
     return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.items())
+
+
+def _endings(documents: Sequence[Document]) -> list[str]:
+    """Which methods say themselves why there are no further states, after how many."""
+    return [
+        f"- seed {document['seed']}: {name} ended after {len(row['curves'][row['best']])} of its "
+        f"states: {row['ended']}"
+        for document in documents
+        for name, row in document["methods"].items()
+        if row.get("ended")  # not in files of before
+    ]
 
 
 def _provenance(document: Document) -> str:

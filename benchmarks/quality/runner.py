@@ -14,7 +14,7 @@ from ucan_fast.metrics import drop, perplexity, ranking_metrics
 from ucan_fast.recsys import trade_offs
 
 from ..model.resources import peak_memory
-from .case import Case, Method, as_before, lora_weights
+from .case import Case, Method, State, as_before, lora_weights
 from .edits import FORGET, only
 
 #: Drops of the case's metric on the retain side, in %, that forgetting is read off at.
@@ -131,15 +131,17 @@ def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
     best = max(
         range(len(curves)), key=lambda i: at_budget(_pairs(curves[i][0], "calibration"), BUDGET)[0]
     )
-    points, memory = curves[best]
+    points, memory, ended = curves[best]
     shared = [case.peaks.get(f"request {name}") for name in method.needs]
     row: dict[str, Any] = {
         "backward": method.backward,
         "needs": list(method.needs),
         "settings": [dict(setting) for setting in settings],
         "setting": dict(settings[best]),
-        "curves": [[[p.value, p.seconds, p.drops] for p in curve] for curve, _ in curves],
+        "curves": [[[p.value, p.seconds, p.drops] for p in curve] for curve, *_ in curves],
         "best": best,
+        # Why there are no further states, where the method itself says so.
+        "ended": ended,
         "at_budget": {},
         "peak_memory_bytes": memory,
         # Of the pass over the forget set that the methods which start from a bank have in common.
@@ -157,16 +159,20 @@ def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
 
 def _curve(
     case: Case, method: Method, setting: Mapping[str, Any], judge: Judge
-) -> tuple[list[Point], int | None]:
-    """The states until calibration has dropped far enough, and the peak of memory on the way."""
+) -> tuple[list[Point], int | None, str]:
+    """The states until calibration has dropped far enough, the peak of memory on the way, and what
+    the method says of its end ("" where it says nothing)."""
     points: list[Point] = []
     memory: list[int] = []
-    states, end = method.states(case, **setting), object()
+    ended = ""
+    states = method.states(case, **setting)
     with contextlib.closing(states):
         while True:
-            step: list[Any] = []
-            used = peak_memory(lambda out=step: out.append(next(states, end)), torch.device("cpu"))
-            if step[0] is end:
+            step: list[State] = []
+            try:
+                used = peak_memory(lambda out=step: out.append(next(states)), torch.device("cpu"))
+            except StopIteration as stop:
+                ended = stop.value or ""
                 break
             if used["peak_memory_bytes"] is not None:
                 memory.append(used["peak_memory_bytes"])
@@ -174,7 +180,7 @@ def _curve(
             points.append(Point(step[0].value, step[0].seconds, judge.drops(), weights))
             if not points[-1].drops["calibration"] <= FAR_ENOUGH:
                 break
-    return points, max(memory, default=None)
+    return points, max(memory, default=None), ended
 
 
 def _strongest(points: Sequence[Point]) -> Point | None:

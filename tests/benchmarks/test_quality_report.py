@@ -271,6 +271,14 @@ def test_the_page_names_how_to_reproduce_every_row(documents):
     assert "commit abc, 2026-01-02" in text
 
 
+def test_the_page_says_why_a_method_ended(documents):
+    """Of the seed that it ended in, after how many states; files of before say nothing of it."""
+    documents[1]["methods"]["influence, several steps"]["ended"] = "nothing left"
+    text = page(Results(documents))
+    assert text.count("ended after") == 1
+    assert "- seed 1: influence, several steps ended after 1 of its states: nothing left" in text
+
+
 def test_writing_and_finding_what_is_stale(tmp_path, documents):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")

@@ -166,3 +166,20 @@ def test_a_method_without_states(case):
     row = run_case(case, [Method("nothing", nothing)], say=lambda _: None)["methods"]["nothing"]
     assert row["at_budget"] == dict.fromkeys(("0.5", "1", "5"), (0.0, "end"))
     assert "metrics" not in row
+
+
+def telling(case, steps):
+    yield from shrinking(case, to=(0.0,) * steps)
+    return f"no more than {steps}"
+
+
+def test_a_method_may_say_why_it_ended(case, monkeypatch):
+    """Of the setting that is chosen; a curve that was cut short was not ended by the method."""
+    method = Method("tells", telling, ({"steps": 0}, {"steps": 1}))
+    row = run_case(case, [method], say=lambda _: None)["methods"]["tells"]
+    assert (row["best"], row["ended"]) == (1, "")
+    monkeypatch.setattr(runner, "FAR_ENOUGH", 1e9)
+    row = run_case(case, [method], say=lambda _: None)["methods"]["tells"]
+    assert (row["best"], row["ended"]) == (1, "no more than 1")
+    row = run_case(case, [Method("plain", shrinking, ({"to": (0.9,)},))], say=lambda _: None)
+    assert row["methods"]["plain"]["ended"] == ""
