@@ -19,6 +19,7 @@ from trained_model import (
     forget_batches,
     mean_nll,
     memorised,
+    not_memorised,
     random_batches,
     retain_batches,
     scored_logits,
@@ -433,7 +434,7 @@ def attacked(tmp_path_factory):
     """An adapter that memorised its members, one that hides it badly, one that never saw them."""
     folder = tmp_path_factory.mktemp("attacked")
     scaled(memorised(), 0.6).save_pretrained(folder / "unlearned")
-    memorised(steps=0).save_pretrained(folder / "retrained")
+    not_memorised().save_pretrained(folder / "retrained")
     memorised().save_pretrained(folder / "original")
     sets = {"forget": random_batches(MEMBERS), "holdout": random_batches(42)}
     findings = audit(
@@ -446,7 +447,7 @@ def attacked(tmp_path_factory):
 STATES = {
     "original": memorised,
     "unlearned": lambda: scaled(memorised(), 0.6),
-    "retrained": lambda: memorised(steps=0),
+    "retrained": lambda: not_memorised(),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 
 import helpers_models as hm
@@ -14,8 +13,8 @@ from trained_model import (
     by_heart,
     forget_batches,
     mean_nll,
-    memorised,
     mixed_batches,
+    not_memorised,
     random_batches,
     retain_batches,
     trained,
@@ -23,7 +22,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import calibration
+from ucan_fast import calibration, job
 from ucan_fast.batches import FORGET, RETAIN, holding
 
 STEPS = uf.UcanConfig.preset("thorough", influence_steps=2)
@@ -119,7 +118,7 @@ def test_retain_tokens_beside_forget_ones_are_run_and_measured_with_a_bank_too(m
         seen.append(len(batches))
         return real(model, batches, seed)
 
-    monkeypatch.setattr(importlib.import_module("ucan_fast.unlearn"), "split", spied)
+    monkeypatch.setattr(job, "split", spied)
     for options in ({"bank": bank}, {}):
         uf.unlearn(trained(), forget=forget, retain=retain, config=STEPS, evaluate=False, **options)
     assert seen == [len(retain) + len(forget)] * 2
@@ -224,13 +223,12 @@ def test_a_calibration_function_that_gives_no_number_is_named(value):
 def test_a_set_without_a_token_is_named():
     for config in (uf.UcanConfig(), *GRADIENTS.values()):
         with pytest.raises(uf.UcanError, match=r"no forget batch with a token|forget set is empty"):
-            uf.unlearn(memorised(0), forget=[], retain=random_batches(1), config=config)
+            uf.unlearn(not_memorised(), forget=[], retain=random_batches(1), config=config)
 
 
 @pytest.mark.parametrize("name", ["attenuate", "best", "gates", "thorough"])
 def test_a_budget_of_next_to_nothing_is_said(name, monkeypatch):
-    module = importlib.import_module("ucan_fast.unlearn")
-    monkeypatch.setattr(module, "BY_HEART", 0.6)
+    monkeypatch.setattr(job, "BY_HEART", 0.6)
     config = GRADIENTS.get(name, uf.UcanConfig(site="mlp"))
     forget, *retain = random_batches(MEMBERS)
     data = {"forget": [forget], "retain": retain, "config": config, "evaluate": False}
@@ -253,5 +251,5 @@ def test_a_budget_of_next_to_nothing_is_said(name, monkeypatch):
     if name != "thorough":
         given = config.replace(strength=0.01)
         quiet(by_heart(), calibration=retain, config=given, evaluate=True)
-    monkeypatch.setattr(module, "BY_HEART", 0.2)
+    monkeypatch.setattr(job, "BY_HEART", 0.2)
     quiet(by_heart(), calibration=retain)

@@ -22,10 +22,10 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import calibration, controls, evaluation, influence_job
+from ucan_fast import calibration, controls, evaluation, influence_job, job
 from ucan_fast.weights import WeightEdit
 
-job = importlib.import_module("ucan_fast.unlearn")
+main = importlib.import_module("ucan_fast.unlearn")
 AUTO = uf.UcanConfig(method="gates")
 FIXED = AUTO.replace(strength=0.3)
 
@@ -310,7 +310,7 @@ STAGES = {
     "random control": (controls, "match_loss", 2),
     "metrics": (evaluation, "kl_divergence", 3),
     "write": (WeightEdit, "write", 3),
-    "report": (job, "environment", 1),
+    "report": (main, "environment", 1),
 }
 
 

@@ -21,9 +21,9 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import calibration, controls, evaluation, influence, influence_job
+from ucan_fast import calibration, controls, evaluation, influence, influence_job, job
 
-job = importlib.import_module("ucan_fast.unlearn")
+main = importlib.import_module("ucan_fast.unlearn")
 AUTO = uf.UcanConfig(method="influence")
 FIXED = AUTO.replace(strength=0.3)
 VARIANTS = ("all", "b-only", "last-blocks", "eigenbasis", "diagonal")
@@ -49,7 +49,7 @@ def test_it_forgets_more_than_attenuation_and_shrinking_at_the_same_retain_loss(
     assert reached > 2 * max(step[state]["forget/kl"] for state in ("uniform", "random"))
     assert step["influence"]["forget/perplexity"] > step["uniform"]["forget/perplexity"]
     # Retained sequences that neither the step nor its search has seen.
-    unseen = retain_batches(seed=77)
+    unseen = retain_batches(count=256, seed=77)  # of 32 the loss moves by 5 % more or less
     assert mean_nll(model, unseen, "retain") < 1.1 * mean_nll(trained(), unseen, "retain")
 
 
@@ -472,8 +472,8 @@ STAGES = {
     "random control": (controls, "match_loss", 2),
     "metrics": (evaluation, "kl_divergence", 3),
     "write": (influence.StepEdit, "write", 5),
-    "report": (job, "influence_change", 1),
-    "environment": (job, "environment", 1),
+    "report": (main, "influence_change", 1),
+    "environment": (main, "environment", 1),
 }
 
 

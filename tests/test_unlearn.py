@@ -22,10 +22,10 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import calibration, controls, evaluation, plan, reversible
+from ucan_fast import calibration, controls, evaluation, plan, reversible, states
 from ucan_fast.evaluation import group_loss
 
-job = importlib.import_module("ucan_fast.unlearn")
+main = importlib.import_module("ucan_fast.unlearn")
 FIXED = uf.UcanConfig(strength=2.0)
 
 
@@ -245,6 +245,7 @@ def test_one_shot_iterators_warn_and_work():
             calibration=iter(retain_batches(count=8)),
         )
     assert sorted(str(w.message).split()[0] for w in caught) == ["calibration", "forget", "retain"]
+    assert {w.filename for w in caught} == {__file__}, "shown at the caller's line, however deep"
     expected = uf.unlearn(
         again,
         forget=forget_batches(),
@@ -368,7 +369,7 @@ def test_evaluate_false_skips_metrics_and_controls(monkeypatch):
         raise AssertionError("not to be called")
 
     for name in ("forget_shift", "uniform_control", "random_control"):
-        monkeypatch.setattr(job, name, never)
+        monkeypatch.setattr(states, name, never)
     result = uf.unlearn(trained(), forget=forget_batches(), retain=retain_batches(), evaluate=False)
     assert result.report.metrics == {}
     assert result.report.search is not None
@@ -381,7 +382,7 @@ def test_a_report_without_advice_says_why(monkeypatch):
     def refuse(*_):
         raise uf.UcanError("the forget set is empty: q_proj saw none of its tokens.")
 
-    monkeypatch.setattr(job, "guide", refuse)
+    monkeypatch.setattr(main, "guide", refuse)
     result = uf.unlearn(trained(), forget=forget_batches(), retain=retain_batches(), evaluate=False)
     report = result.report
     assert report.guidance is None
@@ -643,7 +644,7 @@ STAGES = {
     "retain batches": lambda patch: {"retain": Broken(retain_batches())},
     "forget batches, second run": lambda patch: {"forget": Broken(forget_batches(), run=2)},
     "retain batches, second run": lambda patch: {"retain": Broken(retain_batches(), run=2)},
-    "score": lambda patch: patch(job, "score_plan", 1),
+    "score": lambda patch: patch(main, "score_plan", 1),
     "loss function before": lambda patch: {"calibration": fails_at(1)},
     "loss function in the search": lambda patch: {"calibration": fails_at(3)},
     "interrupted": lambda patch: {"calibration": fails_at(3, error=KeyboardInterrupt)},
@@ -656,7 +657,7 @@ STAGES = {
     "evaluate random": lambda patch: {"evaluate": fails_at(4, lambda model: {"x": 1.0})},
     "apply": lambda patch: patch(plan.AttenuationPlan, "apply", 1),
     "apply, weights written": lambda patch: patch(reversible, "mark_applied", 1),
-    "report": lambda patch: patch(job, "environment", 1),
+    "report": lambda patch: patch(main, "environment", 1),
 }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import warnings
 import weakref
 
 from peft.tuners.lora import LoraModel
@@ -18,7 +17,7 @@ from torch import nn
 
 from .accelerate import accelerate, is_fused, restore
 from .adapter import is_lora_layer, unwrap
-from .errors import UcanWarning
+from .errors import warn
 
 _hooked = False
 # LoraModel's own method, or None where it inherits it (as in today's PEFT).
@@ -70,7 +69,7 @@ def _accelerate(model: nn.Module) -> None:
     report = accelerate(model)
     model = unwrap(model)
     if not report.kept.items() <= _told.get(model, {}).items():
-        warnings.warn(str(report), UcanWarning, stacklevel=3)
+        warn(str(report))
         _told[model] = report.kept
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapter import base_config, base_model, module_device, named_modules, unwrap
-from .errors import UcanError, UcanWarning
+from .errors import UcanError, warn
 
 FORGET, RETAIN, IGNORED = 0, 1, -1
 GROUPS = {"forget": FORGET, "retain": RETAIN}
@@ -96,11 +95,9 @@ def reusable(batches: Iterable[Mapping[str, Any]], what: str) -> Iterable[Mappin
     check_iterable(batches, what)
     if isinstance(batches, Iterator):
         kept = list(batches)
-        warnings.warn(
+        warn(
             f"{what} is a one-shot iterator and is needed more than once: its {len(kept)} batches "
             "were read into memory. Pass a list or a DataLoader to avoid that.",
-            UcanWarning,
-            stacklevel=3,
         )
         return kept
     return batches

@@ -15,7 +15,7 @@ from typing import Any
 
 from ._version import __version__
 from .config import PRESETS, UcanConfig
-from .errors import UcanError, UcanWarning
+from .errors import UcanError, UcanWarning, warn
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -612,11 +612,9 @@ def _limit_length(arguments: argparse.Namespace, config: Any, base: Any) -> None
     limits = [limit for limit in limits if isinstance(limit, int) and limit >= 1]
     limit = min(limits, default=arguments.max_length or MAX_LENGTH)
     if arguments.max_length is not None and arguments.max_length > limit:
-        warnings.warn(
+        warn(
             f"--max-length {arguments.max_length} is more than the model's {limit} positions; "
             f"{limit} is used.",
-            UcanWarning,
-            stacklevel=2,
         )
     arguments.max_length = min(arguments.max_length or MAX_LENGTH, limit)
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from .adapter import active_context, fingerprint, resolve_adapter, unwrap
 from .config import UcanConfig, config_or
-from .errors import UcanError, UcanWarning
+from .errors import UcanError, warn
 from .factor_pass import Target, find_targets, influence_layers
 from .factors import Eigen, Factor, InfluenceFactors, solver
 from .files import read_safetensors, write_safetensors
@@ -122,7 +121,7 @@ class InfluencePlan(ReversiblePlan):
     def warn_if_unusual(self) -> None:
         """Say aloud that the plan does nothing."""
         if self.is_noop:
-            warnings.warn(f"this plan changes nothing: {self.note}", UcanWarning, stacklevel=3)
+            warn(f"this plan changes nothing: {self.note}")
 
     def summary(self) -> str:
         """A few lines for people."""

@@ -7,8 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -21,12 +20,10 @@ from .factors import InfluenceFactors
 from .gates import score_gates
 from .influence import InfluencePlan, make_influence_plan
 from .influence_walk import InfluenceWalk, counted
+from .job import Job, Joined, Request
 from .plan import AttenuationPlan
 from .progress import track
 from .strength import StrengthSearch, search_strength
-
-if TYPE_CHECKING:
-    from .unlearn import _Job
 
 Batches = Iterable[Mapping[str, Any]]
 #: How often a step that leaves the retain budget is halved: as often as by the walk itself.
@@ -67,19 +64,14 @@ class InfluenceStats:
         self.forget.save(path)
 
 
-def influence_statistics(
-    job: _Job,
-    forget: Batches,
-    retain: Batches | None,
-    bank: InfluenceFactors | None,
-    previous: Any,
-) -> InfluenceStats:
+def influence_statistics(job: Job, request: Request) -> InfluenceStats:
     """Sums over the union of all forget sets, and over the retain set.
 
     Raises:
         UcanError: a bank or an earlier request of the other method, no retain set, or sets that
             do not fit.
     """
+    forget, retain, bank = request.forget, request.retain, request.bank
     if bank is not None and not isinstance(bank, InfluenceFactors):
         raise UcanError(
             f"method={job.config.method!r} needs a bank of factors, not {type(bank).__name__}: "
@@ -97,19 +89,19 @@ def influence_statistics(
     if exact:
         # What is subtracted must be what is there; the labels are the bank's too.
         like = {"variant": bank.variant, "blocks": bank.blocks or 1, "seed": bank.seed}
-        request = job.factors(forget, "forget", **{**wanted, **like})
+        found = job.factors(forget, "forget", **{**wanted, **like})
     else:
-        request = job.factors(forget, "forget", **wanted, curvature=False)
-    if previous is not None:
-        request = request + _earlier(previous)
+        found = job.factors(forget, "forget", **wanted, curvature=False)
+    if request.earlier is not None:
+        found = found + _earlier(request.earlier)
     if bank is not None:
-        rest = bank - request
+        rest = bank - found
         if not rest.positions:
             raise UcanError(
                 "the retain set is empty: the bank holds no more than the forget set. A bank is "
                 "all data, the forget set included."
             )
-        return InfluenceStats(request, rest, config.influence_steps)
+        return InfluenceStats(found, rest, config.influence_steps)
     mixed = list(holding(job.model, forget, "forget", RETAIN))
     if retain is None and not mixed:
         raise UcanError(
@@ -118,7 +110,7 @@ def influence_statistics(
         )
     others = () if retain is None else retain
     together = job.factors(Joined(others, mixed), "retain", **wanted)
-    return InfluenceStats(request, together, config.influence_steps)
+    return InfluenceStats(found, together, config.influence_steps)
 
 
 def influence_plan(
@@ -136,17 +128,12 @@ def gates_plan(
 
 
 def search_step(
-    job: _Job,
-    plan: InfluencePlan | AttenuationPlan,
-    forget: Batches,
-    holdout: Batches | float | None,
-    earlier: InfluencePlan | AttenuationPlan | None,
+    job: Job, plan: InfluencePlan | AttenuationPlan, request: Request
 ) -> InfluencePlan | AttenuationPlan:
     """The largest t within the retain budget, the trust region and the holdout's NLL.
 
-    Args:
-        earlier: the plan of the requests before this one, which stays where this one's data are no
-            better known than never-seen data.
+    Where the data are no better known than never-seen data, the plan of the requests before this
+    one stays.
 
     Raises:
         UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
@@ -156,9 +143,10 @@ def search_step(
             "strength='auto' has nothing to measure the retain budget on, and a step of unknown "
             "cost is not taken: pass calibration= or retain=, or a strength in nats."
         )
+    forget, earlier = request.forget, request.earlier_plan
     edit, trust = plan._edit(job.model, job.adapter), job.config.trust_region
     before = group_loss(job.model, forget, "forget")
-    ceiling = ceiling_of(job.model, holdout)
+    ceiling = ceiling_of(job.model, request.holdout)
     if before.mean >= ceiling:
         note = (
             f"the forget set is no better known than never-seen data (NLL {before.mean:.4f} "
@@ -215,21 +203,12 @@ def search_step(
     return chosen
 
 
-def search_walk(
-    job: _Job,
-    stats: InfluenceStats,
-    forget: Batches,
-    holdout: Batches | float | None,
-    earlier: InfluencePlan | None = None,
-) -> InfluencePlan:
+def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluencePlan:
     """As many influence steps as stay within the retain budget and below the holdout's NLL.
 
     A step that does not is halved, up to :data:`_HALVINGS` times, and taken back if that was no
-    help; then the steps end.
-
-    Args:
-        earlier: the plan of the requests before this one: the steps go on from where it leads to,
-            and where none is taken it stays.
+    help; then the steps end. They go on from where the plan of the requests before this one leads
+    to, and where none is taken it stays.
 
     Raises:
         UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
@@ -239,9 +218,10 @@ def search_walk(
             "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
             "cost are not taken: retain= holds no batch."
         )
+    forget, earlier = request.forget, request.earlier_plan
     if earlier is not None and earlier.is_noop:
         earlier = None
-    ceiling = ceiling_of(job.model, holdout)
+    ceiling = ceiling_of(job.model, request.holdout)
     budget = job.config.max_retain_loss_increase
     allowed = job.retain.before + budget * abs(job.retain.before)
     search = StrengthSearch("steps", budget, job.retain.before, loss_after=job.retain.before)
@@ -330,7 +310,7 @@ def search_walk(
     return plan
 
 
-def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
+def influence_change(job: Job, plan: InfluencePlan) -> dict[str, Any]:
     """What a report says about the step (after or before it was applied)."""
     originals = plan.edit(job.model, job.adapter).originals
     if plan.originals is not None:
@@ -365,21 +345,7 @@ def influence_change(job: _Job, plan: InfluencePlan) -> dict[str, Any]:
     }
 
 
-class Joined:
-    """Some batches after others, any number of times."""
-
-    def __init__(self, first: Batches, second: Batches) -> None:
-        self.first, self.second = first, second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return chain(self.first, self.second)
-
-
-def _earlier(previous: Any) -> InfluenceFactors:
-    stats = getattr(previous, "stats", previous)
+def _earlier(stats: Any) -> InfluenceFactors:
     if isinstance(stats, InfluenceStats):
         return stats.forget
     if isinstance(stats, InfluenceFactors):

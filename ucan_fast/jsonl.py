@@ -5,14 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import UcanError, UcanWarning
+from .errors import UcanError, warn
 
 _KINDS = "'text', 'prompt' + 'completion', or 'input_ids'"
 _PAIRS = "'prompt' + 'completion', or 'input_ids' + 'labels'"
@@ -90,11 +89,9 @@ def read_jsonl(
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     long = sum(any(len(values) > max_length for values in row.values()) for row in rows)
     if long:
-        warnings.warn(
+        warn(
             f"{path}: {long} of {len(rows)} sequences are longer than {max_length} tokens and "
             "lost their beginning.",
-            UcanWarning,
-            stacklevel=2,
         )
     rows = [{key: values[-max_length:] for key, values in row.items()} for row in rows]
     # A batch needs the groups of all its rows or of none: the default depends on the caller.

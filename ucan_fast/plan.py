@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import nn
 from . import ops
 from .adapter import find_layers
 from .config import UcanConfig
-from .errors import UcanError, UcanWarning
+from .errors import UcanError, warn
 from .files import read_safetensors, write_safetensors
 from .neurons import NeuronGroup, neuron_groups
 from .reversible import ReversiblePlan
@@ -232,15 +231,13 @@ class AttenuationPlan(ReversiblePlan):
     def warn_if_unusual(self) -> None:
         """Say aloud that the plan does nothing, or far too much."""
         if not self.attenuated:
-            warnings.warn(f"this plan changes nothing: {self.note}", UcanWarning, stacklevel=3)
+            warn(f"this plan changes nothing: {self.note}")
         elif self.attenuated > self.neurons / 2 and not self._gates:
-            warnings.warn(
+            warn(
                 f"this plan attenuates {self.attenuated} of {self.neurons} neurons, more than "
                 f"half: fraction={self.config.fraction:g}, threshold {self.threshold:.4g}, largest "
                 f"score {self._largest():.4g}. It will harm the retain set; lower fraction or "
                 "raise the threshold.",
-                UcanWarning,
-                stacklevel=3,
             )
 
     def _derive(self, **changes) -> AttenuationPlan:

@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UcanError, UcanWarning
+from ..errors import UcanError, warn
 
 __all__ = [
     "InteractionLog",
@@ -309,7 +308,7 @@ def load_movielens_latest_small(
         except UcanError as error:
             if not skip_bad_ratings:
                 raise
-            warnings.warn(f"left out: {error}", UcanWarning, stacklevel=2)
+            warn(f"left out: {error}")
     return rows.log(genres)
 
 

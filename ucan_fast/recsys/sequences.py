@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from ..errors import UcanError, UcanWarning
+from ..errors import UcanError, warn
 from .data import InteractionLog, _row_mask
 
 __all__ = ["ItemVocabulary", "sequence_batches"]
@@ -97,12 +96,10 @@ def sequence_batches(
     kept = from_end < max_length
     lost = int((forget & ~kept & wanted[log.user]).sum())
     if lost:
-        warnings.warn(
+        warn(
             f"sequence_batches: {lost} of {int((forget & wanted[log.user]).sum())} forget "
             f"interactions lie before the last {max_length} of their user and are in no sequence; "
             "raise max_length to include them.",
-            UcanWarning,
-            stacklevel=2,
         )
     if only_forget_users:
         wanted &= np.bincount(log.user[forget & kept], minlength=log.n_users) > 0
