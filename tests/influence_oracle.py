@@ -89,7 +89,7 @@ def factors(model: nn.Module, batches: list[dict], group: int, seed: int = 0) ->
     sums = {}
     for name, layer in layers.items():
         (r, k), n = weights_of(layer)[0].shape, weights_of(layer)[1].shape[0]
-        sizes = {"c_x": k, "c_z": r, "s_y": n, "s_z": r}
+        sizes = {"c_x": k, "c_z": r, "s_h": n, "s_z": r}
         sums[name] = {w: torch.zeros(m, m, dtype=torch.float64) for w, m in sizes.items()}
         sums[name]["tokens"] = 0
     for ids, labels, member in rows(batches, group):
@@ -117,7 +117,7 @@ def factors(model: nn.Module, batches: list[dict], group: int, seed: int = 0) ->
             for t in range(len(ids)):
                 if member[t]:
                     x = inputs[name][t]
-                    vectors = {"c_x": x, "c_z": a @ x, "s_y": g[0, t], "s_z": s * b.T @ g[0, t]}
+                    vectors = {"c_x": x, "c_z": a @ x, "s_h": s * g[0, t], "s_z": s * b.T @ g[0, t]}
                     for which, v in vectors.items():
                         sums[name][which] += torch.outer(v, v)
                     sums[name]["tokens"] += 1

@@ -75,10 +75,10 @@ def curvatures(model, factors: dict[str, dict], positions: int) -> dict[str, tor
     found = {}
     for name, layer in oracle.lora_layers(model).items():
         a, b = (w.detach() for w in oracle.weights_of(layer))
-        s, n = layer.scaling["default"], factors[name]["tokens"]
-        c_x, s_z, s_y, c_z = (factors[name][w] / n for w in ("c_x", "s_z", "s_y", "c_z"))
+        n = factors[name]["tokens"]
+        c_x, s_z, s_h, c_z = (factors[name][w] / n for w in ("c_x", "s_z", "s_h", "c_z"))
         inputs = [c_x[j, j] * (v @ s_z @ v) for j, v in enumerate(a.T)]
-        outputs = [s * s * s_y[i, i] * (v @ c_z @ v) for i, v in enumerate(b)]
+        outputs = [s_h[i, i] * (v @ c_z @ v) for i, v in enumerate(b)]
         found[f"{name}.lora_A"] = torch.stack(inputs) * n / positions
         found[f"{name}.lora_B"] = torch.stack(outputs) * n / positions
     return found

@@ -53,7 +53,7 @@ def test_the_direction_is_that_of_the_dense_kronecker_systems(kappa, damping):
     d = {}
     for key in g:
         f = factors[key.rpartition(".")[0]]
-        left, right = ("s_z", "c_x") if key.endswith("A") else ("s_y", "c_z")
+        left, right = ("s_z", "c_x") if key.endswith("A") else ("s_h", "c_z")
         d[key] = oracle.kronecker_solve(
             oracle.damped(f[left], f["tokens"], damping),
             g[key] / positions - kappa * r[key] / retained,
@@ -67,6 +67,28 @@ def test_the_direction_is_that_of_the_dense_kronecker_systems(kappa, damping):
         assert error < 1e-7 * (wanted / total).abs().max(), key
         assert plan.shares[key] == pytest.approx(rises[key] / total, rel=1e-6, abs=1e-12)
     assert sum(plan.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("variant", ["all", "b-only", "diagonal", "eigenbasis"])
+def test_a_factor_between_the_scaling_and_b_moves_the_product_alike(variant):
+    """The model is the same function: a step by its curvature goes the same way."""
+    config = CONFIG.replace(influence_variant=variant, influence_rank=8)
+    collected = "all" if variant == "b-only" else variant
+
+    def products(plan, times: float) -> dict[str, torch.Tensor]:
+        return {k: v * times if k.endswith("B") else v for k, v in plan.directions.items()}
+
+    model, other, times = model64(), model64(), 4.0
+    with torch.no_grad():
+        for layer in oracle.lora_layers(other).values():
+            layer.scaling["default"] *= times
+            layer.lora_B["default"].weight /= times
+    plans = [
+        make_influence_plan(each, *sets(each, variant=collected), config) for each in (model, other)
+    ]
+    wanted, got = products(plans[0], 1.0), products(plans[1], times)
+    for key, value in wanted.items():
+        assert torch.allclose(got[key], value, rtol=1e-6, atol=1e-9 * float(value.abs().max())), key
 
 
 def test_the_strength_is_the_first_order_rise_of_the_forget_loss():
@@ -141,7 +163,7 @@ def test_tied_parameters_move_by_their_pooled_factors():
     other = f"{names[0]}.lora_B"
     f = factors[names[0]]
     reference = oracle.kronecker_solve(
-        oracle.damped(f["s_y"], f["tokens"], 0.01),
+        oracle.damped(f["s_h"], f["tokens"], 0.01),
         g[other] / positions,
         oracle.damped(f["c_z"], f["tokens"], 0.01),
     )

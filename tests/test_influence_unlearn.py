@@ -167,7 +167,7 @@ def test_labels_of_a_bank_are_subtracted_with_its_own_seed():
         )
         rest = uf.collect_factors(trained(), retain_batches(), seed=seed)
         for name in rest.layers:
-            got, wanted = result.stats.retain.factor(name, "s_y"), rest.factor(name, "s_y")
+            got, wanted = result.stats.retain.factor(name, "s_h"), rest.factor(name, "s_h")
             assert (got - wanted).norm() < 1e-3 * wanted.norm()
         plans.append(result.plan)
     key = next(iter(plans[0].directions))

@@ -147,7 +147,7 @@ def dot(one: dict, other: dict) -> float:
 def solved(key: str, gradient: torch.Tensor, factors: dict, positions: int) -> torch.Tensor:
     """F⁻¹ of it, F being the mean over scored positions."""
     f = factors[key.rpartition(".")[0]]
-    left, right = ("s_z", "c_x") if key.endswith("A") else ("s_y", "c_z")
+    left, right = ("s_z", "c_x") if key.endswith("A") else ("s_h", "c_z")
     return (
         positions
         / f["tokens"]

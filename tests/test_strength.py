@@ -99,8 +99,17 @@ def test_when_even_the_maximum_stays_inside_it_is_taken_and_said():
 def test_when_nothing_fits_zero_is_chosen_and_said(bad):
     search = search_strength(lambda value: bad, 1.0, 0.05, 1.0, "fraction")
     assert (search.chosen, search.loss_after) == (0.0, 1.0)
-    assert "no fraction" in search.note
+    least = min(value for value, _ in search.curve)
+    assert least < 0.1
+    assert f"no fraction down to {least:.3g} stays within" in search.note
     assert "nothing was attenuated" in search.note
+
+
+def test_a_share_of_a_loss_of_0_is_0():
+    search = search_strength(lambda value: value, 0.0, 0.05, 1.0)
+    assert search.chosen == 0
+    assert "A share of a loss of 0 is 0" in search.note
+    assert "loss of 0" not in search_strength(lambda value: 2.0, 1.0, 0.05, 1.0).note
 
 
 def test_a_guard_refuses_values_within_the_budget():

@@ -77,8 +77,8 @@ def collect_factors(
         group: ``"retain"`` or ``"forget"``: which tokens are summed over, and the group of every
             attended token in batches without ``token_groups``. A bank is all data as retain.
         variant: which factors are kept. ``"all"``; ``"b-only"``, those of B; ``"last-blocks"``,
-            those of the last blocks of the model; ``"diagonal"``, C_x and S_y as their diagonals;
-            ``"eigenbasis"``, C_x and S_y as their largest eigenpairs and a flat rest (made after
+            those of the last blocks of the model; ``"diagonal"``, C_x and S_h as their diagonals;
+            ``"eigenbasis"``, C_x and S_h as their largest eigenpairs and a flat rest (made after
             the pass, which needs the memory of ``"all"``).
         rank: eigenpairs per factor, for ``"eigenbasis"``.
         blocks: how many, for ``"last-blocks"``.
@@ -194,7 +194,7 @@ def factor_memory(
             (r, k), n = layer.a.shape, layer.b.shape[0]
             width = torch.promote_types(layer.a.dtype, torch.float32).itemsize
             wanted = _wanted(variant)
-            sizes = {"c_x": _elements(k, variant, rank), "s_y": _elements(n, variant, rank)}
+            sizes = {"c_x": _elements(k, variant, rank), "s_h": _elements(n, variant, rank)}
             sizes |= {"s_z": r * r, "c_z": r * r}
             if _input_name(layer.name) in inputs:
                 sizes["c_x"] = 0
@@ -215,7 +215,7 @@ def _check_variant(variant: str, rank: int, blocks: int) -> None:
 
 
 def _wanted(variant: str) -> tuple[str, ...]:
-    return ("s_y", "c_z") if variant == "b-only" else FACTORS
+    return ("s_h", "c_z") if variant == "b-only" else FACTORS
 
 
 def _elements(n: int, variant: str, rank: int) -> int:
@@ -413,13 +413,15 @@ class _Recorder:
     def __init__(self, pass_: _Pass, layer: LoraLayer, role: str) -> None:
         self.pass_, self.layer, self.role = pass_, layer, role
         self.inside = False
+        # What the layer was called with, as long as it runs.
+        self.given: torch.Tensor | None = None
         self.calls = 0
         self.tokens = 0
         self.owner: _Recorder = self
         (r, k), n = layer.a.shape, layer.b.shape[0]
         dtype = torch.promote_types(layer.a.dtype, torch.float32)
         square = (lambda m: (m,)) if pass_.variant == "diagonal" else (lambda m: (m, m))
-        shapes = {"c_x": square(k), "s_y": square(n), "s_z": (r, r), "c_z": (r, r)}
+        shapes = {"c_x": square(k), "s_h": square(n), "s_z": (r, r), "c_z": (r, r)}
         self._shapes = {which: shapes[which] for which in _wanted(pass_.variant)}
         # Made when they are first needed: most C_x belong to another layer.
         self.sums: dict[str, torch.Tensor] = {}
@@ -461,13 +463,13 @@ class _Recorder:
             self.sums[which] = self._new(which)
         return self.sums[which]
 
-    def _before(self, _module: nn.Module, _args: tuple) -> None:
+    def _before(self, _module: nn.Module, args: tuple) -> None:
         if self.listens():
-            self.inside = True
+            self.inside, self.given = True, args[0] if args else None
 
     def _after(self, _module: nn.Module, _args: tuple, _y: torch.Tensor) -> None:
         if self.listens():
-            self.inside = False
+            self.inside, self.given = False, None
 
     # lora_A and lora_B may be tied to other layers as modules; their calls are theirs.
     def _after_a(self, _module: nn.Module, args: tuple, z: torch.Tensor) -> None:
@@ -497,13 +499,11 @@ class _Recorder:
         if self.pass_.summing:
             self.tokens += tokens.count
             self._add("c_z", z, tokens)
-            self._add("s_y", h, tokens, 1 / self.layer.scaling)
+            self._add("s_h", h, tokens)
 
-    def _add(self, which: str, v: torch.Tensor, tokens: _Tokens, scale: float = 1.0) -> None:
+    def _add(self, which: str, v: torch.Tensor, tokens: _Tokens) -> None:
         total = self._sum(which)
         rows = tokens.rows(v).to(total.dtype)
-        if scale != 1.0:
-            rows = rows * scale
         if total.dim() == 1:
             total += (rows * rows).sum(0)
         else:
@@ -511,21 +511,27 @@ class _Recorder:
 
     def _find_owner(self, x: torch.Tensor) -> None:
         """Share C_x with the first layer that read this very tensor."""
-        version = -1 if x.is_inference() else x._version
+        # PEFT casts to the adapter's dtype in every layer anew: the same numbers each time.
+        cast = self.given is not None and self.given.dtype != x.dtype
+        read = self.given if cast else x
+        version = -1 if read.is_inference() else read._version
         last = self.pass_.last_input
         same = (
             last is not None
-            and last[0] is x
-            and last[1] == version >= 0
+            and last[0] is read
+            and last[1] == (version, x.dtype)
+            and version >= 0
             and last[2].role == self.role
         )
         if not same:
-            self.pass_.last_input = (x, version, self)
+            self.pass_.last_input = (read, (version, x.dtype), self)
         found = last[2] if same else self
-        if not self._seen:
-            self._seen, self.owner = True, found
+        # Who was not called before would take over what its owner has of others' tokens.
+        if not self._seen and "c_x" not in found.sums:
+            self.owner = found
         elif found is not self.owner:
             self.split()
+        self._seen = True
 
     def _tokens_of(self, h: torch.Tensor) -> _Tokens:
         tokens, shape = self.pass_.tokens[self.role], tuple(h.shape[:-1])

@@ -14,10 +14,10 @@ from .errors import UcanError
 from .files import read_safetensors, write_safetensors
 
 FORMAT = "ucan_fast.influence_factors"
-#: 2: labels are drawn from softened logits.
-FORMAT_VERSION = "2"
-#: The factors of A (C_x, S_z) and of B (S_y, C_z).
-FACTORS = ("c_x", "s_z", "s_y", "c_z")
+#: 2: labels are drawn from softened logits. 3: B's factor is of gradients that hold the scaling.
+FORMAT_VERSION = "3"
+#: The factors of A (C_x, S_z) and of B (S_h, C_z).
+FACTORS = ("c_x", "s_z", "s_h", "c_z")
 
 #: How far a part may exceed the whole by rounding (bf16 with other batching), relatively.
 _ROUNDING = 1e-2
@@ -57,15 +57,15 @@ class LayerFactors:
     """Sums over the tokens that one LoRA layer saw.
 
     With h the gradient of the summed NLL (of drawn labels: :func:`ucan_fast.collect_factors`) by
-    the output of ``lora_B`` and g_z that by the output of ``lora_A``, g = h / s is the gradient by
-    the layer's output.
+    the output of ``lora_B`` (s times that by the layer's output) and g_z that by the output of
+    ``lora_A``.
 
     Attributes:
         tokens: how many.
         owner: the layer that holds C_x for this one: itself, or one that reads the same tensor.
         c_x: ``Σ x xᵀ``, K x K (None where it is the owner's, or of no use to the variant).
         s_z: ``Σ g_z g_zᵀ``, r x r.
-        s_y: ``Σ g gᵀ``, N x N.
+        s_h: ``Σ h hᵀ``, N x N.
         c_z: ``Σ z zᵀ``, r x r.
     """
 
@@ -73,7 +73,7 @@ class LayerFactors:
     owner: str
     c_x: Factor | None = None
     s_z: Factor | None = None
-    s_y: Factor | None = None
+    s_h: Factor | None = None
     c_z: Factor | None = None
 
 
@@ -152,7 +152,7 @@ class InfluenceFactors:
         return self._combine(other, -1)
 
     def compressed(self, rank: int) -> InfluenceFactors:
-        """C_x and S_y as their ``rank`` largest eigenpairs and a flat rest.
+        """C_x and S_h as their ``rank`` largest eigenpairs and a flat rest.
 
         Raises:
             UcanError: these are not full factors.
@@ -166,7 +166,7 @@ class InfluenceFactors:
             name: replace(
                 layer,
                 c_x=None if layer.c_x is None else Eigen.of(layer.c_x, rank),
-                s_y=Eigen.of(layer.s_y, rank),
+                s_h=Eigen.of(layer.s_h, rank),
             )
             for name, layer in self.layers.items()
         }

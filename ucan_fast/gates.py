@@ -34,13 +34,13 @@ def make_gates_plan(
         g_j = <A[:, j], G_A[:, j]>                  g_i = <B[i], G_B[i]>
 
     A negative slope means that closing the gate raises the forget NLL. The slope of one token's
-    NLL is ``x_j A_jᵀ g_z`` at an input and ``s g_i (B_i z)`` at an output, with g the gradient by
-    the layer's output and ``g_z = s Bᵀ g``. Its mean square over retain tokens, labels drawn from
+    NLL is ``x_j A_jᵀ g_z`` at an input and ``h_i (B_i z)`` at an output, with h the gradient by
+    the output of lora_B and ``g_z = Bᵀ h``. Its mean square over retain tokens, labels drawn from
     the model, is the Fisher information of the gate (an upper bound of it where the model is sure
-    of a label: :func:`ucan_fast.collect_factors`); with x independent of g_z, and g of z (the
+    of a label: :func:`ucan_fast.collect_factors`); with x independent of g_z, and h of z (the
     assumption of Kronecker factors, Martens and Grosse, arXiv 1503.05671), from mean factors::
 
-        F_j = C_x[jj] · A_jᵀ S_z A_j                F_i = s² S_y[ii] · B_i C_z B_iᵀ
+        F_j = C_x[jj] · A_jᵀ S_z A_j                F_i = S_h[ii] · B_i C_z B_iᵀ
 
     (times tokens per scored position, the same for all layers of a decoder; layers that share the
     matrix add up). A natural gradient step in log γ up the forget NLL, less κ times the retain
@@ -96,11 +96,10 @@ def score_gates(
     _check_sets(targets_of(model, adapter, config), forget, retain)
     layers = {layer.name: layer for layer in find_layers(model, adapter)}
     groups = neuron_groups(model, list(layers.values()), config.effective_site)
-    scaling = {name: layer.scaling for name, layer in layers.items()}
     kappa = config.retain_gradient_weight
     slope = torch.cat([_slope(group, forget) for group in groups])
     risk = torch.cat([kappa * _slope(group, retain) for group in groups]) - slope
-    utility = torch.cat([_curvature(group, retain, scaling, config.damping) for group in groups])
+    utility = torch.cat([_curvature(group, retain, config.damping) for group in groups])
     # Where the retain set has no curvature at all there is nothing to measure a gate by.
     score = torch.where(utility > 0, risk.clamp_min(0) / utility, 0.0)
     rise, note = -float((slope * score).sum()), ""
@@ -146,9 +145,7 @@ def _slope(group: NeuronGroup, sums: InfluenceFactors) -> torch.Tensor:
     return (matrix * sums.gradients[group.names[0]]).sum(across) / sums.positions
 
 
-def _curvature(
-    group: NeuronGroup, retain: InfluenceFactors, scaling: dict[str, float], damping: float
-) -> torch.Tensor:
+def _curvature(group: NeuronGroup, retain: InfluenceFactors, damping: float) -> torch.Tensor:
     """F of every gate of the group, damped: fp64 ``[n]``."""
     matrix, across = _matrix(group)
     rows = matrix if across else matrix.T
@@ -156,12 +153,11 @@ def _curvature(
     total = torch.zeros(group.n, dtype=torch.float64, device="cpu")
     for name in (name.rpartition(".")[0] for name in group.names):
         if at_input:
-            own, inner, scale = retain.factor(name, "c_x"), retain.factor(name, "s_z"), 1.0
+            own, inner = retain.factor(name, "c_x"), retain.factor(name, "s_z")
         else:
-            own, inner = retain.factor(name, "s_y"), retain.factor(name, "c_z")
-            scale = scaling[name] ** 2
+            own, inner = retain.factor(name, "s_h"), retain.factor(name, "c_z")
         through = ((rows @ inner.double()) * rows).sum(1)
         # What subtraction left below zero is rounding. Both factors are sums over the tokens.
         counts = retain.layers[name].tokens * retain.positions
-        total += scale * own.double().clamp_min(0) * through.clamp_min(0) / counts
+        total += own.double().clamp_min(0) * through.clamp_min(0) / counts
     return total + damping * total.mean()

@@ -29,7 +29,9 @@ class Separability:
     Attributes:
         contrast: root mean square of R over the neurons.
         noise: what it would be if both sets were drawn from one distribution: the root mean
-            square of R's standard error, tokens taken as independent (delta method).
+            square of R's standard error (delta method), were its tokens independent. Those of one
+            sequence are not: of a few sequences the true noise is a multiple of this, and
+            :attr:`excess` is too large.
     """
 
     contrast: float
@@ -112,7 +114,8 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
     share = forget / (forget + retain)
     seen = (
         f"mean activations differ by {apart.contrast:.3f} (relative, root mean square over the "
-        f"neurons), of which sampling {forget:,} forget tokens explains {apart.noise:.3f}"
+        f"neurons), of which sampling {forget:,} forget tokens explains {apart.noise:.3f}, more "
+        "where they are of a few sequences"
     )
     if apart.excess >= SEPARABLE:
         name, advice = (

@@ -242,14 +242,15 @@ def make_influence_plan(
     """The direction of the step, from sums over both token sets. The model is only read.
 
     Per matrix, with mean gradients G of the forget NLL and R of the retain NLL, and mean retain
-    factors damped by ``l = damping tr(C)/n``::
+    factors (:class:`ucan_fast.factors.LayerFactors`) damped by ``l = damping tr(C)/n``::
 
-        d_A = S_z⁻¹ (G_A - κ R_A) C_x⁻¹        d_B = S_y⁻¹ (G_B - κ R_B) C_z⁻¹
+        d_A = S_z⁻¹ (G_A - κ R_A) C_x⁻¹        d_B = S_h⁻¹ (G_B - κ R_B) C_z⁻¹
 
     each times scored positions per token of its layer (the same for all layers of a decoder), and
     the same factor c for all: ``c = 1 / Σ⟨G, d⟩``, so that a strength of t predicts a rise of t
     nats (first order). Kronecker-factored curvature: Martens and Grosse, arXiv 1503.05671; for
-    layers that see many tokens: Eschenhagen et al., arXiv 2311.00636.
+    layers that see many tokens: Eschenhagen et al., arXiv 2311.00636. The product s B A moves alike
+    however a factor is shared between the layer's scaling s and its B.
 
     Args:
         model: the model the sums were taken on.
@@ -341,7 +342,7 @@ class Direction:
 
     def solve(self, target: Target, gradient: torch.Tensor) -> torch.Tensor:
         """F⁻¹ of one matrix's gradient, fp64."""
-        left, right = ("s_z", "c_x") if target.which == "A" else ("s_y", "c_z")
+        left, right = ("s_z", "c_x") if target.which == "A" else ("s_h", "c_z")
         solve_left, solve_right = self._solver(target, left), self._solver(target, right)
         # Where the retain set has no curvature at all there is nothing to measure a step by.
         if solve_left is None or solve_right is None:
@@ -412,7 +413,7 @@ def of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors
             name: replace(
                 layer,
                 c_x=None if layer.c_x is None else layer.c_x.diagonal(),
-                s_y=layer.s_y.diagonal(),
+                s_h=layer.s_h.diagonal(),
             )
             for name, layer in retain.layers.items()
         }

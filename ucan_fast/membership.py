@@ -163,9 +163,9 @@ def sequence_scores(
 def auc(members: torch.Tensor, nonmembers: torch.Tensor) -> Auc:
     """P(member scores lower than non-member) + P(tie) / 2, with a 95 % interval.
 
-    The interval is DeLong's (DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988). Where his
-    variance is 0 (both sets fully apart, or all scores equal) his interval would claim certainty;
-    there it is Newcombe's (method 5, Statistics in Medicine 25, 2006, p. 559).
+    The interval is Newcombe's (method 5, Statistics in Medicine 25, 2006, p. 559), which holds for
+    small sets and near 0 and 1 too. (DeLong's covered 75 to 90 % there in our simulations, and
+    claims certainty where both sets are fully apart.)
 
     Args:
         members, nonmembers: scores ``[M]`` and ``[N]``, low where the model seems to know them.
@@ -183,15 +183,8 @@ def auc(members: torch.Tensor, nonmembers: torch.Tensor) -> Auc:
     x, y = members.double().cpu(), nonmembers.double().cpu()
     if torch.isnan(x).any() or torch.isnan(y).any():
         raise UcanError("an attack score is NaN: the model's logits are not finite.")
-    # Of every member: the share of non-members above it; of every non-member: of members below.
-    above = 1 - _share_below(y, x)
-    below = _share_below(x, y)
-    value = float(above.mean())
-    error = math.sqrt(float(above.var()) / m + float(below.var()) / n)
-    # Rounding in the shares is no variance.
-    if error < 1e-9:
-        return Auc(value, _newcombe(value, m, n), 1 - _newcombe(1 - value, m, n), m, n)
-    return Auc(value, max(0.0, value - _Z * error), min(1.0, value + _Z * error), m, n)
+    value = 1 - float(_share_below(y, x).mean())
+    return Auc(value, _newcombe(value, m, n), 1 - _newcombe(1 - value, m, n), m, n)
 
 
 def membership_auc(

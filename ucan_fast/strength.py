@@ -90,9 +90,11 @@ def search_strength(
         bracket.add(value, inside(value), search.curve[-1][1] - loss_before)
     if not search.chosen and not refused[1]:
         search.note = (
-            f"no {parameter} above {high:.3g} stays within the budget of {100 * budget:g} % retain "
-            "loss; nothing was attenuated."
+            f"no {parameter} down to {bracket.high[0]:.3g} stays within the budget of "
+            f"{100 * budget:g} % retain loss; nothing was attenuated."
         )
+        if loss_before == 0:
+            search.note += " (A share of a loss of 0 is 0: give a loss that is above it.)"
     elif refused[1]:
         search.note = refused[1]
     return search
