@@ -106,13 +106,14 @@ def test_random_uses_the_plans_own_factors_on_other_neurons(site):
     assert (times <= rounds * own).all()
     assert (times >= (rounds - 1) * own).all()
     # They lie anywhere: on the plan's own neurons as often as chance has it (4 sigma), and in
-    # layers of all places.
+    # about as many layers.
     n, k, m = plan.neurons, int((control.factors != 1).sum()), len(theirs)
     overlap = int(((control.factors != 1) & (plan.flat_factors != 1)).sum())
     sigma = (k * m / n * (1 - m / n) * (n - k) / (n - 1)) ** 0.5
     assert abs(overlap - k * m / n) <= 4 * sigma
     layers = [part.ne(1).any() for part in control.factors.split(plan.sizes)]
-    assert sum(map(bool, layers)) > len(layers) / 2
+    by_chance = len(layers) * (1 - (1 - 1 / len(layers)) ** k)
+    assert sum(map(bool, layers)) > by_chance / 2
 
 
 def test_random_is_repeatable_and_depends_on_the_seed():

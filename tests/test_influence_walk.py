@@ -212,7 +212,7 @@ def test_a_step_that_the_retain_batches_do_not_bear_is_halved(monkeypatch):
         costs[most] = mean_nll(model, retain_batches(count=12), "retain") - before
         rises[most] = sum(walk._rises.values())
         assert went == (most != -1.0)
-    assert costs[math.inf] > 0.04, "the case is one where the full step is too long"
+    assert costs[math.inf] > 0.02, "the case is one where the full step is too long"
     assert 0 < costs[0.02] <= 0.02
     # No length is short enough for a retain loss that must fall: the step is taken back.
     assert walk.ended == "no shorter step 1 kept the retain batches"
@@ -550,16 +550,16 @@ def test_the_last_step_takes_no_gradient_that_nobody_follows(monkeypatch):
 def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     forget, retain = forget_batches(), retain_batches(count=64)
     one, several = trained(), trained()
-    step = uf.unlearn(
-        one, forget=forget, retain=retain, config=STEPS.replace(influence_steps=1), evaluate=False
-    )
+    single = STEPS.replace(influence_steps=1)
+    uf.unlearn(one, forget=forget, retain=retain, config=single, evaluate=False)
     origin = weights(several)
     config = STEPS.replace(influence_steps=8)
     result = uf.unlearn(several, forget=forget, retain=retain, config=config)
-    unseen = retain_batches(seed=77)
+    unseen = retain_batches(count=256, seed=77)
     assert mean_nll(several, forget, "forget") > mean_nll(one, forget, "forget") + 0.1
     assert mean_nll(several, unseen, "retain") < 1.05 * mean_nll(trained(), unseen, "retain")
-    assert step.plan.strength < result.plan.strength
+    rise = mean_nll(several, forget, "forget") - mean_nll(trained(), forget, "forget")
+    assert result.plan.strength == pytest.approx(rise, rel=1e-4), "measured, not predicted"
     report = result.report
     assert report.search.parameter == "steps"
     assert report.search.loss_after <= 1.05 * report.search.loss_before
