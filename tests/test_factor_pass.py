@@ -144,6 +144,18 @@ def test_layers_of_one_input_share_one_factor():
     assert [n for n, f in factors.layers.items() if (f.c_x is None) != (f.owner != n)] == []
 
 
+def test_layers_that_round_one_input_otherwise_do_not_share():
+    model = hm.lora(hm.llama())
+    for name, layer in oracle.lora_layers(model).items():
+        if name.endswith("k_proj"):
+            layer.to(torch.bfloat16)
+            layer.base_layer.to(torch.float32)
+    factors = collect_factors(model, batches())
+    owners = {name.rpartition(".")[2]: layer.owner for name, layer in factors.layers.items()}
+    assert owners["k_proj"].endswith("k_proj")
+    assert owners["v_proj"].endswith(("q_proj", "v_proj"))
+
+
 class Siblings(nn.Module):
     """Two layers that read one tensor, until the second batch is another case."""
 
