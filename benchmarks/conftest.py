@@ -22,6 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--targets",
         action="store_true",
-        help="only the cases that benchmarks/targets.toml asks for on this device",
+        help="only the cases and candidates that benchmarks/targets.toml asks for on this device",
     )
     group.addoption("--json", metavar="PATH", help="write the results there")

@@ -11,7 +11,8 @@
     write_results(output_path("kernels"), results, command="...")
 
 - **Correct first.** Every candidate runs on fresh inputs and is compared with the reference; one
-  that is wrong raises :class:`CheckFailed` and nothing of the case is timed.
+  that is wrong raises :class:`CheckFailed` and nothing of the case is timed. Where the caller asks
+  for it, one that is not the baseline loses its own row only.
 - **Interleaved.** Each round times every candidate once, in turning order, so that a slow moment
   hits them all; a ratio is taken within a round, and its median and quartiles are reported.
 - **Device time on CUDA**: events around replays of a CUDA graph. Where one candidate cannot be
@@ -34,8 +35,10 @@ The JSON file (:func:`write_results`, read back and checked by :func:`read_resul
                   "extra": {"timing": "graph" | "events" | "wall", ...,
                             "not_captured": why a case on CUDA has no graph,
                             "traffic": {"bytes", "flops", "passes"}: what the candidate needs,
-                            "launches": {kernel: number} of one call, on CUDA, where counted}}],
-     "skipped": [{"group", "case", "candidate", "reason"}]}
+                            "launches": {kernel: number} of one call, on CUDA, where counted,
+                            "launches_reason": why they could not be}}],
+     "skipped": [{"group", "case", "candidate", "reason",
+                  "failed": true where it ran and was wrong or broke down; absent in old files}]}
 
 A ratio above 1 is faster than the baseline. ``commit`` ends in ``+`` where files were changed.
 """
@@ -45,6 +48,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import math
@@ -54,6 +58,7 @@ import re
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -73,7 +78,11 @@ Inputs = tuple[Any, ...]
 
 
 class CheckFailed(AssertionError):
-    """A candidate computes something else than the reference; nothing was timed."""
+    """A candidate computes something else than the reference; it was not timed."""
+
+
+class CandidateFailed(RuntimeError):
+    """A candidate that is not the baseline is wrong or broke down; the others were measured."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +182,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A candidate that cannot run here, and why: no row is left out silently."""
+    """A candidate without times, and why: no row is left out silently.
+
+    Attributes:
+        failed: it is wrong or broke down, rather than unable to run here.
+    """
 
     group: str
     case: str
     candidate: str
     reason: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,6 +241,7 @@ def measure(
     tolerances: Mapping[str, float] | None = None,
     check_inputs: Callable[[int], Inputs] | None = None,
     profile: Profile | None = None,
+    failures: dict[str, str] | None = None,
 ) -> list[Result]:
     """Check every candidate, then time them all in interleaved rounds.
 
@@ -242,9 +257,11 @@ def measure(
         tolerances: as for :func:`check`.
         check_inputs: what is checked, where the inputs that can be timed show too little.
         profile: default: :func:`chosen_profile`.
+        failures: where given, a candidate other than the baseline that is wrong or breaks down is
+            left out, and why is written here under its name.
 
     Returns:
-        One result per candidate, in order.
+        One result per candidate that is not left out, in order.
 
     Raises:
         CheckFailed: a wrong result.
@@ -254,7 +271,8 @@ def measure(
         raise ValueError(f"{group}: {names} must be distinct and contain {baseline!r}.")
     profile = profile or chosen_profile()
     case = case_name(shape, dtype, adapter_dtype)
-    check(
+    alone = functools.partial(_alone, baseline=baseline, failures=failures)
+    errors = check(
         candidates,
         check_inputs or inputs,
         reference=reference,
@@ -262,16 +280,17 @@ def measure(
         mutates=mutates,
         tolerances=tolerances,
         where=f"{group}: {case}",
+        alone=alone,
     )
+    candidates = [candidate for candidate in candidates if candidate.name in errors]
     first = inputs(0)
     device = device_of(first)
     sets = [first, *(inputs(seed) for seed in range(1, number_of_sets(first, device)))]
-    samplers, timing = _samplers(candidates, sets, device, wall=wall)
+    candidates, calls = _warm(candidates, sets, device, alone)
+    samplers, timing = _samplers(candidates, calls, device, wall=wall)
     launches = [
-        {"launches": count_launches(candidate.bind(*first))}
-        if candidate.count_launches and device.type == "cuda"
-        else {}
-        for candidate in candidates
+        _launches(bound[0]) if candidate.count_launches and device.type == "cuda" else {}
+        for candidate, bound in zip(candidates, calls, strict=True)
     ]
     seconds = _rounds(samplers, profile)
     return [
@@ -292,6 +311,26 @@ def measure(
     ]
 
 
+@contextlib.contextmanager
+def _alone(name: str, *, baseline: str, failures: dict[str, str] | None) -> Iterator[None]:
+    # What happens in here costs this candidate its row; the baseline's costs the case.
+    try:
+        yield
+    except Exception as error:
+        if failures is None or name == baseline:
+            raise
+        # Its frames hold the tensors that the others need room for.
+        traceback.clear_frames(error.__traceback__)
+        failures[name] = described(error)
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: our own words, else its type and its first line."""
+    if isinstance(error, (CheckFailed, CandidateFailed)):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def check(
     candidates: Sequence[Candidate],
     inputs: Callable[[int], Inputs],
@@ -302,48 +341,73 @@ def check(
     tolerances: Mapping[str, float] | None = None,
     where: str = "",
     seed: int = 1_000_003,
+    alone: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, float]:
     """The gate: the relative error of every candidate on fresh inputs.
 
     Args:
         tolerances: key of a result that is a dict -> what its tensors may be wrong by at most,
             where that is less than the dtype allows.
+        alone: a candidate's name -> what surrounds its own part; where that takes an error, the
+            candidate is not among those returned.
 
     Raises:
         CheckFailed: one is larger than its dtype allows, or not a number, or the results do not
             correspond.
     """
     fresh = inputs(seed)
-    expected = {None: reference(*fresh)}
+    expected = reference(*fresh)
+    # Before any candidate can change them.
+    own: dict[str, Any] = {}
     for candidate in candidates:
         if candidate.reference is not None:
-            expected[candidate.name] = candidate.reference(*fresh)
+            with alone(candidate.name):
+                own[candidate.name] = candidate.reference(*fresh)
     errors = {}
     for candidate in candidates:
-        mine = inputs(seed) if mutates else fresh
-        call = candidate.bind(*mine)
-        wanted = expected.get(candidate.name, expected[None])
-        poison(_flat(wanted), getattr(torch, dtype))
-        limit = candidate.tolerance or TOLERANCE[candidate.dtype or dtype]
-        try:
-            got = call()
-            found = [(relative_error(_flat(got), _flat(wanted)), limit)]
-            for key, most in (tolerances or {}).items():
-                # A floor with a reference of its own returns less.
-                if isinstance(wanted, Mapping) and key in wanted:
-                    error = relative_error(_flat(got[key]), _flat(wanted[key]))
-                    found.append((error, min(limit, most)))
-        except CheckFailed as failure:
-            raise CheckFailed(f"{where}: {candidate.name!r}: {failure}") from None
-        for error, most in found:
-            # `not <=`: a NaN must not pass.
-            if not error <= most:
-                raise CheckFailed(
-                    f"{where}: {candidate.name!r} is wrong: relative error {error:.3g}, "
-                    f"allowed {most:.3g}. Nothing was timed."
-                )
-        errors[candidate.name] = found[0][0]
+        if candidate.reference is not None and candidate.name not in own:
+            continue
+        with alone(candidate.name):
+            errors[candidate.name] = _error(
+                candidate,
+                inputs(seed) if mutates else fresh,
+                own.get(candidate.name, expected),
+                dtype,
+                tolerances or {},
+                where,
+            )
     return errors
+
+
+def _error(
+    candidate: Candidate,
+    inputs: Inputs,
+    wanted: Any,
+    dtype: str,
+    tolerances: Mapping[str, float],
+    where: str,
+) -> float:
+    call = candidate.bind(*inputs)
+    poison(_flat(wanted), getattr(torch, dtype))
+    limit = candidate.tolerance or TOLERANCE[candidate.dtype or dtype]
+    try:
+        got = call()
+        found = [(relative_error(_flat(got), _flat(wanted)), limit)]
+        for key, most in tolerances.items():
+            # A floor with a reference of its own returns less.
+            if isinstance(wanted, Mapping) and key in wanted:
+                error = relative_error(_flat(got[key]), _flat(wanted[key]))
+                found.append((error, min(limit, most)))
+    except CheckFailed as failure:
+        raise CheckFailed(f"{where}: {candidate.name!r}: {failure}") from None
+    for error, most in found:
+        # `not <=`: a NaN must not pass.
+        if not error <= most:
+            raise CheckFailed(
+                f"{where}: {candidate.name!r} is wrong: relative error {error:.3g}, "
+                f"allowed {most:.3g}. It was not timed."
+            )
+    return found[0][0]
 
 
 def relative_error(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
@@ -419,22 +483,38 @@ def device_of(inputs: Any) -> torch.device:
 # Timing
 
 
-def _samplers(
+def _warm(
     candidates: Sequence[Candidate],
     sets: list[Inputs],
+    device: torch.device,
+    alone: Callable[[str], contextlib.AbstractContextManager],
+) -> tuple[list[Candidate], list[list[Callable[[], Any]]]]:
+    # Those that can be called with every input set, and their calls. Compilation, caches, handles:
+    # before anything is captured or timed.
+    kept, calls = [], []
+    for candidate in candidates:
+        with alone(candidate.name):
+            bound = [candidate.bind(*inputs) for inputs in sets]
+            for call in [*bound, *bound]:
+                call()
+            if device.type == "cuda":
+                # What the device finds wrong is this candidate's.
+                torch.cuda.synchronize(device)
+            kept.append(candidate)
+            calls.append(bound)
+    return kept, calls
+
+
+def _samplers(
+    candidates: Sequence[Candidate],
+    calls: list[list[Callable[[], Any]]],
     device: torch.device,
     *,
     wall: bool = False,
 ) -> tuple[list[Callable[[int], float]], dict[str, str]]:
     # For each candidate: n -> seconds per call, over n passes through all input sets.
-    calls = [[candidate.bind(*inputs) for inputs in sets] for candidate in candidates]
-    for bound in calls:
-        # Compilation, caches, handles; before anything is captured or timed.
-        for call in [*bound, *bound]:
-            call()
     if device.type != "cuda":
         return [_wall_sampler(bound) for bound in calls], {"timing": "wall"}
-    torch.cuda.synchronize(device)
     if wall:
         return [_wall_sampler(bound, torch.cuda.synchronize) for bound in calls], {"timing": "wall"}
     eager = [_event_sampler(_in_turn(bound), len(bound)) for bound in calls]
@@ -504,6 +584,13 @@ def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
             call()
     graph.replay()
     return graph.replay
+
+
+def _launches(call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"launches": count_launches(call)}
+    except RuntimeError as error:  # no profiler here: the times are still to be had
+        return {"launches_reason": described(error)}
 
 
 def count_launches(call: Callable[[], Any]) -> dict[str, int]:
@@ -792,7 +879,10 @@ def table(results: Sequence[Result], skipped: Iterable[Skipped] = ()) -> str:
                 f"  {result.name:<34}{seconds.median * 1e3:10.4f} ms {ratio.median:8.2f}x "
                 f"[{ratio.q1:.2f}, {ratio.q3:.2f}]{of} {rate}".rstrip()
             )
-    lines += [f"skipped: {s.group}: {s.case}: {s.candidate}: {s.reason}" for s in skipped]
+    for s in skipped:
+        lines.append(
+            f"{'FAILED' if s.failed else 'skipped'}: {s.group}: {s.case}: {s.candidate}: {s.reason}"
+        )
     return "\n".join(lines)
 
 

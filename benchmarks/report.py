@@ -447,7 +447,8 @@ def _case_table(case: Case) -> list[str]:
 def _skipped(document: Mapping[str, Any]) -> list[str]:
     reasons: dict[tuple[str, str, str], int] = {}
     for entry in document["skipped"]:
-        key = (entry["group"], entry["candidate"], entry["reason"])
+        reason = f"failed: {entry['reason']}" if entry.get("failed") else entry["reason"]
+        key = (entry["group"], entry["candidate"], reason)
         reasons[key] = reasons.get(key, 0) + 1
     if not reasons:
         return []

@@ -4,9 +4,9 @@
 
 The targets stand in ``benchmarks/targets.toml``, which explains its keys. Judged are those of the
 devices that the files come from, or of ``--device``. A judged target whose case is in none of the
-files fails and says so; one whose case was skipped is reported as skipped, with the reason, and
-decides nothing, but where nothing else was judged either the exit code is 1. Where several files
-hold a case the newest counts.
+files fails and says so, and so does one whose candidate was wrong or broke down. One whose case was
+skipped is reported as skipped, with the reason, and decides nothing, but where nothing else was
+judged either the exit code is 1. Where several files hold a case the newest counts.
 """
 
 from __future__ import annotations
@@ -153,8 +153,15 @@ def load_targets(path: Path = TARGETS) -> list[Target]:
 
 def asks_for(bench: Any, device: str) -> bool:
     """Whether a target of this device is about the case (of :mod:`benchmarks.kernels`)."""
+    return bool(asked_of(bench, device))
+
+
+def asked_of(bench: Any, device: str) -> set[str]:
+    """Names of the case's candidates that targets of this device are about, the baseline too."""
     case = (bench.group, bench.shape, bench.dtype, bench.adapter_dtype)
-    return any(one.device == device and one.describes(*case) for one in _committed())
+    mine = [one for one in _committed() if one.device == device and one.describes(*case)]
+    named = {name for one in mine for name in (*one.candidates, one.floor) if name}
+    return named | {bench.baseline} if mine else set()
 
 
 @functools.cache
@@ -200,7 +207,8 @@ def _skipped(target: Target, document: Mapping[str, Any]) -> Row | None:
         mine = entry["group"] == target.group and target.named(entry["case"])
         if mine and entry["candidate"] in target.candidates:
             of = "" if entry["candidate"] == target.candidate else f"{entry['candidate']}: "
-            return Row(target, "skipped", note=f"{of}{entry['reason']}")
+            result = "FAIL" if entry.get("failed") else "skipped"
+            return Row(target, result, note=f"{of}{entry['reason']}")
     return None
 
 
@@ -262,7 +270,7 @@ def _figure(
         return Spread.of([full / seconds for seconds in mine["seconds"]["rounds"]]), ""
     launches = mine["extra"].get("launches")
     if not launches:
-        return None, "launches were not counted"
+        return None, mine["extra"].get("launches_reason", "launches were not counted")
     pattern = re.compile(target.kernels)
     counted = sum(n for name, n in launches.items() if pattern.search(name))
     if not counted:

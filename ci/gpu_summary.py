@@ -17,8 +17,8 @@ REFUSALS = ("not supported", "permission", "Unable to", "ERR_NVGPUCTRPERM")
 PACKAGES = ("transformers", "peft", "triton", "bitsandbytes")
 
 
-def main(folder: Path) -> int:
-    """Print the table, write ``summary.json`` into ``folder``."""
+def main(out: Path, folder: Path) -> int:
+    """Print the tables of the logs in ``folder``, write them to ``summary.json`` in ``out``."""
     steps = []
     for line in (folder / "steps.tsv").read_text().splitlines():
         name, status, seconds = line.split("\t")
@@ -38,18 +38,19 @@ def main(folder: Path) -> int:
         **{name: _version(name) for name in PACKAGES},
         "steps": steps,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(
+    table = [
         f"{summary['device']}, torch {summary['torch']} (CUDA {summary['cuda']}), "
-        + ", ".join(f"{name} {summary[name]}" for name in PACKAGES)
-    )
-    print(f"{'step':<13}{'result':<42}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
+        + ", ".join(f"{name} {summary[name]}" for name in PACKAGES),
+        f"{'step':<13}{'result':<42}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}",
+    ]
     for step in steps:
         counts = "".join(f"{step.get(key, ''):>8}" for key in ("passed", "failed", "skipped"))
-        print(f"{step['step']:<13}{step['result']:<42}{counts}{step['seconds']:>9}")
+        table.append(f"{step['step']:<13}{step['result']:<42}{counts}{step['seconds']:>9}")
     targets = folder / "targets.log"
     if any(step["step"] == "targets" for step in steps) and targets.exists():
-        print(targets.read_text().rstrip())
+        table += targets.read_text().rstrip().splitlines()
+    print("\n".join(table))
+    (out / "summary.json").write_text(json.dumps({**summary, "table": table}, indent=2) + "\n")
     failed = any(step["result"].startswith("FAILED") for step in steps)
     nothing = any(step.get("passed") == 0 and step["step"] != "quantised" for step in steps)
     return int(failed or nothing or not steps)
@@ -94,4 +95,4 @@ def _tests(path: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

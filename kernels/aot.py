@@ -1,8 +1,8 @@
 """Compiles every kernel for sm_80, sm_90 and sm_100, on any machine, and judges the machine code.
 
 ``python -m ucan_fast.kernels.aot`` needs no GPU: Triton's wheel brings the assembler and the
-disassembler. It prints one row per kernel, case and architecture and exits with 1, the reasons
-below the table, if any of these fails:
+disassembler. It prints one row per kernel, case and architecture as they are compiled and exits
+with 1, the reasons below the table, if any of these fails:
 
 - it compiles;
 - no stack, no local memory, no spilled registers;
@@ -12,6 +12,7 @@ below the table, if any of these fails:
 
 It says nothing about results, races or speed. All cases take tens of minutes on two cores;
 ``--cover`` compiles a choice (see :func:`covering`) in a few, and says how many it left out.
+Interrupted, it writes down the rows that it has and exits with 130.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -179,7 +180,11 @@ def _without_case(module: Any) -> list[str]:
     ]
 
 
-def _task(task: tuple[str, int, int]) -> Row:
+#: Module, index of the case, architecture.
+Task = tuple[str, int, int]
+
+
+def _task(task: Task) -> Row:
     name, index, arch = task
     return check(_cases(_load(name))[index], name, arch)
 
@@ -214,16 +219,12 @@ def covering(cases: Sequence[Any], archs: Sequence[int]) -> list[tuple[int, int]
     return sorted(chosen)
 
 
-def check_all(
-    modules: Sequence[str],
-    archs: Sequence[int],
-    jobs: int,
-    part: str | None = None,
-    cover: bool = False,
-) -> tuple[list[Row], int]:
-    """Checks the modules' cases in parallel processes; ``part`` picks cases by their name.
+def planned(
+    modules: Sequence[str], archs: Sequence[int], part: str | None = None, cover: bool = False
+) -> tuple[list[Row], list[Task], int]:
+    """What is to be compiled of the modules; ``part`` picks cases by their name.
 
-    Returns the rows, and how many more there would be without ``cover``.
+    Returns the rows of what cannot be, the tasks, and how many more there are without ``cover``.
     """
     rows, tasks, left_out = [], [], 0
     for name in modules:
@@ -250,11 +251,16 @@ def check_all(
             chosen = [(indices[position], arch) for position, arch in picked]
         left_out += len(every) - len(chosen)
         tasks += [(name, index, arch) for index, arch in chosen]
+    return rows, tasks, left_out
+
+
+def compiled(tasks: Sequence[Task], jobs: int) -> Iterator[Row]:
+    """The rows of the tasks in their order, whichever ends first, each as soon as it is there."""
     if jobs <= 1 or len(tasks) <= 1:
-        return rows + [_task(task) for task in tasks], left_out
-    # The order of the table is the order of the tasks, whichever ends first.
+        yield from map(_task, tasks)
+        return
     with concurrent.futures.ProcessPoolExecutor(min(jobs, len(tasks)), _context()) as pool:
-        return rows + list(pool.map(_task, tasks)), left_out
+        yield from pool.map(_task, tasks)
 
 
 def _context() -> Any:
@@ -264,48 +270,64 @@ def _context() -> Any:
     return multiprocessing.get_context("fork" if fork else "spawn")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in columns, and below them the reasons of those that failed."""
-    header = [
-        *("kernel", "case", "arch", "regs", "stack", "shared KiB", "tensor cores"),
-        *("16 B loads", "16 B stores", "verdict"),
+_HEADER = (
+    *("kernel", "case", "arch", "regs", "stack", "shared KiB", "tensor cores"),
+    *("16 B loads", "16 B stores", "verdict"),
+)
+_NUMBERS = {3, 4, 5, 7, 8}
+
+
+def widths(rows: Sequence[Row], tasks: Sequence[Task]) -> list[int]:
+    """Of the table's columns, before anything is compiled: names are known, numbers are short."""
+    cases = {name: _cases(_load(name)) for name in {name for name, _, _ in tasks}}
+    named = [
+        Row(name, cases[name][index].kernel.__name__, cases[name][index].name, arch)
+        for name, index, arch in tasks
     ]
-    lines = [header]
-    for row in rows:
-        known = row.registers is not None
-        cores = " ".join(f"{name}x{count}" for name, count in sorted(row.tensor_core.items()))
-        lines.append(
-            [
-                f"{row.module}.{row.kernel}" if row.kernel else row.module,
-                row.case,
-                f"sm_{row.arch}" if row.arch else "-",
-                str(row.registers) if known else "-",
-                str(row.stack) if known else "-",
-                f"{row.shared / 1024:.1f}" if row.shared is not None else "-",
-                cores or "-",
-                str(row.wide_loads) if known else "-",
-                str(row.wide_stores) if known else "-",
-                "FAILED" if row.problems else "ok",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    numbers = {3, 4, 5, 7, 8}
-    text = [
-        "  ".join(
-            cell.rjust(widths[i]) if i in numbers else cell.ljust(widths[i])
-            for i, cell in enumerate(line)
-        ).rstrip()
-        for line in lines
+    lines = [_HEADER, *(_cells(row) for row in (*rows, *named))]
+    found = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    found[6] = max(found[6], len("UTCHMMAx999"))
+    return found
+
+
+def line(cells: Sequence[str], columns: Sequence[int]) -> str:
+    """One line of the table."""
+    return "  ".join(
+        cell.rjust(columns[i]) if i in _NUMBERS else cell.ljust(columns[i])
+        for i, cell in enumerate(cells)
+    ).rstrip()
+
+
+def _cells(row: Row) -> list[str]:
+    known = row.registers is not None
+    cores = " ".join(f"{name}x{count}" for name, count in sorted(row.tensor_core.items()))
+    return [
+        f"{row.module}.{row.kernel}" if row.kernel else row.module,
+        row.case,
+        f"sm_{row.arch}" if row.arch else "-",
+        str(row.registers) if known else "-",
+        str(row.stack) if known else "-",
+        f"{row.shared / 1024:.1f}" if row.shared is not None else "-",
+        cores or "-",
+        str(row.wide_loads) if known else "-",
+        str(row.wide_stores) if known else "-",
+        "FAILED" if row.problems else "ok",
     ]
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The reasons of those that failed, and how many they are."""
     failed = [row for row in rows if row.problems]
-    for row in failed:
-        where = f"{row.module}.{row.kernel} [{row.case}] sm_{row.arch}"
-        text += [f"FAILED {where}: {problem}" for problem in row.problems]
+    text = [
+        f"FAILED {row.module}.{row.kernel} [{row.case}] sm_{row.arch}: {problem}"
+        for row in failed
+        for problem in row.problems
+    ]
     return "\n".join([*text, f"{len(rows)} rows, {len(failed)} failed"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is well; 1: something failed; 2: nothing could be checked."""
+    """0: all is well; 1: something failed; 2: nothing could be checked; 130: interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m ucan_fast.kernels.aot",
         description="Compile every kernel for every architecture it ships for; no GPU is needed.",
@@ -349,23 +371,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     import triton
 
     start = time.perf_counter()
-    rows, left_out = check_all(args.only, args.arch, args.jobs, args.case, args.cover)
-    if not rows:
+    rows, tasks, left_out = planned(args.only, args.arch, args.case, args.cover)
+    if not rows and not tasks:
         print("error: no case has that name and architecture", file=sys.stderr)
         return 2
-    seconds = time.perf_counter() - start
-    print(table(rows))
+    wanted = len(rows) + len(tasks)
+    columns = widths(rows, tasks)
+    for cells in (_HEADER, *map(_cells, rows)):
+        print(line(cells, columns), flush=True)
+    interrupted = False
+    try:
+        for row in compiled(tasks, args.jobs):
+            rows.append(row)
+            print(line(_cells(row), columns), flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        # In any case: what was compiled until then need not be compiled again.
+        if args.json:
+            document = {
+                "triton": triton.__version__,
+                "left_out": left_out,
+                "missing": wanted - len(rows),
+                "rows": [asdict(row) for row in rows],
+            }
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1)
+    print(summary(rows))
     if left_out:
         print(f"{left_out} more rows without --cover")
-    print(f"Triton {triton.__version__}, {seconds:.0f} s")
-    if args.json:
-        document = {
-            "triton": triton.__version__,
-            "left_out": left_out,
-            "rows": [asdict(row) for row in rows],
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
+    print(f"Triton {triton.__version__}, {time.perf_counter() - start:.0f} s")
+    if interrupted:
+        print(f"error: interrupted; {wanted - len(rows)} rows are missing", file=sys.stderr)
+        return 130
     return int(any(row.problems for row in rows))
 
 

@@ -48,7 +48,7 @@ def hook_sums(
     """``{layer: {site: (count [2], abs [2, n], sq [2, n])}}``, fp64.
 
     ``context`` surrounds the model's calls (for autocast). The model is copied, and the copy is
-    accelerated if asked for.
+    accelerated if asked for. It runs where the model is; what it did is summed on the CPU.
     """
     model = copy.deepcopy(model).eval()
     if accelerated:
@@ -59,18 +59,18 @@ def hook_sums(
     outputs: dict[str, list] = {}
 
     def keep_a(name):
-        return lambda _m, args, z: seen[name].append((args[0].clone(), z.clone()))
+        return lambda _m, args, z: seen[name].append((on_cpu(args[0]), on_cpu(z)))
 
     def keep_x(name, module):
         def keep(_m, args, _y):
             a = module.lora_A[adapter]
             x = args[0].to(a.weight.dtype, copy=True)
-            seen[name].append((x, a(x)))
+            seen[name].append((on_cpu(x), on_cpu(a(x))))
 
         return keep
 
     def keep_y(name):
-        return lambda _m, args, y: outputs[name].append(y.clone())
+        return lambda _m, args, y: outputs[name].append(on_cpu(y))
 
     modules = {}
     for name, module in model.named_modules():
@@ -88,7 +88,8 @@ def hook_sums(
         for name in modules:
             seen[name].clear()
             outputs[name].clear()
-        inputs = {key: value for key, value in batch.items() if key not in OURS}
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in batch.items() if key not in OURS}
         if "decoder_input_ids" in inputs:
             inputs.pop("labels", None)
         with torch.no_grad(), context():
@@ -101,9 +102,9 @@ def hook_sums(
         if "decoder_input_ids" in batch or "decoder_token_groups" in batch:
             groups["decoder"] = effective_groups(batch, "decoder_", default)
         elif role is role_in_t5:
-            groups["decoder"] = torch.where(batch["labels"] != -100, default, -1)
+            groups["decoder"] = torch.where(batch["labels"].cpu() != -100, default, -1)
         for name, module in modules.items():
-            b = module.lora_B[adapter].weight.detach().double()
+            b = module.lora_B[adapter].weight.detach().cpu().double()
             scaling = module.scaling[adapter]
             here = groups[role(name)].reshape(-1)
             assert seen[name], f"{name} never ran"
@@ -127,6 +128,11 @@ def hook_sums(
     }
 
 
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy there, since what was seen may be overwritten."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def sums(h: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """count [2], Σ|h| [2, n], Σh² [2, n] of one activation, group by group."""
     rows = h.reshape(-1, h.shape[-1]).double()
@@ -139,7 +145,11 @@ def sums(h: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def effective_groups(batch: dict, prefix: str = "", default: int = 1) -> torch.Tensor:
-    """token_groups, or the default where there are none; -1 in the padding whatever they say."""
+    """token_groups, or the default where there are none; -1 in the padding whatever they say.
+
+    On the CPU, wherever the batch is.
+    """
+    batch = {key: value.cpu() for key, value in batch.items()}
     ids = batch[f"{prefix}input_ids"]
     groups = batch.get(f"{prefix}token_groups")
     groups = torch.full_like(ids, default) if groups is None else groups.clone()

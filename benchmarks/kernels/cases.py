@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..costs import LoraCost
-from ..measure import Candidate, Inputs, Profile, Result, Skipped, case_name, measure
+from ..measure import (
+    Candidate,
+    CandidateFailed,
+    Inputs,
+    Profile,
+    Result,
+    Skipped,
+    case_name,
+    measure,
+)
 from ..shapes import LLAMA_2_7B, LLAMA_32_1B, MODELS, RANKS, SMOLLM2_135M, TOKENS, Model
 
 #: Largest product that is timed on a CPU: half a second or so on two cores.
@@ -171,7 +180,12 @@ class Bench:
     check_inputs: Callable[[int], Inputs] | None = None
     obstacle: str | None = None
     obstacles: Mapping[str, str] = field(default_factory=dict)
-    _outcome: list[Result] | Exception | None = field(default=None, repr=False)
+    _outcome: list[Result] | Exception | None = field(default=None, init=False, repr=False)
+    _failures: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def narrowed(self, names: Collection[str]) -> Bench:
+        """The same with these candidates only."""
+        return replace(self, candidates=[one for one in self.candidates if one.name in names])
 
     @property
     def case(self) -> str:
@@ -187,7 +201,8 @@ class Bench:
         """The candidate's times: the first one asked for measures them all, side by side.
 
         Raises:
-            CheckFailed: one of the candidates is wrong; the same for every one of the case.
+            CandidateFailed: this one is wrong or broke down.
+            CheckFailed: the baseline is wrong; the same for every one of the case.
         """
         if self._outcome is None:
             # Compiled code is found by code object and shapes, not by hooks: a layer with hooks
@@ -210,6 +225,7 @@ class Bench:
                         tolerances=self.tolerances,
                         check_inputs=self.check_inputs,
                         profile=profile,
+                        failures=self._failures,
                     )
             except Exception as error:
                 # Its frames hold the tensors of the case, and it is kept to the end.
@@ -217,4 +233,6 @@ class Bench:
                 self._outcome = error
         if isinstance(self._outcome, Exception):
             raise self._outcome
+        if candidate in self._failures:
+            raise CandidateFailed(self._failures[candidate])
         return next(result for result in self._outcome if result.name == candidate)

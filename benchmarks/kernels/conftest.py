@@ -25,6 +25,7 @@ from benchmarks.measure import (
     Result,
     Skipped,
     chosen_profile,
+    described,
     output_path,
     table,
     write_results,
@@ -50,7 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = benchmark_device()
     benches = suite.benches(metafunc.config.stash[_PROFILE], device)
     if metafunc.config.option.targets:
-        benches = [bench for bench in benches if targets.asks_for(bench, device.type)]
+        asked = [(bench, targets.asked_of(bench, device.type)) for bench in benches]
+        benches = [bench.narrowed(names) for bench, names in asked if names]
     chosen = [(bench, candidate.name) for bench in benches for candidate in bench.candidates]
     ids = [_slug(f"{bench.group} {bench.case} {name}") for bench, name in chosen]
     metafunc.parametrize("timed", chosen, ids=ids, indirect=True)
@@ -64,7 +66,13 @@ def timed(request: pytest.FixtureRequest) -> Result:
     if skipped := bench.skipped(name):
         stash[_SKIPPED].append(skipped)
         pytest.skip(skipped.reason)
-    result = bench.result(name, stash[_PROFILE])
+    try:
+        result = bench.result(name, stash[_PROFILE])
+    except Exception as error:
+        # Into the file and the table; the failed test is the exit status.
+        failure = Skipped(bench.group, bench.case, name, described(error), failed=True)
+        stash[_SKIPPED].append(failure)
+        raise
     stash[_RESULTS].append(result)
     if request.config.pluginmanager.hasplugin("benchmark"):
         _hand_over(request, result)

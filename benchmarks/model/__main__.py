@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 import transformers
 
 from ..measure import (
-    CheckFailed,
     Profile,
     Result,
     Skipped,
     chosen_profile,
+    described,
     output_path,
     table,
     write_results,
@@ -26,6 +27,7 @@ from . import deletion, passes, scaling
 from .slopes import slope_table
 from .timing import PROFILES
 
+#: Each gives its results and what it skipped case by case.
 GROUPS = {"collect": passes.run, "deletion": deletion.run, "scaling": scaling.run}
 
 
@@ -58,7 +60,7 @@ def _groups(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen groups; 1 where a candidate computed something else, 130 if interrupted."""
+    """Run the chosen groups; 1 where a candidate was wrong or broke down, 130 if interrupted."""
     options = parse(arguments)
     profile = PROFILES[chosen_profile(options.profile).name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,29 +69,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     results: list[Result] = []
     skipped: list[Skipped] = []
+    status = 1
+    try:
+        status = _measure(options.only, profile, device, results, skipped)
+    finally:
+        # What was measured before something ended the run is kept.
+        if results or status == 0:
+            path = options.json or output_path("model", save=options.save, profile=profile)
+            write_results(
+                path, results, command=_command(options, profile), skipped=skipped, profile=profile
+            )
+            print(f"written: {os.path.relpath(path)}")
+    return status
+
+
+def _measure(
+    groups: Sequence[str],
+    profile: Profile,
+    device: torch.device,
+    results: list[Result],
+    skipped: list[Skipped],
+) -> int:
+    # Prints each case when it is done. A group that breaks down costs its own cases only.
     status = 0
-    for name in options.only:
+    for name in groups:
         try:
-            measured, left_out = GROUPS[name](profile, device)
+            for measured, left_out in GROUPS[name](profile, device):
+                results += measured
+                skipped += left_out
+                shown = [table(measured, left_out), slope_table(measured)]
+                print("\n".join(filter(None, shown)), flush=True)
+                if any(one.failed for one in left_out):
+                    status = 1
         except KeyboardInterrupt:
             print(f"error: interrupted in {name}; what came before is kept", file=sys.stderr)
-            status = 130
-            break
-        except CheckFailed as failure:
-            print(f"error: {failure}", file=sys.stderr)
-            return 1
-        print(
-            "\n".join(filter(None, [table(measured, left_out), slope_table(measured)])), flush=True
-        )
-        results += measured
-        skipped += left_out
-    if status and not results:
-        return status
-    path = options.json or output_path("model", save=options.save, profile=profile)
-    write_results(
-        path, results, command=_command(options, profile), skipped=skipped, profile=profile
-    )
-    print(f"written: {os.path.relpath(path)}")
+            return 130
+        except Exception as error:
+            traceback.print_exc()
+            print(f"error: {name}: {described(error)}", file=sys.stderr)
+            status = 1
     return status
 
 

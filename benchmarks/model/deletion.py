@@ -8,7 +8,7 @@ are given what makes them faster: no gradient clipping, no schedule, no evaluati
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ class Task:
     slice: list[Batch] = field(default_factory=list)
 
 
-def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skipped]]:
+def run(profile: Profile, device: torch.device) -> Iterator[tuple[list[Result], list[Skipped]]]:
     """One user and 1 % of the users, on the demo's model and data."""
     shapes = {
         request: {"model": demo.NAME, "blocks": 4, "rank": 16, "request": request}
@@ -88,21 +88,23 @@ def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skip
     try:
         data = demo.load_demo()
     except Unavailable as reason:
-        return [], [
-            Skipped(GROUP, case_name(shape, "float32", "float32"), name, str(reason))
-            for shape in shapes.values()
-            for name in CANDIDATES
-        ]
+        yield (
+            [],
+            [
+                Skipped(GROUP, case_name(shape, "float32", "float32"), name, str(reason))
+                for shape in shapes.values()
+                for name in CANDIDATES
+            ],
+        )
+        return
     model = data.model(device)
-    results = []
     for request, shape in shapes.items():
         users = data.data.tuned_users
         count = 1 if request == "one user" else max(1, round(len(users) / 100))
         task = demo_task(data, count, device, slices=2 if profile.name == "quick" else 0)
         shape |= {"forget_tokens": attended_tokens(task.forget), "users": len(users)}
         measured = measure_task(model, task, GROUP, shape, device, profile)
-        results += [*measured, *against_forward(measured)]
-    return results, []
+        yield [*measured, *against_forward(measured)], []
 
 
 def against_forward(results: Sequence[Result]) -> list[Result]:

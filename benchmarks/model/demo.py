@@ -87,12 +87,21 @@ def load_demo() -> Demo:
     Raises:
         Unavailable: the data cannot be had, or the example not be imported.
     """
+    found = _found()
+    if isinstance(found, str):
+        raise Unavailable(f"ml-100k as in examples/movielens.py: {found}")
+    return found
+
+
+@functools.cache
+def _found() -> Demo | str:
+    # The demo, or why there is none: asked once, since two groups need it and a fetch can be slow.
     try:
         movielens = example()
         recipe = movielens.Recipe()
         return Demo(recipe, movielens.load_data(recipe, None, cache_folder()))
     except (UcanError, ImportError) as error:
-        raise Unavailable(f"ml-100k as in examples/movielens.py: {error}") from error
+        return str(error)
 
 
 @functools.cache

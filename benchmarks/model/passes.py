@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import PeftModel
 import ucan_fast as uf
 
 from .. import peers
-from ..measure import CheckFailed, Profile, Result, Skipped, case_name
+from ..measure import CheckFailed, Profile, Result, Skipped, case_name, described
 from ..shapes import LLAMA_2_7B, SMOLLM2_135M
 from . import demo
 from .models import (
@@ -64,27 +65,28 @@ class Case:
     make: Callable[[], tuple[PeftModel, Callable[[int], list[Batch]]]]
     exact: bool
 
-    def skipped(self, reason: str) -> list[Skipped]:
+    def skipped(self, reason: str, *, failed: bool = False) -> list[Skipped]:
         """Every candidate, with the reason."""
         where = case_name(self.shape, self.dtype, self.adapter_dtype)
-        return [Skipped(GROUP, where, name, reason) for name in CANDIDATES]
+        return [Skipped(GROUP, where, name, reason, failed) for name in CANDIDATES]
 
 
-def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skipped]]:
-    """Every case of the profile."""
-    results: list[Result] = []
-    skipped: list[Skipped] = []
+def run(profile: Profile, device: torch.device) -> Iterator[tuple[list[Result], list[Skipped]]]:
+    """Every case of the profile, one after another; one that breaks down leaves the others be."""
     for case in cases(profile, device):
         try:
             model, batches = case.make()
+            yield measure_case(case, model, batches, device, profile), []
         except Unavailable as reason:
-            skipped += case.skipped(str(reason))
-            continue
-        results += measure_case(case, model, batches, device, profile)
-        del model
+            yield [], case.skipped(str(reason))
+        except Exception as error:
+            traceback.print_exc()
+            # Its frames hold a model and its batches.
+            traceback.clear_frames(error.__traceback__)
+            yield [], case.skipped(described(error), failed=True)
+        model = batches = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return results, skipped
 
 
 def measure_case(

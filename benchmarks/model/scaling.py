@@ -8,6 +8,7 @@ four points each; ``quick`` leaves |D| and the rank out.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +86,14 @@ def sweeps(profile: Profile, kind: str) -> dict[str, list[Size]]:
     return chosen
 
 
-def run(profile: Profile, device: torch.device) -> tuple[list[Result], list[Skipped]]:
+def run(profile: Profile, device: torch.device) -> Iterator[tuple[list[Result], list[Skipped]]]:
     """Every sweep of the profile; the slope is in every result's ``extra``."""
     # Less for a point than for a case of its own: the line is through four of them.
     profile = dataclasses.replace(profile, seconds=profile.seconds / 2)
-    results: list[Result] = []
     for along, points in sweeps(profile, device.type).items():
         swept = [r for point in points for r in measure_point(point, along, device, profile)]
         attach_slopes(swept, along)
-        results += [*swept, *against_forward(swept)]
-    return results, []
+        yield [*swept, *against_forward(swept)], []
 
 
 def measure_point(size: Size, along: str, device: torch.device, profile: Profile) -> list[Result]:

@@ -65,9 +65,63 @@ def test_every_candidate_gets_a_time_per_round():
     ],
 )
 def test_a_wrong_result_raises_by_name_and_nothing_is_timed(wrong, monkeypatch):
-    monkeypatch.setattr(m, "_samplers", lambda *_: pytest.fail("timed after a red check"))
+    monkeypatch.setattr(m, "_warm", lambda *_: pytest.fail("timed after a red check"))
     with pytest.raises(m.CheckFailed, match=r"g: tiny tokens=8 float32.*'mine'|cannot be checked"):
         _measure(_candidate("torch"), _candidate("mine", wrong))
+
+
+def _breaks(after: int):
+    """Right at first; breaks down in call number ``after``."""
+    calls: list[int] = []
+
+    def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError("out of registers\nand a stack of frames")
+        return x @ w
+
+    return product
+
+
+def test_a_wrong_or_failing_candidate_loses_its_own_row_only():
+    failures: dict[str, str] = {}
+
+    def no_reference(x, w):
+        raise OSError("no such thing")
+
+    results = _measure(
+        _candidate("torch"),
+        _candidate("wrong", lambda x, w: x @ w * 1.01),
+        _candidate("breaks", _breaks(0)),
+        _candidate("breaks later", _breaks(1)),
+        _candidate("floor", lambda x, w: x, reference=no_reference),
+        _candidate("mine"),
+        failures=failures,
+    )
+    assert [r.name for r in results] == ["torch", "mine"]
+    assert len(results[0].seconds) == len(results[1].seconds) >= 3
+    assert list(failures) == ["floor", "wrong", "breaks", "breaks later"]
+    assert "'wrong' is wrong: relative error 0.01" in failures["wrong"]
+    assert failures["breaks"] == failures["breaks later"] == "RuntimeError: out of registers"
+    assert failures["floor"] == "OSError: no such thing"
+
+
+def test_a_wrong_baseline_costs_the_case():
+    failures: dict[str, str] = {}
+    with pytest.raises(m.CheckFailed, match="'torch' is wrong"):
+        _measure(_candidate("torch", lambda x, w: x @ w * 2), _candidate("mine"), failures=failures)
+    with pytest.raises(RuntimeError, match="out of registers"):
+        _measure(_candidate("torch", _breaks(1)), _candidate("mine"), failures=failures)
+    assert not failures
+
+
+def test_launches_that_cannot_be_counted_cost_no_times(monkeypatch):
+    def refused(call):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nmore")
+
+    monkeypatch.setattr(m, "count_launches", refused)
+    reason = "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"
+    assert m._launches(lambda: None) == {"launches_reason": reason}
 
 
 @pytest.mark.parametrize("size", [1 << 10, 1 << 14])
@@ -276,8 +330,9 @@ def test_shared_storage_is_counted_once():
 def test_the_table_keeps_rows_that_lose():
     text = m.table(
         [_result("torch", [1.0, 1.0]), _result("mine", [2.0, 2.0])],
-        [m.Skipped("g", "c", "peer", "why")],
+        [m.Skipped("g", "c", "peer", "why"), m.Skipped("g", "c", "bad", "it broke", failed=True)],
     )
+    assert "FAILED: g: c: bad: it broke" in text
     assert "mine" in text
     assert "0.50x" in text
     assert "skipped: g: c: peer: why" in text
@@ -291,22 +346,22 @@ def test_on_cuda_a_case_is_timed_in_one_way(monkeypatch):
     monkeypatch.setattr(m, "_capture", lambda calls: None)
     one, other = m.Candidate("a", lambda x: lambda: x), m.Candidate("b", lambda x: lambda: x)
     syncs = m.Candidate("syncs", lambda x: lambda: x, capturable=False)
-    sets = [(1,), (2,)]
-    assert m._samplers([one, other], sets, cuda) == ([2, 2], {"timing": "graph"})
+    calls = [[lambda: 1, lambda: 2]] * 2
+    assert m._samplers([one, other], calls, cuda) == ([2, 2], {"timing": "graph"})
     waited: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append(1))
-    (sample, _), how = m._samplers([one, other], sets, cuda, wall=True)
+    (sample, _), how = m._samplers([one, other], calls, cuda, wall=True)
     assert how == {"timing": "wall"}
     waited.clear()
     assert sample(3) > 0
     # Before the clock starts and before it is read again.
     assert len(waited) == 2
     how = {"timing": "events", "not_captured": "syncs"}
-    assert m._samplers([one, syncs], sets, cuda) == ([2, 2], how)
+    assert m._samplers([one, syncs], calls, cuda) == ([2, 2], how)
 
     def refuse(calls):
         raise RuntimeError("operation not permitted\nwhen capturing")
 
     monkeypatch.setattr(m, "_capture", refuse)
     how = {"timing": "events", "not_captured": "a: operation not permitted"}
-    assert m._samplers([one, other], sets, cuda) == ([2, 2], how)
+    assert m._samplers([one, other], calls, cuda) == ([2, 2], how)

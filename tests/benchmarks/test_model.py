@@ -369,12 +369,23 @@ def test_slices_are_taken_evenly():
 # What cannot run
 
 
-def test_without_the_data_every_demo_row_is_skipped_with_the_reason(monkeypatch):
+@pytest.fixture
+def no_data(monkeypatch) -> list[int]:
+    """How often the data were asked for, in vain."""
+    asked: list[int] = []
+
     def absent(*_arguments, **_options):
+        asked.append(1)
         raise uf.UcanError("no copy can be had")
 
     monkeypatch.setattr(demo.example(), "load_data", absent)
-    results, skipped = deletion.run(FAST, CPU)
+    demo._found.cache_clear()
+    yield asked
+    demo._found.cache_clear()
+
+
+def test_without_the_data_every_demo_row_is_skipped_with_the_reason(monkeypatch, no_data):
+    ((results, skipped),) = deletion.run(FAST, CPU)
     assert not results
     assert {s.candidate for s in skipped} == set(deletion.CANDIDATES)
     assert {("one user" in s.case, "1 % of users" in s.case) for s in skipped} == {
@@ -383,10 +394,30 @@ def test_without_the_data_every_demo_row_is_skipped_with_the_reason(monkeypatch)
     }
     assert all("ml-100k" in s.reason and "no copy can be had" in s.reason for s in skipped)
     monkeypatch.setattr(passes, "cases", lambda *_: [passes._demo_case(CPU, 5)])
-    results, skipped = passes.run(FAST, CPU)
+    ((results, skipped),) = passes.run(FAST, CPU)
     assert not results
     assert [s.candidate for s in skipped] == list(passes.CANDIDATES)
     assert all("no copy can be had" in s.reason for s in skipped)
+    assert not any(s.failed for s in skipped)
+    # A fetch that fails may take its time: it is tried once.
+    assert len(no_data) == 1
+
+
+def test_a_case_that_breaks_down_leaves_the_others_be(monkeypatch):
+    def broken():
+        raise MemoryError("not enough of it")
+
+    good = passes._random_case(models.Base(TINY, 1), CPU, 2, LENGTH)
+    bad = dataclasses.replace(
+        passes._random_case(models.Base(TINY, 2), CPU, 2, LENGTH), make=broken
+    )
+    monkeypatch.setattr(passes, "cases", lambda *_: [bad, good])
+    monkeypatch.setattr(passes, "measure_case", lambda case, *_: [case])
+    (nothing, failures), (results, none) = passes.run(FAST, CPU)
+    assert (nothing, results, none) == ([], [good], [])
+    assert [s.candidate for s in failures] == list(passes.CANDIDATES)
+    assert all(s.failed and s.reason == "MemoryError: not enough of it" for s in failures)
+    assert all("blocks=2" in s.case for s in failures)
 
 
 def test_nf4_without_bitsandbytes_is_skipped_with_the_reason(monkeypatch):
@@ -394,7 +425,7 @@ def test_nf4_without_bitsandbytes_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setitem(importlib.import_module("sys").modules, "bitsandbytes.nn", None)
     case = passes._random_case(base, CPU, 4, LENGTH)
     monkeypatch.setattr(passes, "cases", lambda *_: [case])
-    results, skipped = passes.run(FAST, CPU)
+    ((results, skipped),) = passes.run(FAST, CPU)
     assert not results
     assert "NF4" in skipped[0].case
     assert all("bitsandbytes, which is not installed" in s.reason for s in skipped)

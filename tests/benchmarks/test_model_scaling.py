@@ -93,7 +93,7 @@ def test_a_sweep_from_end_to_end(monkeypatch):
     points = [tiny, *(scaling.dataclasses.replace(tiny, blocks=b) for b in (2, 3, 4))]
     monkeypatch.setattr(scaling, "sweeps", lambda *_: {"blocks": points})
     profile = m.Profile("quick", rounds=1, seconds=0.0, min_sample=0.0, min_rounds=1)
-    results, skipped = scaling.run(profile, CPU)
+    ((results, skipped),) = scaling.run(profile, CPU)
     assert not skipped
     swept = [r for r in results if r.group == "scaling"]
     assert len(swept) == 4 * len(scaling.CANDIDATES)
@@ -181,8 +181,8 @@ def test_the_file_holds_results_skips_and_how_to_run_it_again(monkeypatch, tmp_p
     skip = m.Skipped("deletion", "a case", "ucan_fast, bank", "no data")
     swept = [_result(x, [float(x)]) for x in (1, 2, 4, 8)]
     attach_slopes(swept, "blocks")
-    monkeypatch.setitem(command.GROUPS, "scaling", lambda *_: (swept, []))
-    monkeypatch.setitem(command.GROUPS, "deletion", lambda *_: ([], [skip]))
+    monkeypatch.setitem(command.GROUPS, "scaling", lambda *_: [(swept, [])])
+    monkeypatch.setitem(command.GROUPS, "deletion", lambda *_: [([], [skip])])
     path = tmp_path / "model.json"
     arguments = ["--profile", "quick", "--only", "deletion,scaling", "--json", str(path)]
     assert command.main(arguments) == 0
@@ -200,18 +200,46 @@ def test_the_file_holds_results_skips_and_how_to_run_it_again(monkeypatch, tmp_p
 
 def test_an_interrupted_run_keeps_what_came_before(monkeypatch, tmp_path, capsys):
     def interrupted(*_):
+        yield [_result(2, [1.0])], []
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(command.GROUPS, "collect", lambda *_: ([_result(1, [1.0])], []))
+    monkeypatch.setitem(command.GROUPS, "collect", lambda *_: [([_result(1, [1.0])], [])])
     monkeypatch.setitem(command.GROUPS, "deletion", interrupted)
     monkeypatch.setitem(command.GROUPS, "scaling", lambda *_: pytest.fail("went on"))
     path = tmp_path / "model.json"
     assert command.main(["--json", str(path)]) == 130
-    assert len(m.read_results(path)["results"]) == 1
-    assert "interrupted in deletion" in capsys.readouterr().err
+    # The case of the group that was done, too, and it was printed.
+    assert len(m.read_results(path)["results"]) == 2
+    said = capsys.readouterr()
+    assert "interrupted in deletion" in said.err
+    assert "blocks=2" in said.out
     path.unlink()
+
+    def at_once(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.GROUPS, "deletion", at_once)
     assert command.main(["--only", "deletion", "--json", str(path)]) == 130
     assert not path.exists()
+
+
+def test_a_group_that_breaks_down_costs_its_own_cases_only(monkeypatch, tmp_path, capsys):
+    def broken(*_):
+        yield [_result(2, [1.0])], []
+        raise m.CheckFailed("'ucan_fast' is wrong")
+
+    monkeypatch.setitem(command.GROUPS, "collect", lambda *_: [([_result(1, [1.0])], [])])
+    monkeypatch.setitem(command.GROUPS, "deletion", broken)
+    monkeypatch.setitem(command.GROUPS, "scaling", lambda *_: [([_result(4, [1.0])], [])])
+    path = tmp_path / "model.json"
+    assert command.main(["--json", str(path)]) == 1
+    assert len(m.read_results(path)["results"]) == 3
+    assert "error: deletion: 'ucan_fast' is wrong" in capsys.readouterr().err
+    failure = m.Skipped("collect", "a case", "ucan_fast", "OSError: no", failed=True)
+    monkeypatch.setitem(command.GROUPS, "collect", lambda *_: [([_result(1, [1.0])], [failure])])
+    assert command.main(["--only", "collect", "--json", str(path)]) == 1
+    assert "FAILED: collect: a case: ucan_fast: OSError: no" in capsys.readouterr().out
+    assert m.read_results(path)["skipped"] == [vars(failure)]
 
 
 def test_a_red_check_writes_nothing(monkeypatch, tmp_path, capsys):

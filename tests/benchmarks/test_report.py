@@ -59,7 +59,10 @@ def _write(folder, **changes) -> None:
         case("deletion", one_user, DELETION),
         case("scores", {"layers": 3}, {"loop": [1.0] * 3, "ucan_fast": [4.0] * 3}),
         *_scaling(),
-        skipped=[m.Skipped("scores", f"case {i}", "other", "not here") for i in (1, 2)],
+        skipped=[
+            *(m.Skipped("scores", f"case {i}", "other", "not here") for i in (1, 2)),
+            m.Skipped("scores", "case 1", "wrong", "is wrong", failed=True),
+        ],
         **changes,
     )
 
@@ -141,6 +144,7 @@ def test_details_hold_every_row_and_every_reason(root):
         assert f"| {row['candidate']}" in text
         assert row["case"] in text
     assert "- scores: other: not here (2 cases)" in text
+    assert "- scores: wrong: failed: is wrong" in text
     assert "| 1,234 |" in text
     # Predicted 0.5 s, measured 1 s.
     assert "| ucan_fast | 1 s | 3.00x [3.00, 3.00] | 500 ms | 2.00 |" in text

@@ -90,6 +90,9 @@ def test_launches_are_those_whose_names_match(tmp_path):
     uncounted = document(tmp_path / "b.json", case("g", SHAPE, {"mine": [1.0]}))
     assert "not counted" in _judge(ours, uncounted).note
     assert _judge(ours, uncounted).result == "FAIL"
+    extra = {"launches_reason": "RuntimeError: no profiler"}
+    refused = document(tmp_path / "c.json", case("g", SHAPE, {"mine": [1.0]}, extra=extra))
+    assert _judge(ours, refused).note == "not measured: RuntimeError: no profiler"
 
 
 def test_a_missing_case_fails_only_on_the_device_it_is_for(tmp_path):
@@ -123,6 +126,15 @@ def test_a_skipped_candidate_says_why(tmp_path):
     assert _judge(_target(), older, found).result == "skipped"
     other = _target(candidate="peer", against="mine")
     assert _judge(other, found).note == "mine: no TMA here"
+
+
+def test_a_candidate_that_broke_down_is_no_skip(tmp_path):
+    name = m.case_name(SHAPE, "float32")
+    failure = m.Skipped("g", name, "mine", "'mine' is wrong", failed=True)
+    found = document(tmp_path / "a.json", case("g", SHAPE, {"peer": [2.0]}), skipped=[failure])
+    row = _judge(_target(), found)
+    assert (row.result, row.note) == ("FAIL", "'mine' is wrong")
+    assert t.failed([row]) == [row]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +256,26 @@ def test_every_gpu_target_is_a_case_of_the_suite_with_its_candidates():
         if target.figure == "bandwidth":
             (one,) = [c for c in mine[0].candidates if c.name == target.candidate]
             assert one.bytes
+
+
+def test_only_what_targets_name_is_asked_of_a_case():
+    asked = {
+        (bench.group, bench.adapter_dtype): t.asked_of(bench, "cuda")
+        for bench in suite.target_benches("cuda")
+    }
+    # No target names the peer, but it is the baseline that rows are written against.
+    peer = "peft + hooks, mask matmul"
+    assert asked["linear_moments", "float32"] == {
+        *(peer, "base layer alone"),
+        *("ucan_fast", "ucan_fast, no moments", "ucan_fast, fused_linear"),
+    }
+    assert asked["linear_moments", "bfloat16"] == {peer, "peft, no moments", "ucan_fast"}
+    assert asked["attenuate", ""] == {"mul_ loop", "ucan_fast"}
+    bench = next(one for one in suite.target_benches("cuda") if one.group == "attenuate")
+    narrowed = bench.narrowed(asked["attenuate", ""])
+    assert [one.name for one in narrowed.candidates] == ["mul_ loop", "ucan_fast"]
+    assert len(bench.candidates) > 2
+    assert not t.asked_of(bench, "cpu")
 
 
 def test_the_whole_passes_have_the_candidates_that_targets_name():

@@ -168,6 +168,33 @@ def test_selection_by_name_case_and_architecture(tmp_path):
     assert "no case has that name" in result.stderr
 
 
+def test_an_interrupted_run_keeps_the_rows_that_it_has(tmp_path):
+    """The second case interrupts, as Ctrl-C or a time limit would."""
+    code = """
+import sys
+from ucan_fast.kernels import aot
+check, seen = aot.check, []
+def interrupted(*case):
+    seen.append(case)
+    if len(seen) == 2:
+        raise KeyboardInterrupt
+    return check(*case)
+aot.check = interrupted
+sys.exit(aot.main())
+"""
+    file = tmp_path / "gate.json"
+    wanted = ("--only", "common", "--arch", "90", "--jobs", "1", "--json", str(file))
+    result = gate(*wanted, code=code)
+    assert result.returncode == 130, result.stdout + result.stderr
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == 1
+    assert found["missing"] >= 1
+    assert f"interrupted; {found['missing']} rows are missing" in result.stderr
+    assert "1 rows, 0 failed" in result.stdout
+    for row in found["rows"]:
+        assert f"{row['module']}.{row['kernel']}" in result.stdout
+
+
 def test_cover_leaves_out_only_what_repeats_pairs():
     def case(**constants):
         return SimpleNamespace(

@@ -305,12 +305,13 @@ def test_compile_cases_are_what_is_launched(monkeypatch):
         arguments = {name: data[name] for name in ("x", "weight", "z", "b")}
         if both:
             arguments |= {name: data[name] for name in ("bias", "lora_bias")}
+        totals = torch.zeros(2, 2, 16, dtype=torch.float64, device=DEVICE)
         fused_linear(
             **arguments,
             scaling=1.0,
             groups=data["groups"] if moments else None,
             only_group=None if both or not moments else 0,
-            delta_moments=torch.zeros(2, 2, 16, dtype=torch.float64) if moments else None,
+            delta_moments=totals if moments else None,
         )
         args, kwargs = launched.pop()
         given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -260,7 +260,7 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
                 accumulate_moments_(
                     h,
                     random_groups(10)[1:],
-                    torch.zeros(2, 2, h.shape[1], dtype=torch.float64),
+                    torch.zeros(2, 2, h.shape[1], dtype=torch.float64, device=DEVICE),
                     only,
                 )
                 (what,) = launches.taken()
