@@ -317,8 +317,38 @@ def test_a_preset_is_where_options_start_from(project, out):
     options = ["--preset", "thorough", "--influence-steps", "2", "--overwrite"]
     assert unlearn(project, out, *options)[0] == 0
     assert json.loads((out / REPORT).read_text())["config"] == json.loads(several.to_json())
+    options += ["--influence-batches", "1"]
+    assert unlearn(project, out, *options)[0] == 0
+    assert json.loads((out / REPORT).read_text())["config"]["influence_batches"] == 1
     # A file says everything: it and a preset exclude each other.
     assert unlearn(project, out, "--preset", "best", config="base/config.json")[0] == 2
+
+
+@pytest.mark.parametrize("name", cli.FIELDS)
+def test_every_option_that_names_a_field_sets_it(name):
+    """Of the configuration; by its default's name no value would be missed."""
+    values = {
+        "method": "influence",
+        "influence_variant": "diagonal",
+        "influence_steps": 3,
+        "influence_batches": 2,
+        "site": "mlp",
+        "contrast": "none",
+        "decay": "linear",
+        "fraction": 0.25,
+        "max_retain_loss_increase": 0.5,
+        "seed": 7,
+    }
+    needed = {
+        "influence_batches": ["--preset", "thorough"],
+        "influence_steps": ["--preset", "best"],
+    }
+    words = ["--base", "b", "--adapter", "a", "--forget", "f", "--retain", "r", "--out", "o"]
+    option = f"--{name.replace('_', '-')}"
+    arguments = cli._parser().parse_args(
+        ["unlearn", *words, *needed.get(name, []), option, str(values[name])]
+    )
+    assert getattr(cli._config(arguments), name) == values[name]
 
 
 def test_no_evaluate(project, out):

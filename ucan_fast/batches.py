@@ -13,6 +13,7 @@ from torch import nn
 
 from .adapter import base_config, base_model, module_device, named_modules, unwrap
 from .errors import UcanError, warn
+from .interrupts import finished
 
 FORGET, RETAIN, IGNORED = 0, 1, -1
 GROUPS = {"forget": FORGET, "retain": RETAIN}
@@ -59,12 +60,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [m for m in modules if m.training]
     try:
         # Not model.eval(): some modules override it, and the way back must be exact.
-        for module in training:
-            module.training = False
+        with finished():
+            for module in training:
+                module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        with finished():
+            for module in training:
+                module.training = True
 
 
 def group_index(group: str) -> int:

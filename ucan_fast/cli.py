@@ -22,6 +22,19 @@ DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
 ADAPTER_STATS = "ucan_statistics.safetensors"
 ADAPTER_PLAN = "ucan_plan.safetensors"
 MAX_LENGTH = 1024
+#: Fields of UcanConfig that are options of ``unlearn``, and what their words become.
+FIELDS = {
+    "method": str,
+    "influence_variant": str,
+    "influence_steps": int,
+    "influence_batches": int,
+    "site": str,
+    "contrast": str,
+    "decay": str,
+    "fraction": float,
+    "max_retain_loss_increase": float,
+    "seed": int,
+}
 # The options that name what a command reads.
 _INPUTS = (
     *("base", "adapter", "tokenizer", "forget", "retain", "data", "bank", "calibration"),
@@ -402,19 +415,8 @@ def _parser() -> argparse.ArgumentParser:
         "retain loss, one backward pass over the forget set. thorough: up to twelve such steps, "
         "each of which runs retain data as well",
     )
-    for name, kind in (
-        ("method", str),
-        ("influence-variant", str),
-        ("influence-steps", int),
-        ("influence-batches", int),
-        ("site", str),
-        ("contrast", str),
-        ("decay", str),
-        ("fraction", float),
-        ("max-retain-loss-increase", float),
-        ("seed", int),
-    ):
-        unlearn.add_argument(f"--{name}", type=kind, help=f"sets {name.replace('-', '_')}")
+    for name, kind in FIELDS.items():
+        unlearn.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"sets {name}")
     unlearn.add_argument("--strength", type=_strength, help="a number, or 'auto' (default)")
     unlearn.add_argument("--no-evaluate", action="store_true", help="skip metrics and controls")
     unlearn.add_argument(
@@ -647,17 +649,7 @@ def _config(arguments: argparse.Namespace) -> UcanConfig:
             raise UcanError(f"cannot read {arguments.config}: {error}") from error
         except UcanError as error:
             raise UcanError(f"{arguments.config}: {error}") from error
-    names = (
-        "method",
-        "influence_variant",
-        "influence_steps",
-        "site",
-        "contrast",
-        "decay",
-        "fraction",
-    )
-    names += ("max_retain_loss_increase", "seed", "strength")
-    changes = {n: getattr(arguments, n) for n in names}
+    changes = {name: getattr(arguments, name) for name in (*FIELDS, "strength")}
     return config.replace(**{n: value for n, value in changes.items() if value is not None})
 
 

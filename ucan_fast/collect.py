@@ -32,6 +32,7 @@ from .adapter import (
 )
 from .batches import Batch, eval_mode, group_index, read_batches
 from .errors import UcanError
+from .interrupts import finished
 from .marks import check_is_origin
 from .neurons import gated_mlps
 from .ops.backend import decide_once
@@ -177,18 +178,20 @@ class _Pass:
     def attached(self) -> Iterator[None]:
         handles = []
         try:
-            for recorder in self.recorders:
-                module = recorder.layer.module
-                if recorder.fused:
-                    _attach(module, recorder)
-                else:
-                    handles += recorder.hook()
+            with finished():
+                for recorder in self.recorders:
+                    module = recorder.layer.module
+                    if recorder.fused:
+                        _attach(module, recorder)
+                    else:
+                        handles += recorder.hook()
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            for recorder in self.recorders:
-                _detach(recorder.layer.module, recorder)
+            with finished():
+                for handle in handles:
+                    handle.remove()
+                for recorder in self.recorders:
+                    _detach(recorder.layer.module, recorder)
 
     def finish(self, group: str) -> ActivationStats:
         stats = ActivationStats()

@@ -36,6 +36,7 @@ from .evaluation import (
     token_logits,
 )
 from .factors import FACTORS, InfluenceFactors, LayerFactors
+from .interrupts import finished
 from .marks import check_is_origin
 from .metrics import check_labels
 from .neurons import Piece
@@ -282,13 +283,14 @@ class _Pass:
     def attached(self) -> Iterator[None]:
         handles = []
         try:
-            if self.curvature:
-                for recorder in self.recorders:
+            with finished():
+                for recorder in self.recorders if self.curvature else ():
                     handles += recorder.hook()
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            with finished():
+                for handle in handles:
+                    handle.remove()
 
     def run(self, model: nn.Module, batch: Batch) -> None:
         """One batch, in :func:`ucan_fast.evaluation.slices`; an empty one is none."""

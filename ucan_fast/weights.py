@@ -9,6 +9,7 @@ import torch
 
 from . import ops
 from .errors import UcanError
+from .interrupts import finished
 from .neurons import NeuronGroup
 
 
@@ -25,10 +26,10 @@ class ParameterEdit:
 
     def restore(self) -> None:
         """Every parameter as it was, bit by bit."""
-        with torch.no_grad():
+        with finished(), torch.no_grad():
             for key, parameter in self._parameters.items():
                 parameter.copy_(self.originals[key])
-        self._written()
+            self._written()
 
     @staticmethod
     def _written() -> None:

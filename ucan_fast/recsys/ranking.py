@@ -209,6 +209,11 @@ def _scored_positions(
     exclude_history: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(ranks, groups), both int64 on the CPU, for chunks of the positions with group 0 or 1."""
+    if not isinstance(vocabulary, ItemVocabulary):
+        raise UcanError(
+            f"vocabulary must be an ItemVocabulary (which tokens are items), not "
+            f"{type(vocabulary).__name__}: ItemVocabulary(number of items)."
+        )
     device = module_device(model)
     with eval_mode(model), torch.no_grad():
         for batch in batches:

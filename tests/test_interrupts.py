@@ -1,0 +1,131 @@
+"""Ctrl-C while weights, hooks and modes are put back: all of it first, then the interrupt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import helpers_models as hm
+import pytest
+import torch
+from trained_model import assert_same_weights, forget_batches, trained, weights
+
+import ucan_fast as uf
+from ucan_fast.batches import eval_mode
+from ucan_fast.interrupts import finished
+from ucan_fast.weights import ParameterEdit
+
+
+def interrupt() -> None:
+    """What the terminal does, heeded by now if it is heeded at all."""
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+
+
+def test_the_block_is_finished_and_then_interrupted():
+    done = []
+    with pytest.raises(KeyboardInterrupt), finished():
+        interrupt()
+        with finished():
+            interrupt()
+            done.append("inner")
+        done.append("outer")
+    assert done[0] == "inner"
+    before = signal.getsignal(signal.SIGINT)
+    with finished():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_errors_come_through_and_other_threads_run_as_they_are():
+    with pytest.raises(ZeroDivisionError), finished():
+        raise ZeroDivisionError
+    found = []
+
+    def run() -> None:
+        with finished():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]
+
+
+class Interrupting(torch.Tensor):
+    """An original whose reading interrupts, once it is set."""
+
+    armed = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if cls.armed and function is torch.Tensor.copy_:
+            cls.armed = False
+            interrupt()
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def test_restored_weights_are_all_restored():
+    model = trained()
+    origin = weights(model)
+    parameters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    edit = ParameterEdit(parameters)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(2)
+    first = next(iter(edit.originals))
+    edit.originals[first] = edit.originals[first].as_subclass(Interrupting)
+    Interrupting.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        edit.restore()
+    assert not Interrupting.armed, "it was interrupted"
+    assert_same_weights(model, origin)
+
+
+class Fragile(torch.nn.Module):
+    """Interrupts when its mode is changed."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "training" and getattr(self, "armed", False):
+            interrupt()
+
+
+@pytest.mark.parametrize("armed", ["before", "after"])
+def test_modes_are_put_back_whenever_it_comes(armed):
+    model = torch.nn.Sequential(torch.nn.Dropout(), Fragile(), torch.nn.Dropout()).train()
+    model[1].armed = armed == "before"
+    with pytest.raises(KeyboardInterrupt), eval_mode(model):
+        model[1].armed = True
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("collect", [uf.collect, uf.collect_factors])
+@pytest.mark.parametrize("when", ["registered", "removed"])
+def test_no_hook_stays(collect, when, monkeypatch):
+    model = hm.lora(hm.llama())
+    handles = torch.utils.hooks.RemovableHandle
+    name = "__init__" if when == "registered" else "remove"
+    real = getattr(handles, name)
+    interrupts = iter([True])
+
+    def interrupted(*arguments, **options):
+        real(*arguments, **options)
+        if next(interrupts, False):
+            interrupt()
+
+    monkeypatch.setattr(handles, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, [hm.token_batch([4, 5])])
+    assert next(interrupts, "interrupted") == "interrupted"
+    left = [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    ]
+    assert left == []
+    monkeypatch.undo()
+    uf.collect(model, forget_batches())
