@@ -26,13 +26,18 @@ def interrupt() -> None:
 
 def test_the_block_is_finished_and_then_interrupted():
     done = []
-    with pytest.raises(KeyboardInterrupt), finished():
-        interrupt()
+
+    def run() -> None:
         with finished():
             interrupt()
-            done.append("inner")
-        done.append("outer")
-    assert done[0] == "inner"
+            with finished():
+                interrupt()
+                done.append("inner")
+            done.append("outer")
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == ["inner", "outer"]
     before = signal.getsignal(signal.SIGINT)
     with finished():
         assert signal.getsignal(signal.SIGINT) is not before
