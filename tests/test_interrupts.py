@@ -9,10 +9,11 @@ import threading
 import helpers_models as hm
 import pytest
 import torch
-from trained_model import assert_same_weights, forget_batches, trained, weights
+from trained_model import assert_same_weights, forget_batches, retain_batches, trained, weights
 
 import ucan_fast as uf
 from ucan_fast.batches import eval_mode
+from ucan_fast.factor_pass import trainable
 from ucan_fast.interrupts import finished
 from ucan_fast.weights import ParameterEdit
 
@@ -134,3 +135,42 @@ def test_no_hook_stays(collect, when, monkeypatch):
     assert left == []
     monkeypatch.undo()
     uf.collect(model, forget_batches())
+
+
+def test_flags_are_put_back_whenever_it_comes(monkeypatch):
+    model = hm.lora(hm.llama())
+    parameters = list(model.parameters())
+    flags = [p.requires_grad for p in parameters]
+    real, calls = torch.nn.Parameter.requires_grad_, iter(range(1000))
+
+    def counted(self, flag=True):
+        real(self, flag)
+        if next(calls) == changed:  # the first that is put back
+            interrupt()
+
+    weights_wanted = [p for p in parameters if not p.requires_grad][:3]
+    changed = len(weights_wanted) + sum(flags)  # all that is switched on, and all that is off
+    monkeypatch.setattr(torch.nn.Parameter, "requires_grad_", counted, raising=False)
+    with pytest.raises(KeyboardInterrupt), trainable(model, weights_wanted):
+        assert [p for p in parameters if p.requires_grad] != []
+    assert [p.requires_grad for p in parameters] == flags
+
+
+def test_an_earlier_plan_is_put_back_whenever_it_comes(monkeypatch):
+    """The second interrupt, while the first one's way back is under way."""
+    model, retain = trained(), retain_batches()
+    config = uf.UcanConfig(strength=2.0)
+    first = uf.unlearn(model, forget=forget_batches(), retain=retain, config=config, evaluate=False)
+    applied = weights(model)
+    real = uf.AttenuationPlan.apply
+
+    def interrupted(self, *arguments):
+        interrupt()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(uf.AttenuationPlan, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uf.unlearn(
+            model, forget=forget_batches(seed=3), retain=retain, config=config, previous=first
+        )
+    assert_same_weights(model, applied)

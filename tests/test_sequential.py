@@ -296,3 +296,21 @@ def test_the_report_of_a_later_request_says_which_data_its_metrics_cover():
     two = uf.unlearn(model, forget=second, bank=bank, config=FIXED, previous=one)
     assert "earlier requests" not in one.report.notes
     assert "this request only" in two.report.notes["earlier requests"]
+
+
+@pytest.mark.parametrize("method", ["attenuate", "influence"])
+def test_a_result_without_statistics_is_refused(method):
+    """Without them what the earlier requests forgot would come back."""
+    model, retain = trained(), retain_batches()
+    config = uf.UcanConfig(method=method, strength=0.2)
+    first = uf.unlearn(model, forget=forget_batches(), retain=retain, config=config, evaluate=False)
+    before = weights(model)
+    with pytest.raises(uf.UcanError, match="holds no statistics of the earlier requests"):
+        uf.unlearn(
+            model,
+            forget=forget_batches(seed=3),
+            retain=retain,
+            config=config,
+            previous=uf.UnlearnResult(None, first.plan, None),
+        )
+    assert_same_weights(model, before)

@@ -716,6 +716,7 @@ def trainable(model: nn.Module, weights: Iterable[torch.Tensor]) -> Iterator[Non
             ) from error
         raise
     finally:
-        for parameter, flag in before:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
+        with finished():
+            for parameter, flag in before:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)

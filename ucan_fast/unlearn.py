@@ -26,6 +26,7 @@ from .influence_job import (
     search_walk,
 )
 from .influence_walk import check_base
+from .interrupts import finished
 from .job import Job, Request
 from .marks import check_is_origin
 from .neurons import moments_site
@@ -173,7 +174,8 @@ def unlearn(
                 environment=environment(model),
             )
         except BaseException:
-            plan.undo(model, adapter)
+            with finished():
+                plan.undo(model, adapter)
             raise
     return UnlearnResult(stats, plan, report)
 
@@ -258,6 +260,11 @@ def _check_kinds(bank: Any, previous: Any) -> None:
             f"bank must be what collect or collect_factors returned, not {bank!r}; a file is read "
             "by ActivationStats.load(path) or InfluenceFactors.load(path)."
         )
+    if isinstance(previous, UnlearnResult) and previous.stats is None:
+        raise UcanError(
+            "previous= holds no statistics of the earlier requests: without them what they forgot "
+            "would come back. Load the ones that were saved with its plan."
+        )
     if previous is not None and not isinstance(previous, (UnlearnResult, InfluenceStats, *sums)):
         raise UcanError(
             f"previous must be the result of an earlier unlearn or its statistics, not "
@@ -321,5 +328,6 @@ def _at_origin(
         yield adapter, origin, undone
     except BaseException:
         if undone is not None:
-            undone.apply(model, adapter)
+            with finished():
+                undone.apply(model, adapter)
         raise

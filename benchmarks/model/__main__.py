@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _measure(options.only, profile, device, results, skipped)
     finally:
         # What was measured before something ended the run is kept.
-        if results or status == 0:
+        if results or skipped or status == 0:
             path = options.json or output_path("model", save=options.save, profile=profile)
             write_results(
                 path, results, command=_command(options, profile), skipped=skipped, profile=profile
