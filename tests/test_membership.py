@@ -111,7 +111,7 @@ def test_the_interval_is_newcombes(m, n, value):
     ("m", "n", "apart"), [(40, 60, 0.8), (40, 60, 0.0), (20, 20, 3.0), (10, 10, 2.0)]
 )
 def test_the_interval_covers_the_truth_about_95_times_in_100(m, n, apart):
-    """Also where nearly all pairs are won, where DeLong's covers it 85 times."""
+    """Also where nearly all pairs are won."""
     draw = torch.Generator().manual_seed(0)
     truth = 0.5 * (1 + math.erf(apart / 2))  # Φ(d / √2)
     covered = 0

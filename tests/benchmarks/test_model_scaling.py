@@ -240,6 +240,11 @@ def test_a_group_that_breaks_down_costs_its_own_cases_only(monkeypatch, tmp_path
     assert command.main(["--only", "collect", "--json", str(path)]) == 1
     assert "FAILED: collect: a case: ucan_fast: OSError: no" in capsys.readouterr().out
     assert m.read_results(path)["skipped"] == [vars(failure)]
+    path.unlink()
+    # Why there is no row at all is worth a file.
+    monkeypatch.setitem(command.GROUPS, "collect", lambda *_: [([], [failure])])
+    assert command.main(["--only", "collect", "--json", str(path)]) == 1
+    assert m.read_results(path)["skipped"] == [vars(failure)]
 
 
 def test_a_red_check_writes_nothing(monkeypatch, tmp_path, capsys):
