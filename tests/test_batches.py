@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import helpers_models as hm
 import pytest
 import torch
@@ -202,6 +204,39 @@ def test_ids_are_compared_with_what_the_model_embeds(model):
     refused(base, [{"input_ids": torch.tensor([[49, -1]])}], "token id -1,")
     embeddings = {"inputs_embeds": torch.full((1, 2, 16), 99.0)}
     assert groups(model, embeddings) == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "closing", "found"),
+    [
+        ([[5, 6, 0, 0], [5, 6, 7, 0]], None, 3),
+        ([[0, 0, 5, 6], [0, 0, 0, 0]], None, 6),
+        ([[5, 0, 6, 7], [5, 0, 0, 6]], None, 0),
+        # What closes a sequence is no padding where it stands alone.
+        ([[5, 6, 7, 0], [0, 5, 6, 7]], 0, 0),
+        ([[5, 6, 0, 0], [5, 6, 7, 0]], [9, 0], 2),
+    ],
+)
+def test_padding_without_a_mask_is_told(rows, closing, found):
+    model = hm.llama(layers=1)
+    model.config.pad_token_id, model.config.eos_token_id = 0, closing
+    ids = torch.tensor(rows)
+    mask, groups = torch.ones_like(ids), torch.ones_like(ids)
+    silent = [
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "token_groups": groups},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", uf.UcanWarning)
+        list(read_batches(model, silent, "forget"))
+    batches = [*silent, {"input_ids": ids}, {"input_ids": ids}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", uf.UcanWarning)
+        list(read_batches(model, batches, "forget"))
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (found > 0)
+    if found:
+        assert told[0].startswith(f"batch 2 has no attention_mask, and {found} of its tokens")
 
 
 def test_one_batch_is_not_a_list_of_batches(model):

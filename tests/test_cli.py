@@ -351,6 +351,25 @@ def test_every_option_that_names_a_field_sets_it(name):
     assert getattr(cli._config(arguments), name) == values[name]
 
 
+@pytest.mark.parametrize(
+    ("given", "unread", "method"),
+    [
+        (("--preset", "best", "--site", "mlp"), "--site", "influence"),
+        (("--preset", "thorough", "--decay", "hard", "--fraction", "0.5"), "--decay", "influence"),
+        (("--method", "gates", "--contrast", "none"), "--contrast", "gates"),
+        (("--influence-variant", "diagonal"), "--influence-variant", "attenuate"),
+        (("--method", "gates", "--influence-variant", "all"), "--influence-variant", "gates"),
+    ],
+)
+def test_an_option_that_the_method_does_not_read_is_no_silent_wish(
+    project, out, given, unread, method
+):
+    code, _, err = unlearn(project, out, *given)
+    assert code == 2
+    assert f"method '{method}' does not read {unread}" in err
+    assert not out.exists()
+
+
 def test_no_evaluate(project, out):
     code, text, _ = unlearn(project, out, *STRENGTH, "--no-evaluate")
     assert code == 0

@@ -112,6 +112,37 @@ def test_disk_full_at_any_later_step(folder, monkeypatch, step):
     assert tree(folder) == {"file": b"old"}
 
 
+@pytest.mark.parametrize("failing", ["second", "a folder", "the last rename"])
+def test_several_files_all_or_none(folder, monkeypatch, failing):
+    contents = {folder / "file": b"new", folder / "second": partly(FULL), folder / "third": b""}
+    said = "second: .*No space left.* Nothing was changed"
+    after = {"file": b"old"}
+    if failing != "second":
+        contents[folder / "second"] = lambda path: path.write_bytes(b"two")
+    if failing == "a folder":
+        (folder / "third").mkdir()
+        after["third"], said = None, "third: it is a folder. Nothing was changed"
+    if failing == "the last rename":
+        real = os.replace
+
+        def replace(source, target):
+            if target.name == "third":
+                raise FULL
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        # That cannot be taken back, so it is said.
+        after, said = {"file": b"new", "second": b"two"}, "third: .* Beside it file, second: new"
+    with pytest.raises(UcanError, match=said):
+        files.atomic_writes(contents)
+    assert tree(folder) == after
+
+
+def test_several_files(folder):
+    files.atomic_writes({folder / "file": b"new", folder / "deep" / "second": b"two"})
+    assert tree(folder) == {"file": b"new", "deep": None, "deep/second": b"two"}
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), Killed(), KeyboardInterrupt()])
 def test_other_errors_pass_through_and_leave_nothing(folder, error):
     with pytest.raises(type(error)) as caught:
@@ -293,6 +324,11 @@ def sample() -> dict[str, torch.Tensor]:
         "empty": torch.zeros(0, 4),
         "flags": torch.tensor([True, False]),
     }
+
+
+def test_a_folder_is_no_file_of_ours(tmp_path):
+    with pytest.raises(UcanError, match="is a folder; name the file in it"):
+        files.read_safetensors(tmp_path, "kind", "1")
 
 
 def test_our_files_come_back_as_they_were(tmp_path):

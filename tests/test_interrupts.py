@@ -7,11 +7,13 @@ import signal
 import threading
 
 import helpers_models as hm
+import peft
 import pytest
 import torch
 from trained_model import assert_same_weights, forget_batches, retain_batches, trained, weights
 
 import ucan_fast as uf
+from ucan_fast.audit import audit
 from ucan_fast.batches import eval_mode
 from ucan_fast.factor_pass import trainable
 from ucan_fast.interrupts import finished
@@ -154,6 +156,24 @@ def test_flags_are_put_back_whenever_it_comes(monkeypatch):
     with pytest.raises(KeyboardInterrupt), trainable(model, weights_wanted):
         assert [p for p in parameters if p.requires_grad] != []
     assert [p.requires_grad for p in parameters] == flags
+
+
+def test_an_audited_model_is_the_original_again(monkeypatch, tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path / "other")
+    origin, flags = weights(model), [p.requires_grad for p in model.parameters()]
+    real = peft.PeftModel.delete_adapter
+
+    def interrupted(self, name):
+        real(self, name)
+        interrupt()
+
+    monkeypatch.setattr(peft.PeftModel, "delete_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        audit(model, tmp_path / "other", forget=forget_batches(), relearn_steps=0)
+    assert model.active_adapter == "default"
+    assert_same_weights(model, origin)
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_an_earlier_plan_is_put_back_whenever_it_comes(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import re
@@ -324,6 +325,22 @@ def test_save_without_matplotlib_writes_the_other_two(tmp_path, monkeypatch):
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md"]
     with pytest.raises(uf.UcanError, match="pip install"):
         report.figure(tmp_path / "figure.png")
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made().save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(Figure, "savefig", full)
+    changed = made()
+    changed.metrics["before"]["forget/kl"] = 7.0
+    with pytest.raises(uf.UcanError, match=r"report.png.*No space left.*Nothing was changed"):
+        changed.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_a_figure_that_cannot_be_written_is_an_error(tmp_path):

@@ -19,6 +19,7 @@ from .adapter import fingerprint, remove_layers, resolve_adapter, tuner_layers, 
 from .batches import reusable
 from .errors import UcanError
 from .evaluation import Loss, forget_shift, group_loss
+from .interrupts import finished
 from .loading import load_beside
 from .membership import ATTACKS, Auc, Decode, auc, privleak, sequence_scores
 from .plans import load_plan
@@ -238,11 +239,12 @@ class _Audited:
 
     @contextlib.contextmanager
     def active(self, state: str) -> Iterator[None]:
-        self.model.set_adapter(self.states[state])
         try:
+            self.model.set_adapter(self.states[state])
             yield
         finally:
-            self.model.set_adapter(self.states["original"])
+            with finished():
+                self.model.set_adapter(self.states["original"])
 
     def measure(
         self, findings: Audit, retain: Iterable[Mapping[str, Any]] | None
@@ -374,15 +376,16 @@ def _loaded(model: nn.Module, adapter: str, folder: str | os.PathLike, name: str
         load_beside(model, adapter, folder, name)
         yield
     finally:
-        if name in model.peft_config:
-            model.delete_adapter(name)
-        # An adapter of further layers has wrapped those too.
-        remove_layers(model, [n for n, _ in tuner_layers(model) if n not in layers])
-        model.set_adapter(adapter)
-        for parameter, wanted in gradients:
-            parameter.requires_grad_(wanted)
-        for module in training:
-            module.training = True
+        with finished():
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            # An adapter of further layers has wrapped those too.
+            remove_layers(model, [n for n, _ in tuner_layers(model) if n not in layers])
+            model.set_adapter(adapter)
+            for parameter, wanted in gradients:
+                parameter.requires_grad_(wanted)
+            for module in training:
+                module.training = True
 
 
 def _check_plan(

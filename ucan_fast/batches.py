@@ -118,8 +118,16 @@ def read_batches(
     check_iterable(batches, "batches")
     default = group_index(group)
     known = _Known.of(model)
+    told = False
     for index, batch in enumerate(batches):
-        yield _read(batch, f"batch {index}", default, known)
+        read = _read(batch, f"batch {index}", default, known)
+        if not told and (padding := known.unmarked_padding(read)):
+            told = True
+            warn(
+                f"{read.where} has no attention_mask, and {padding} of its tokens are padding by "
+                f"their id ({known.padding}): they count as {group} tokens. Pass the mask."
+            )
+        yield read
 
 
 def holding(
@@ -159,6 +167,8 @@ class _Known:
         embedded: how many tokens the (encoder's) input embeddings hold; None: unknown.
         decoder_embedded: the same of the decoder.
         placeholders: token ids that the model may replace before it embeds.
+        padding: the id of padding; None: the model names none.
+        closing: ids that may stand at either end of a sequence.
     """
 
     device: torch.device
@@ -166,6 +176,8 @@ class _Known:
     embedded: int | None
     decoder_embedded: int | None
     placeholders: tuple[int, ...]
+    padding: int | None = None
+    closing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> _Known:
@@ -174,7 +186,32 @@ class _Known:
         values = getattr(config, "__dict__", {}).items()
         placeholders = tuple(v for k, v in values if _PLACEHOLDER.search(k) and isinstance(v, int))
         decoder = _embedded(base, "get_decoder") if two_sided else None
-        return cls(module_device(model), two_sided, _embedded(base), decoder, placeholders)
+        padding, bos, eos = (getattr(config, f"{n}_token_id", None) for n in ("pad", "bos", "eos"))
+        return cls(
+            module_device(model),
+            two_sided,
+            _embedded(base),
+            decoder,
+            placeholders,
+            padding if isinstance(padding, int) else None,
+            (bos, *eos) if isinstance(eos, (list, tuple)) else (bos, eos),
+        )
+
+    def unmarked_padding(self, batch: Batch) -> int:
+        """Tokens that have the id of padding at an end of their sequence, and no mask.
+
+        Where padding has the id of a token that closes sequences, one alone is taken for that.
+        """
+        ids = batch.source.get("input_ids")
+        given = [batch.source.get(key) for key in ("attention_mask", *_OURS)]
+        if ids is None or self.padding is None or any(value is not None for value in given):
+            return 0
+        padding = (ids == self.padding).to(torch.int64)
+        alone = int(self.padding in self.closing)
+        found = torch.zeros_like(padding, dtype=torch.bool)
+        for run in (padding.cumprod(1), padding.flip(1).cumprod(1).flip(1)):
+            found |= run.bool() & (run.sum(1, keepdim=True) > alone)
+        return int(found.sum())
 
     def check_ids(self, ids: torch.Tensor, key: str, where: str, embedded: int | None) -> None:
         """Refuse what an embedding cannot look up: on a GPU that would end the whole process."""

@@ -35,6 +35,11 @@ FIELDS = {
     "max_retain_loss_increase": float,
     "seed": int,
 }
+#: Of these, what one method alone reads.
+_READ_BY = {
+    "attenuate": ("site", "contrast", "decay", "fraction"),
+    "influence": ("influence_variant", "influence_steps", "influence_batches"),
+}
 # The options that name what a command reads.
 _INPUTS = (
     *("base", "adapter", "tokenizer", "forget", "retain", "data", "bank", "calibration"),
@@ -80,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _unlearn(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    for method, names in _READ_BY.items():
+        unread = [f"--{_option(n)}" for n in names if getattr(arguments, n) is not None]
+        if unread and config.method != method:
+            return _usage(
+                "unlearn",
+                f"method {config.method!r} does not read {', '.join(unread)}: leave it out, or use "
+                f"--method {method}",
+            )
     several = config.influence_steps > 1  # they run retain data, beside a bank too
     given = (arguments.retain is not None) + (arguments.bank is not None)
     if given == 0 or (given == 2 and not several):
@@ -416,7 +429,9 @@ def _parser() -> argparse.ArgumentParser:
         "each of which runs retain data as well",
     )
     for name, kind in FIELDS.items():
-        unlearn.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"sets {name}")
+        reads = next((m for m, names in _READ_BY.items() if name in names), None)
+        only = "" if reads is None else f" (--method {reads} alone)"
+        unlearn.add_argument(f"--{_option(name)}", type=kind, help=f"sets {name}{only}")
     unlearn.add_argument("--strength", type=_strength, help="a number, or 'auto' (default)")
     unlearn.add_argument("--no-evaluate", action="store_true", help="skip metrics and controls")
     unlearn.add_argument(
@@ -494,6 +509,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _option(field: str) -> str:
+    return field.replace("_", "-")
 
 
 def _model_arguments(parser: argparse.ArgumentParser, adapter: str = "a PEFT adapter") -> None:

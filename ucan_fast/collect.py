@@ -374,8 +374,9 @@ class _Recorder:
         try:
             yield
         finally:
-            self.inside = False
-            handle.remove()
+            with finished():
+                self.inside = False
+                handle.remove()
 
     def _before(self, _module: nn.Module, _args: tuple) -> None:
         if self.listens():

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import UcanError
+from .interrupts import finished
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None]) -> None:
@@ -29,26 +30,46 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
         UcanError: the file could not be written (disk full, no permission). What stood at
             ``path`` before is untouched and no temporary file is left.
     """
-    path = Path(path)
-    temporary = None
+    atomic_writes({Path(path): content})
+
+
+def atomic_writes(contents: Mapping[Path, bytes | Callable[[Path], None]]) -> None:
+    """Write several files, all of them or none, as :func:`atomic_write` does one.
+
+    Each is written beside its place first; they are renamed when all are.
+
+    Raises:
+        UcanError: as :func:`atomic_write`.
+    """
+    temporary: dict[Path, Path] = {}
+    renamed: list[str] = []
+    path = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            if not callable(content):
-                file.write(content)
-        if callable(content):
-            content(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        _default_mode(temporary, 0o666)
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporary[path] = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                if not callable(content):
+                    file.write(content)
+            if callable(content):
+                content(temporary[path])
+            with open(temporary[path], "rb") as file:
+                os.fsync(file.fileno())
+            _default_mode(temporary[path], 0o666)
+        for path in contents:
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+        with finished():
+            for path, written in temporary.items():
+                os.replace(written, path)
+                renamed.append(path.name)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
         if _is_io_error(error):
-            raise UcanError(f"could not write {path}: {error}. Nothing was changed.") from error
+            state = f"Beside it {', '.join(renamed)}: new" if renamed else "Nothing was changed"
+            raise UcanError(f"could not write {path}: {error}. {state}.") from error
         raise
 
 
@@ -140,6 +161,8 @@ def read_safetensors(
         UcanError: the file is missing, truncated, corrupt (one bit is enough), of another kind or
             another version.
     """
+    if Path(path).is_dir():
+        raise UcanError(f"{path} is a folder; name the file in it.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -22,7 +23,7 @@ from ._version import __version__
 from .adapter import module_device
 from .config import UcanConfig
 from .errors import UcanError
-from .files import atomic_write
+from .files import atomic_write, atomic_writes
 from .guidance import Guidance
 from .strength import StrengthSearch
 
@@ -152,6 +153,10 @@ class DeletionReport:
         Raises:
             UcanError: matplotlib is not installed, or the file could not be written.
         """
+        atomic_write(path, self._picture(Path(path).suffix.lstrip(".") or "png"))
+
+    def _picture(self, suffix: str) -> Callable[[Path], None]:
+        """The figure, as what writes it to a path."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
@@ -162,26 +167,29 @@ class DeletionReport:
         left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
         self._draw_layers(figure, left)
         self._draw_cost(right)
-        suffix = Path(path).suffix.lstrip(".") or "png"
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=120))
+        return lambda path: figure.savefig(path, format=suffix, dpi=120)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Write ``deletion_report.json``, ``.md`` and, where matplotlib is there, ``.png``.
 
         Returns:
             The files written.
+
+        Raises:
+            UcanError: a file could not be written. None of them was.
         """
         folder = Path(folder)
-        written = [folder / REPORT, folder / "deletion_report.md"]
-        atomic_write(written[0], self.to_json().encode())
-        atomic_write(written[1], self.to_markdown().encode())
+        contents: dict[Path, Any] = {
+            folder / REPORT: self.to_json().encode(),
+            folder / "deletion_report.md": self.to_markdown().encode(),
+        }
         try:
-            self.figure(folder / "deletion_report.png")
-            written.append(folder / "deletion_report.png")
+            contents[folder / "deletion_report.png"] = self._picture("png")
         except UcanError as error:
             if not isinstance(error.__cause__, ImportError):
                 raise
-        return written
+        atomic_writes(contents)
+        return list(contents)
 
     def _metrics_table(self) -> list[str]:
         if not self.metrics:
