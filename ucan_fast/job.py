@@ -20,6 +20,7 @@ from .factor_pass import collect_factors
 from .factors import InfluenceFactors
 from .influence import InfluencePlan
 from .influence_walk import Measured
+from .overlap import Overlap
 from .plan import AttenuationPlan
 from .progress import Progress
 from .stats import ActivationStats
@@ -88,6 +89,7 @@ class Job:
         retain: what the retain budget is measured on.
         walked: retain batches that several steps run.
         steps: what several steps measured.
+        overlap: sequences that both sets hold.
     """
 
     model: nn.Module
@@ -102,6 +104,7 @@ class Job:
     walked: list | None = None
     notes: dict[str, str] = field(default_factory=dict)
     steps: list[Measured] = field(default_factory=list)
+    overlap: Overlap = field(default_factory=Overlap)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -116,7 +119,7 @@ class Job:
 
     def collect(self, batches: Batches, group: str, sites: tuple[str, ...]) -> ActivationStats:
         """Moments of these batches, whose sequences count."""
-        counted = Counted(batches, group)
+        counted = Counted(batches, group, self.overlap)
         stats = collect_at_origin(
             self.model,
             counted,
@@ -131,7 +134,7 @@ class Job:
 
     def factors(self, batches: Batches, group: str, **options: Any) -> InfluenceFactors:
         """Factors and gradients of these batches, whose sequences count."""
-        counted = Counted(batches, group)
+        counted = Counted(batches, group, self.overlap)
         factors = collect_factors(
             self.model,
             counted,
@@ -187,6 +190,17 @@ class Job:
                 )
             )
 
+    def warn_of_overlap(self) -> None:
+        """Say that what is to be forgotten was passed as retained as well."""
+        if self.overlap.found:
+            self.notes["overlap"] = (
+                f"{self.overlap.found} of the {self.sequences['retain']} retain sequences are "
+                "sequences of the forget set too, token for token: what one set forgets the other "
+                "holds. Leave out of retain= what is to be forgotten (not where others did the "
+                "very same)"
+            )
+            warn(f"{self.notes['overlap']}.")
+
     def warn_of_next_to_nothing(self) -> None:
         """Say that the budget is a share of a loss that is none."""
         before, budget = self.retain.before, self.config.max_retain_loss_increase
@@ -203,11 +217,12 @@ class Job:
 
 
 class Counted:
-    """Batches, and how many sequences with a token of the group went by."""
+    """Batches, and how many sequences with a token of the group went by; looked at for overlap."""
 
-    def __init__(self, batches: Batches, group: str) -> None:
+    def __init__(self, batches: Batches, group: str, overlap: Overlap) -> None:
         self.batches, self.group = batches, group_index(group)
         self.sequences = 0
+        self._look = overlap.remember if self.group == FORGET else overlap.compare
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -215,6 +230,7 @@ class Counted:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self.batches:
             yield batch
+            self._look(batch)
             groups = batch.get("token_groups")
             if groups is not None:
                 self.sequences += int((groups == self.group).any(1).sum())
