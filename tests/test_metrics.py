@@ -68,7 +68,7 @@ def test_z_scores_equal_the_formula_written_as_loops(monkeypatch):
     found = token_z_scores(logits, labels)
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 22)
+    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS_CPU", 22)
     assert torch.equal(token_z_scores(logits, labels), found)
     assert len(token_z_scores(logits[:0], labels[:0])) == 0
 
@@ -124,7 +124,7 @@ def test_chunking_changes_nothing(monkeypatch):
     a, b = torch.randn(13, 5), torch.randn(13, 5)
     labels = torch.randint(0, 5, (13,))
     whole = kl_divergence(a, b), token_nll(a, labels)
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 10)  # two positions at a time
+    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS_CPU", 10)  # two positions at a time
     assert kl_divergence(a, b) == pytest.approx(whole[0], rel=1e-12)
     assert torch.equal(token_nll(a, labels), whole[1])
 
