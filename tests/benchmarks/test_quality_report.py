@@ -190,9 +190,12 @@ def test_all_cells_in_one_table(documents):
     # Several steps are first in all four; in one the best baseline's curve ended before.
     assert text.startswith("In 1 of the 4 cells where several steps are first at 5 %")
     # Only the second file has another seed than 0; the fifth is not there to be passed.
-    assert "of the 1 cells of other seeds they are first in 0 at 1 % and in 1 at 5 %" in (
+    assert "of the 1 other cells they are first in 0 at 1 % and in 1 at 5 %" in (
         summary.judged_only(documents)
     )
+    chosen_on = [{**documents[1], "data_set": name, "seed": 2} for name in ("pantry", "ml-100k")]
+    assert summary.judged_only(chosen_on[:1]) == ""
+    assert "of the 1 other cells" in summary.judged_only(chosen_on)
     assert summary.judged_only(documents[2:]) == ""
     assert set(summary.ROWS) | set(summary.BASELINES) <= {m.name for m in METHODS}
 
