@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "thorough": {
         "method": "influence",
         "influence_steps": 12,
-        "damping": 0.1,
+        "damping": 0.03,
         "retain_gradient_weight": 2.0,
         # Of data that the steps do not run; what they run gets better.
         "max_retain_loss_increase": 0.02,
@@ -149,7 +149,7 @@ class UcanConfig:
     retain_gradient_weight: float = 1.0
     trust_region: float = 3.0
     influence_steps: int = 1
-    influence_radius: float = 2e-3
+    influence_radius: float = 1e-3
     influence_batches: int = 0
 
     def __post_init__(self) -> None:
