@@ -23,7 +23,7 @@ from trained_model import (
 )
 
 import ucan_fast as uf
-from ucan_fast import calibration, evaluation, influence_job, influence_walk
+from ucan_fast import calibration, evaluation, influence_walk, walk_job
 from ucan_fast.influence_walk import InfluenceWalk
 
 CONFIG = uf.UcanConfig(method="influence", damping=0.03, retain_gradient_weight=2.0)
@@ -596,7 +596,7 @@ def test_the_budget_is_measured_apart_from_what_the_steps_run(monkeypatch):
             measured[:] = [id(batch) for batch in batches]
         return loss(model, batches, group, *arguments)
 
-    monkeypatch.setattr(influence_job, "InfluenceWalk", kept)
+    monkeypatch.setattr(walk_job, "InfluenceWalk", kept)
     monkeypatch.setattr(calibration, "group_loss", spied)
     every = {id(batch) for batch in retain}
     for options in ({"bank": bank}, {}):
@@ -670,7 +670,7 @@ def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
         walks.append(real(*arguments, **options))
         return walks[-1]
 
-    monkeypatch.setattr(influence_job, "InfluenceWalk", kept)
+    monkeypatch.setattr(walk_job, "InfluenceWalk", kept)
     before = mean_nll(trained(), forget, "forget")
     for ceiling in (before + 0.3, before + 1.0):
         model = trained()

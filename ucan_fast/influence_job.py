@@ -19,17 +19,11 @@ from .factor_pass import factor_memory
 from .factors import InfluenceFactors
 from .gates import score_gates
 from .influence import InfluencePlan, make_influence_plan
-from .influence_walk import InfluenceWalk, counted
 from .job import Job, Joined, Request
 from .plan import AttenuationPlan
-from .progress import track
-from .strength import StrengthSearch, search_strength
+from .strength import search_strength
 
 Batches = Iterable[Mapping[str, Any]]
-#: How often a step that leaves the retain budget is halved: as often as by the walk itself.
-_HALVINGS = 8
-#: The budget counts as used up where this share of it is left.
-_CLOSE = 0.02
 
 
 @dataclass
@@ -201,113 +195,6 @@ def search_step(
         )
     chosen.note = search.note
     return chosen
-
-
-def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluencePlan:
-    """As many influence steps as stay within the retain budget and below the holdout's NLL.
-
-    A step that does not is halved, up to :data:`_HALVINGS` times, and taken back if that was no
-    help; then the steps end. They go on from where the plan of the requests before this one leads
-    to, and where none is taken it stays.
-
-    Raises:
-        UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
-    """
-    if job.retain.measure is None or job.walked is None:
-        raise UcanError(
-            "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
-            "cost are not taken: retain= holds no batch."
-        )
-    forget, earlier = request.forget, request.earlier_plan
-    if earlier is not None and earlier.is_noop:
-        earlier = None
-    ceiling = ceiling_of(job.model, request.holdout)
-    budget = job.config.max_retain_loss_increase
-    allowed = job.retain.before + budget * abs(job.retain.before)
-    search = StrengthSearch("steps", budget, job.retain.before, loss_after=job.retain.before)
-    walk = InfluenceWalk(
-        job.model,
-        forget,
-        job.walked,
-        stats.forget,
-        stats.retain,
-        job.config,
-        never_seen=ceiling,
-        start=earlier,
-        adapter=job.adapter,
-    )
-
-    def cost() -> float:
-        """Of the forget set, nats; not measured where nothing depends on it."""
-        return group_loss(job.model, forget, "forget").mean if ceiling < math.inf else -math.inf
-
-    def refused() -> str:
-        """Why the state that the walk is in is none to stay in, or ""."""
-        loss = job.retain.measure()
-        search.curve.append((walk.steps, loss))
-        if not loss <= allowed:  # nan is outside
-            return f"the budget of {100 * budget:g} % retain loss"
-        if not cost() <= ceiling:
-            return f"the cost of never-seen data ({ceiling:.4f} nats per token)"
-        search.chosen, search.loss_after = walk.steps, loss
-        return ""
-
-    if earlier is None:
-        before = cost()
-    else:
-        with earlier._edit(job.model, job.adapter).applied(earlier.strength):
-            before, search.loss_after = cost(), job.retain.measure()
-    try:
-        if before >= ceiling:
-            search.note = (
-                f"the forget set is no better known than never-seen data (NLL {before:.4f} "
-                f"against holdout={ceiling:.4f} nats): there is nothing to unlearn."
-            )
-        elif not search.loss_after <= allowed:
-            search.note = (
-                f"the earlier requests alone use up the budget of {100 * budget:g} % retain loss: "
-                "no step was taken."
-            )
-        start = search.loss_after
-        steps = range(job.config.influence_steps)
-        for _ in track(steps, steps, job.progress, "influence steps"):
-            if search.note:
-                break
-            if not walk.advance(last=walk.steps + 1 == len(steps)):
-                search.note = f"ended after {counted(walk.steps)}: {walk.ended}."
-                break
-            why = refused()
-            for _ in range(_HALVINGS if why else 0):
-                walk.shorten()
-                why = refused()
-                if not why:
-                    break
-            if why:
-                walk.back()
-                search.note = f"stopped by {why}: no shorter step {walk.steps + 1} was within."
-            elif allowed - search.loss_after <= _CLOSE * budget * abs(job.retain.before):
-                search.note = (
-                    f"ended after {counted(walk.steps)}: the budget of {100 * budget:g} % retain "
-                    "loss is used up."
-                )
-        plan = walk.plan()
-        job.steps = list(walk.measured)
-    finally:
-        walk.restore()
-    stays = earlier is not None and plan.directions is earlier.directions
-    if plan.is_noop or stays:
-        search.chosen, search.loss_after, job.steps = 0.0, start, []
-    job.search = search
-    if stays:
-        plan.note = (
-            " ".join(filter(None, (search.note, plan.note)))
-            + " The plan of the earlier requests stays as it is."
-        )
-    elif plan.is_noop:
-        plan.note = plan.note or search.note
-    else:
-        plan.note = " ".join(filter(None, (search.note, plan.note)))
-    return plan
 
 
 def influence_change(job: Job, plan: InfluencePlan) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from .influence_job import (
     influence_plan,
     influence_statistics,
     search_step,
-    search_walk,
 )
 from .influence_walk import check_base
 from .interrupts import finished
@@ -36,6 +35,7 @@ from .report import DeletionReport, environment
 from .scoring import score_plan
 from .states import Measure, measure_states
 from .stats import ActivationStats
+from .walk_job import search_walk
 
 Batches = Iterable[Mapping[str, Any]]
 

@@ -1,0 +1,161 @@
+"""How many influence steps ``unlearn`` takes: what the retain budget and never-seen data allow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import UcanError
+from .evaluation import group_loss
+from .influence import InfluencePlan
+from .influence_job import Batches, InfluenceStats, ceiling_of
+from .influence_walk import InfluenceWalk, counted
+from .job import Job, Request
+from .progress import track
+from .strength import StrengthSearch
+
+#: How often a step that leaves the retain budget is halved: as often as by the walk itself.
+_HALVINGS = 8
+#: The budget counts as used up where this share of it is left.
+_CLOSE = 0.02
+
+
+def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluencePlan:
+    """As many influence steps as stay within the retain budget and below the holdout's NLL.
+
+    A step that does not is halved, up to :data:`_HALVINGS` times, and taken back if that was no
+    help; then the steps end. They go on from where the plan of the requests before this one leads
+    to, and where none is taken it stays.
+
+    Raises:
+        UcanError: there is nothing to measure the retain loss on, or no scored holdout position.
+    """
+    if job.retain.measure is None or job.walked is None:
+        raise UcanError(
+            "strength='auto' has nothing to measure the retain budget on, and steps of unknown "
+            "cost are not taken: retain= holds no batch."
+        )
+    earlier = request.earlier_plan
+    if earlier is not None and earlier.is_noop:
+        earlier = None
+    before = job.retain.before
+    search = StrengthSearch("steps", job.config.max_retain_loss_increase, before, loss_after=before)
+    bounds = _Bounds(job, request.forget, ceiling_of(job.model, request.holdout), search)
+    walk = InfluenceWalk(
+        job.model,
+        request.forget,
+        job.walked,
+        stats.forget,
+        stats.retain,
+        job.config,
+        never_seen=bounds.ceiling,
+        start=earlier,
+        adapter=job.adapter,
+    )
+    search.note = bounds.reason_for_none(earlier)
+    start = search.loss_after
+    try:
+        if not search.note:
+            search.note = _take_steps(walk, bounds)
+        plan = walk.plan()
+        job.steps = list(walk.measured)
+    finally:
+        walk.restore()
+    stays = earlier is not None and plan.directions is earlier.directions
+    if plan.is_noop or stays:
+        search.chosen, search.loss_after, job.steps = 0.0, start, []
+    job.search = search
+    notes = [plan.note or search.note] if plan.is_noop and not stays else [search.note, plan.note]
+    if stays:
+        notes.append("The plan of the earlier requests stays as it is.")
+    plan.note = " ".join(filter(None, notes))
+    return plan
+
+
+@dataclass
+class _Bounds:
+    """What every state of a walk is held against.
+
+    Attributes:
+        forget: batches of D_f.
+        ceiling: nats per token that they may cost; infinite where nothing is said of never-seen
+            data.
+        search: the retain budget, and the states that were looked at.
+    """
+
+    job: Job
+    forget: Batches
+    ceiling: float
+    search: StrengthSearch
+
+    @property
+    def _room(self) -> float:
+        """Nats of retain loss that may be added."""
+        return self.search.budget * abs(self.job.retain.before)
+
+    @property
+    def _budget(self) -> str:
+        return f"the budget of {100 * self.search.budget:g} % retain loss"
+
+    def _is_within(self, loss: float) -> bool:
+        return loss <= self.job.retain.before + self._room  # nan is outside
+
+    def _forget_cost(self) -> float:
+        """Nats per token; not measured where nothing depends on it."""
+        if self.ceiling == math.inf:
+            return -math.inf
+        return group_loss(self.job.model, self.forget, "forget").mean
+
+    def reason_for_none(self, earlier: InfluencePlan | None) -> str:
+        """Why no step is to be taken from where the earlier plan leads to, or ""."""
+        if earlier is None:
+            cost = self._forget_cost()
+        else:
+            with earlier._edit(self.job.model, self.job.adapter).applied(earlier.strength):
+                cost = self._forget_cost()
+                self.search.loss_after = self.job.retain.measure()
+        if cost >= self.ceiling:
+            return (
+                f"the forget set is no better known than never-seen data (NLL {cost:.4f} "
+                f"against holdout={self.ceiling:.4f} nats): there is nothing to unlearn."
+            )
+        if not self._is_within(self.search.loss_after):
+            return f"the earlier requests alone use up {self._budget}: no step was taken."
+        return ""
+
+    def refusal(self, steps: int) -> str:
+        """Why the model is in no state to stay in after so many steps, or ""."""
+        loss = self.job.retain.measure()
+        self.search.curve.append((steps, loss))
+        if not self._is_within(loss):
+            return self._budget
+        if not self._forget_cost() <= self.ceiling:
+            return f"the cost of never-seen data ({self.ceiling:.4f} nats per token)"
+        self.search.chosen, self.search.loss_after = steps, loss
+        return ""
+
+    def used_up(self) -> str:
+        """That next to nothing of the budget is left, or ""."""
+        left = self.job.retain.before + self._room - self.search.loss_after
+        return f"{self._budget} is used up" if left <= _CLOSE * self._room else ""
+
+
+def _take_steps(walk: InfluenceWalk, bounds: _Bounds) -> str:
+    """All that the bounds bear: why there are no more, "" where there are as many as wanted."""
+    job = bounds.job
+    steps = range(job.config.influence_steps)
+    for _ in track(steps, steps, job.progress, "influence steps"):
+        if not walk.advance(last=walk.steps + 1 == len(steps)):
+            return f"ended after {counted(walk.steps)}: {walk.ended}."
+        refusal = bounds.refusal(walk.steps)
+        for _ in range(_HALVINGS if refusal else 0):
+            walk.shorten()
+            refusal = bounds.refusal(walk.steps)
+            if not refusal:
+                break
+        if refusal:
+            walk.back()
+            return f"stopped by {refusal}: no shorter step {walk.steps + 1} was within."
+        if used_up := bounds.used_up():
+            return f"ended after {counted(walk.steps)}: {used_up}."
+    return ""
