@@ -32,7 +32,7 @@ NUMBERS = {
     "damping": ([0, 0.01, 10], [-1e-9]),
     "retain_gradient_weight": ([0, 1.0, 2], [-0.5]),
     "trust_region": ([0, 0.1, 1, 50.0], [-0.1]),
-    "influence_radius": ([1e-12, 1e-3, 1, 50.0], [0, -0.1]),
+    "influence_radius": ([1e-12, 5e-4, 1, 50.0], [0, -0.1]),
     "risk_threshold": ([None, -1.0, 0, 0.3, 7], []),
     "min_score": ([None, -1.0, 0, 0.05], []),
     "strength": (["auto", 0, 0.0, 2, 1e9], [-0.1, -1, "Auto", "", "2"]),
@@ -67,7 +67,7 @@ def test_defaults_are_those_of_the_design():
         "retain_gradient_weight": 1.0,
         "trust_region": 3.0,
         "influence_steps": 1,
-        "influence_radius": 1e-3,
+        "influence_radius": 5e-4,
         "influence_batches": 0,
     }
 

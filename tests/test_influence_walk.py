@@ -99,7 +99,7 @@ def test_two_steps_are_those_of_the_formula(most, drawn, started, monkeypatch):
         r = mean(*oracle.gradients(now, run, 1))
         ahead = {k: g[k] - 2.0 * (bank[k] + r[k] - at_origin[k]) for k in g}
         if momentum is not None:
-            ahead = {k: 0.85 * momentum[k] + 0.15 * ahead[k] for k in g}
+            ahead = {k: 0.7 * momentum[k] + 0.3 * ahead[k] for k in g}
         momentum = ahead
         d = {k: solved(k, ahead[k], factors, positions) for k in ahead}
         slope, square = dot(g, d), dot(ahead, d)

@@ -425,7 +425,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         choices=sorted(PRESETS),
         help="paper: U-CAN, forward passes only (default). best: the influence step within 1 %% of "
-        "retain loss, one backward pass over the forget set. thorough: up to twelve such steps, "
+        "retain loss, one backward pass over the forget set. thorough: up to twenty such steps, "
         "each of which runs retain data as well",
     )
     for name, kind in FIELDS.items():

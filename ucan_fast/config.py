@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"method": "influence", "max_retain_loss_increase": 0.01},
     "thorough": {
         "method": "influence",
-        "influence_steps": 12,
+        "influence_steps": 20,
         "damping": 0.03,
         "retain_gradient_weight": 2.0,
         # Of data that the steps do not run; what they run gets better.
@@ -149,7 +149,7 @@ class UcanConfig:
     retain_gradient_weight: float = 1.0
     trust_region: float = 3.0
     influence_steps: int = 1
-    influence_radius: float = 1e-3
+    influence_radius: float = 5e-4
     influence_batches: int = 0
 
     def __post_init__(self) -> None:
@@ -228,7 +228,7 @@ class UcanConfig:
                 passes only. ``"best"``, what forgets most per retained recommendation on the small
                 recommenders of our comparison (``docs/quality.md``; not in every case on a real
                 language model): the influence step, within 1 % of retain loss; one backward pass
-                over the forget set, and a bank of factors. ``"thorough"``, up to twelve such steps
+                over the forget set, and a bank of factors. ``"thorough"``, up to twenty such steps
                 on the way to where the forget set is known no better than without the adapter:
                 as many passes over it and over retain data.
             changes: fields on top of it.

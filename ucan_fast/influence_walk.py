@@ -37,7 +37,7 @@ Gradients = dict[str, torch.Tensor]
 
 #: Share of the direction so far in the next one: without it steps swing across the retain set's
 #: steep directions, whose curvature was measured at the origin.
-_MOMENTUM = 0.85
+_MOMENTUM = 0.7
 #: Nats that one step may raise the forget NLL by, as predicted: where the retain set is known by
 #: heart its curvature, softened as it is, lets a step go far.
 _MOST_RISE = 0.3
@@ -49,8 +49,8 @@ _FORGOTTEN = 0.2
 #: says that the factors do not describe the model there, and the step is halved.
 _MOST_LOSS = 0.02
 #: How often, and how much longer a step may be than one that was halved. (Where a language model
-#: knew its data by heart the second step was halved four times, and growth by a quarter used all
-#: twelve up before lengths were what they had been.)
+#: knew its data by heart the second step was halved four times, and growth by a quarter used twelve
+#: up before lengths were what they had been.)
 _HALVINGS = 8
 _GROWTH = 2.0
 #: Initialisations of PEFT that leave the base weights as they are, beside its default. Not: PiSSA,
@@ -87,7 +87,7 @@ class InfluenceWalk:
         c = min(sqrt(2 ε / ⟨v, d⟩), ρ / ⟨G, d⟩)
 
     with ε = ``influence_radius`` (c d is then ε nats of KL away by the factors' quadratic model),
-    κ = ``retain_gradient_weight``, μ = 0.85 and ρ = 0.3 nats. R_0 is the retain gradient of the
+    κ = ``retain_gradient_weight``, μ = 0.7 and ρ = 0.3 nats. R_0 is the retain gradient of the
     bank; that of the retain batches S comes in as a difference to the origin (a control variate:
     Johnson and Zhang 2013). S are all batches, or ``influence_batches`` of them, drawn anew before
     each step and run at the origin as well: what a step costs then does not grow with D_r. (A

@@ -213,7 +213,7 @@ LEGEND = (
     "strict has both on training interactions, paper the retain side held out. MIA AUC: loss "
     "attack, deleted sequences against never-seen ones of the same kind (0.5: cannot be told "
     "apart; - where never-seen ones were of another kind, or too few). Coarse: every other state "
-    "of a curve (several influence steps: every one of at most twelve), two settings of a "
+    "of a curve (several influence steps: every one of at most twenty), two settings of a "
     "baseline. Every model is "
     "ranked on whole histories. A retrained one has learned histories without the deleted items: "
     "where those are single interactions (genre, interactions) it loses on retained ones too."
