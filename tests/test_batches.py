@@ -228,15 +228,34 @@ def test_padding_without_a_mask_is_told(rows, closing, found):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error", uf.UcanWarning)
-        list(read_batches(model, silent, "forget"))
+        list(read_batches(model, silent, "forget", tell_padding=True))
+        list(read_batches(model, [{"input_ids": ids}], "forget"))
     batches = [*silent, {"input_ids": ids}, {"input_ids": ids}]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", uf.UcanWarning)
-        list(read_batches(model, batches, "forget"))
+        list(read_batches(model, batches, "forget", tell_padding=True))
     told = [str(warning.message) for warning in caught]
     assert len(told) == (found > 0)
     if found:
         assert told[0].startswith(f"batch 2 has no attention_mask, and {found} of its tokens")
+
+
+@pytest.mark.parametrize("method", ["attenuate", "influence"])
+def test_a_request_tells_of_padding_once_for_each_set(method):
+    model = hm.lora(hm.llama())
+    model.get_base_model().config.pad_token_id = 0
+    ids = torch.randint(3, 30, (4, 8), generator=torch.Generator().manual_seed(0))
+    ids[1, 5:] = 0
+    forget, retain = [{"input_ids": ids}], [{"input_ids": ids + (ids > 0)}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", uf.UcanWarning)
+        config = uf.UcanConfig(method=method, max_retain_loss_increase=0.1)
+        uf.unlearn(model, forget=forget, retain=retain, config=config)
+    told = [str(w.message) for w in caught if "padding" in str(w.message)]
+    assert [("forget" in text, "3 of its tokens" in text) for text in told] == [
+        (True, True),
+        (False, True),
+    ]
 
 
 def test_one_batch_is_not_a_list_of_batches(model):

@@ -922,6 +922,31 @@ def test_reports_of_requests_in_a_row(count):
     assert "whose measured rise of the forget NLL" in text
 
 
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_progress_tells_of_every_step_that_was_taken(taken):
+    """Of the last one too, where the steps end before there are as many as wanted."""
+    forget, retain, told = forget_batches(), retain_batches(count=32), []
+    config, options = STEPS.replace(influence_steps=3, max_retain_loss_increase=9.0), {}
+    if taken == 0:
+        options["holdout"] = mean_nll(trained(), forget, "forget") - 0.1
+    if taken == 1:
+        losses = iter([1.0, 1.00999])  # nearly the whole budget
+        config = config.replace(max_retain_loss_increase=0.01)
+        options["calibration"] = lambda model: next(losses)
+    result = uf.unlearn(
+        trained(),
+        forget=forget,
+        retain=retain,
+        config=config,
+        evaluate=False,
+        progress=lambda *event: told.append(event),
+        **options,
+    )
+    assert len(result.report.change["steps"]) == taken
+    events = [(done, total) for done, total, text in told if text == "influence steps"]
+    assert events == [(done, 3) for done in range(taken + 1)]
+
+
 def test_what_costs_more_than_blind_guessing_is_said():
     """Positions that no longer count are moved by the others all the same."""
     forget, retain = forget_batches(count=8), retain_batches(count=64)

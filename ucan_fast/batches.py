@@ -107,9 +107,16 @@ def reusable(batches: Iterable[Mapping[str, Any]], what: str) -> Iterable[Mappin
 
 
 def read_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], group: str
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    group: str,
+    *,
+    tell_padding: bool = False,
 ) -> Iterator[Batch]:
     """Check every batch and find the group of every token.
+
+    Args:
+        tell_padding: warn once where padding counts, for want of a mask.
 
     Raises:
         UcanError: a batch is no mapping, lacks input_ids, holds ids that the model does not embed,
@@ -118,14 +125,15 @@ def read_batches(
     check_iterable(batches, "batches")
     default = group_index(group)
     known = _Known.of(model)
-    told = False
+    told = not tell_padding
     for index, batch in enumerate(batches):
         read = _read(batch, f"batch {index}", default, known)
         if not told and (padding := known.unmarked_padding(read)):
             told = True
             warn(
                 f"{read.where} has no attention_mask, and {padding} of its tokens are padding by "
-                f"their id ({known.padding}): they count as {group} tokens. Pass the mask."
+                f"their id ({known.padding}): they count as {group} tokens of the statistics. Pass "
+                "the mask."
             )
         yield read
 

@@ -84,15 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
+    if unread := _unread(arguments):
+        return _usage("unlearn", unread)
     config = _config(arguments)
-    for method, names in _READ_BY.items():
-        unread = [f"--{_option(n)}" for n in names if getattr(arguments, n) is not None]
-        if unread and config.method != method:
-            return _usage(
-                "unlearn",
-                f"method {config.method!r} does not read {', '.join(unread)}: leave it out, or use "
-                f"--method {method}",
-            )
     several = config.influence_steps > 1  # they run retain data, beside a bank too
     given = (arguments.retain is not None) + (arguments.bank is not None)
     if given == 0 or (given == 2 and not several):
@@ -658,18 +652,38 @@ def _read(
     )
 
 
+def _unread(arguments: argparse.Namespace) -> str:
+    """What is wrong with options that the chosen method does not read, or ""."""
+    start = _start(arguments)
+    method = arguments.method or start.method
+    for reader, names in _READ_BY.items():
+        given = [f"--{_option(n)}" for n in names if getattr(arguments, n) is not None]
+        if given and reader != method:
+            chosen = f" (--preset {arguments.preset})" if method == start.method else ""
+            return (
+                f"method {method!r}{chosen if arguments.preset else ''} does not read "
+                f"{', '.join(given)}, which is for method {reader!r}: leave it out"
+            )
+    return ""
+
+
 def _config(arguments: argparse.Namespace) -> UcanConfig:
-    config = UcanConfig.preset(arguments.preset or "paper")
-    if arguments.config is not None:
-        try:
-            # -sig: what editors on Windows begin a file with is read over.
-            config = UcanConfig.from_json(Path(arguments.config).read_text("utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UcanError(f"cannot read {arguments.config}: {error}") from error
-        except UcanError as error:
-            raise UcanError(f"{arguments.config}: {error}") from error
     changes = {name: getattr(arguments, name) for name in (*FIELDS, "strength")}
-    return config.replace(**{n: value for n, value in changes.items() if value is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return _start(arguments).replace(**changes)
+
+
+def _start(arguments: argparse.Namespace) -> UcanConfig:
+    """The preset or the file that the other options change."""
+    if arguments.config is None:
+        return UcanConfig.preset(arguments.preset or "paper")
+    try:
+        # -sig: what editors on Windows begin a file with is read over.
+        return UcanConfig.from_json(Path(arguments.config).read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UcanError(f"cannot read {arguments.config}: {error}") from error
+    except UcanError as error:
+        raise UcanError(f"{arguments.config}: {error}") from error
 
 
 def _print_metrics(metrics: dict[str, dict[str, float | None]], notes: dict[str, str]) -> None:

@@ -119,7 +119,8 @@ def collect_at_origin(
     pass_ = _Pass(model, layers, wanted)
     options = _forward_options(model, layers)
     with _quiet(model), pass_.attached(), decide_once():
-        for batch in track(read_batches(model, batches, group), batches, progress, "collect"):
+        checked = read_batches(model, batches, group, tell_padding=True)
+        for batch in track(checked, batches, progress, "collect"):
             if not batch.groups.numel():  # models cannot be run on nothing
                 continue
             pass_.begin(batch)

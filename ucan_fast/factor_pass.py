@@ -109,7 +109,8 @@ def collect_factors(
     pass_ = _Pass(model, layers, group_index(group), stored, curvature, seed)
     weights = [p for target in pass_.targets for p in target.parameters]
     with _quiet(model), trainable(model, weights), differentiable(model), pass_.attached():
-        for batch in track(read_batches(model, batches, group), batches, progress, "factors"):
+        checked = read_batches(model, batches, group, tell_padding=True)
+        for batch in track(checked, batches, progress, "factors"):
             pass_.run(model, batch)
     factors = pass_.finish(group)
     factors.fingerprint = origin

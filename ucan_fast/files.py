@@ -34,12 +34,13 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
 
 
 def atomic_writes(contents: Mapping[Path, bytes | Callable[[Path], None]]) -> None:
-    """Write several files, all of them or none, as :func:`atomic_write` does one.
+    """Write several files together, each as :func:`atomic_write` does one.
 
-    Each is written beside its place first; they are renamed when all are.
+    They are written beside their places first, and renamed when all are: what fails before the
+    first rename leaves all as it was.
 
     Raises:
-        UcanError: as :func:`atomic_write`.
+        UcanError: as :func:`atomic_write`. Where a rename failed it says which files are new.
     """
     temporary: dict[Path, Path] = {}
     renamed: list[str] = []
@@ -58,7 +59,7 @@ def atomic_writes(contents: Mapping[Path, bytes | Callable[[Path], None]]) -> No
                 os.fsync(file.fileno())
             _default_mode(temporary[path], 0o666)
         for path in contents:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 raise IsADirectoryError("it is a folder")
         with finished():
             for path, written in temporary.items():

@@ -190,14 +190,17 @@ class Job:
                 )
             )
 
-    def warn_of_overlap(self) -> None:
+    def warn_of_overlap(self, request: Request) -> None:
         """Say that what is to be forgotten was passed as retained as well."""
+        if request.bank is not None and request.retain is not None:
+            for batch in request.retain:  # which no pass for statistics has seen
+                self.overlap.compare(batch)
         if self.overlap.found:
             self.notes["overlap"] = (
-                f"{self.overlap.found} of the {self.sequences['retain']} retain sequences are "
+                f"{self.overlap.found} of the {self.overlap.retained} retained sequences are "
                 "sequences of the forget set too, token for token: what one set forgets the other "
-                "holds. Leave out of retain= what is to be forgotten (not where others did the "
-                "very same)"
+                "holds. Leave what is to be forgotten out of the retained data (not where others "
+                "did the very same)"
             )
             warn(f"{self.notes['overlap']}.")
 

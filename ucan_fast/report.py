@@ -176,7 +176,7 @@ class DeletionReport:
             The files written.
 
         Raises:
-            UcanError: a file could not be written. None of them was.
+            UcanError: a file could not be written. All are as they were, unless it says otherwise.
         """
         folder = Path(folder)
         contents: dict[Path, Any] = {

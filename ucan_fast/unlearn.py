@@ -120,7 +120,7 @@ def unlearn(
             requests back, and the warning says so), or more than half of all neurons; the adapter
             trained more than LoRA matrices (modules_to_save, biases), which stays as it is; the
             retain data cost less than 0.2 nats per token, so that the budget is next to nothing;
-            sequences of the forget set are among ``retain=`` as well.
+            sequences of the forget set are among the retained ones.
     """
     config = config_or(config)
     _check_kinds(bank, previous)
@@ -194,7 +194,7 @@ def _answer(
     with job.timed("collect"):
         gather = attenuation_statistics if attenuates else influence_statistics
         stats = gather(job, request)
-    job.warn_of_overlap()
+    job.warn_of_overlap(request)
     if not several:
         with job.timed("score"):
             make = {"attenuate": score_plan, "influence": influence_plan, "gates": gates_plan}

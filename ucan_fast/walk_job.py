@@ -52,11 +52,10 @@ def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluenceP
         start=earlier,
         adapter=job.adapter,
     )
-    search.note = bounds.reason_for_none(earlier)
+    why_none = bounds.reason_for_none(earlier)
     start = search.loss_after
     try:
-        if not search.note:
-            search.note = _take_steps(walk, bounds)
+        search.note = _take_steps(walk, bounds, why_none)
         plan = walk.plan()
         job.steps = list(walk.measured)
     finally:
@@ -140,22 +139,29 @@ class _Bounds:
         return f"{self._budget} is used up" if left <= _CLOSE * self._room else ""
 
 
-def _take_steps(walk: InfluenceWalk, bounds: _Bounds) -> str:
+def _take_steps(walk: InfluenceWalk, bounds: _Bounds, why_none: str) -> str:
     """All that the bounds bear: why there are no more, "" where there are as many as wanted."""
-    job = bounds.job
+    job, why = bounds.job, why_none
     steps = range(job.config.influence_steps)
     for _ in track(steps, steps, job.progress, "influence steps"):
-        if not walk.advance(last=walk.steps + 1 == len(steps)):
-            return f"ended after {counted(walk.steps)}: {walk.ended}."
+        if why:  # not looked at before: the progress of the last step is told first
+            break
+        why = _take_step(walk, bounds, last=walk.steps + 1 == len(steps))
+    return why
+
+
+def _take_step(walk: InfluenceWalk, bounds: _Bounds, last: bool) -> str:
+    """One step, halved until it is within the bounds: why no other is to follow, or ""."""
+    if not walk.advance(last=last):
+        return f"ended after {counted(walk.steps)}: {walk.ended}."
+    refusal = bounds.refusal(walk.steps)
+    for _ in range(_HALVINGS if refusal else 0):
+        walk.shorten()
         refusal = bounds.refusal(walk.steps)
-        for _ in range(_HALVINGS if refusal else 0):
-            walk.shorten()
-            refusal = bounds.refusal(walk.steps)
-            if not refusal:
-                break
-        if refusal:
-            walk.back()
-            return f"stopped by {refusal}: no shorter step {walk.steps + 1} was within."
-        if used_up := bounds.used_up():
-            return f"ended after {counted(walk.steps)}: {used_up}."
-    return ""
+        if not refusal:
+            break
+    if refusal:
+        walk.back()
+        return f"stopped by {refusal}: no shorter step {walk.steps + 1} was within."
+    used_up = bounds.used_up()
+    return f"ended after {counted(walk.steps)}: {used_up}." if used_up else ""

@@ -105,8 +105,9 @@ def judged_only(documents: Sequence[Document]) -> str:
     return (
         f"In {short} of the {len(firsts)} cells where several steps are first at 5 % the best "
         "baseline's curve ended before that drop: it might forget more.\n\n"
-        "The several steps' constants were chosen on seed 0, and on seed 2 of "
-        f"{' and '.join(sorted(name for name, _ in CHOSEN_ON))}: of the {len(others)} other cells "
+        "The several steps' constants were chosen on seed 0 of all data sets, and on "
+        f"{' and '.join(f'seed {seed} of {name}' for name, seed in CHOSEN_ON)}: of the "
+        f"{len(others)} other cells "
         f"they are first in {counts[0]} at 1 % and in {counts[1]} at 5 %.\n"
     )
 
