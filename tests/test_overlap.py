@@ -146,3 +146,19 @@ def test_beside_a_bank_too():
                 evaluate=False,
             )
         assert sum("token for token" in str(w.message) for w in caught) == among
+
+
+def test_a_malformed_batch_beside_a_bank_is_named():
+    model, forget, retain = trained(), forget_batches(count=8), retain_batches(count=16)
+    bank = uf.collect_factors(model, [*forget, *retain])
+    bad = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 4)}
+    config = uf.UcanConfig.preset("thorough", influence_steps=2)
+    with pytest.raises(uf.UcanError, match="batch 1: attention_mask"):
+        uf.unlearn(
+            model,
+            forget=forget,
+            bank=bank,
+            retain=[retain[0], bad],
+            calibration=lambda model: 1.0,
+            config=config,
+        )

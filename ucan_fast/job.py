@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .batches import FORGET, RETAIN, check_iterable, group_index, holding, reusable
+from .batches import FORGET, RETAIN, check_iterable, group_index, holding, read_batches, reusable
 from .calibration import BY_HEART, RetainLoss, given, sample, split
 from .collect import collect_at_origin
 from .config import UcanConfig
@@ -193,8 +193,9 @@ class Job:
     def warn_of_overlap(self, request: Request) -> None:
         """Say that what is to be forgotten was passed as retained as well."""
         if request.bank is not None and request.retain is not None:
-            for batch in request.retain:  # which no pass for statistics has seen
-                self.overlap.compare(batch)
+            # Which no pass for statistics has seen, nor checked.
+            for batch in read_batches(self.model, request.retain, "retain"):
+                self.overlap.compare(batch.source)
         if self.overlap.found:
             self.notes["overlap"] = (
                 f"{self.overlap.found} of the {self.overlap.retained} retained sequences are "
