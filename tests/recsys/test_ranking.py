@@ -407,8 +407,14 @@ def test_a_budget_can_be_a_drop_of_reciprocal_ranks():
         return 1 / (1 / next_item_ranks(model, retain, group=1, vocabulary=vocabulary)).mean()
 
     before = float(mean_rank(model))
+    # Of twenty steps the last are halved until they end beside a tie of two ranks, which the rounding
+    # of a plan (1e-7 of a weight) may turn over: the case is one that stays clear of it.
     config = uf.UcanConfig.preset(
-        "thorough", influence_radius=0.02, max_retain_loss_increase=0.01, retain_gradient_weight=0.0
+        "thorough",
+        influence_steps=12,
+        influence_radius=0.02,
+        max_retain_loss_increase=0.01,
+        retain_gradient_weight=0.0,
     )
     options = {"forget": forget, "retain": retain, "config": config, "evaluate": False}
     result = uf.unlearn(model, calibration=mean_rank, **options)
