@@ -407,8 +407,8 @@ def test_a_budget_can_be_a_drop_of_reciprocal_ranks():
         return 1 / (1 / next_item_ranks(model, retain, group=1, vocabulary=vocabulary)).mean()
 
     before = float(mean_rank(model))
-    # Of twenty steps the last are halved until they end beside a tie of two ranks, which the rounding
-    # of a plan (1e-7 of a weight) may turn over: the case is one that stays clear of it.
+    # Of twenty steps the last are halved until they end beside a tie of two ranks, which the
+    # rounding of a plan (1e-7 of a weight) may turn over: the case is one that stays clear of it.
     config = uf.UcanConfig.preset(
         "thorough",
         influence_steps=12,
