@@ -120,9 +120,12 @@ def column_sums(h, group, only_group, BOTH: tl.constexpr):
         sq_f = tl.sum(square * f, axis=0)
         sq_r = tl.sum(square * r, axis=0)
     else:
-        h = tl.where((group == only_group)[:, None], h, 0.0)
+        counted = group == only_group
+        h = tl.where(counted[:, None], h, 0.0)
         abs_f = tl.sum(tl.abs(h), axis=0)
-        sq_f = tl.sum(h * h, axis=0)
+        # Times 1 or 0: a bare h * h would be fused into the first sum over other threads' rows, in
+        # each thread with its own h, and copies of one sum would differ in their last bit.
+        sq_f = tl.sum(h * h * counted.to(tl.float32)[:, None], axis=0)
         abs_r = abs_f
         sq_r = sq_f
     return abs_f, abs_r, sq_f, sq_r

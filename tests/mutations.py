@@ -89,7 +89,7 @@ MUTATIONS: list[Mutation] = [
             "h = tl.where((group == only_group)[:, None], h, 0.0)",
             "h = tl.where((group >= 0)[:, None], h, 0.0)",
         ),
-        ("no square", "sq_f = tl.sum(h * h, axis=0)", "sq_f = tl.sum(tl.abs(h), axis=0)"),
+        ("no square", "sq_f = tl.sum(h * h * counted", "sq_f = tl.sum(tl.abs(h) * counted"),
         (
             "abs and sq swapped in a slot",
             "tl.store(base + n, abs_r, mask=inside)",
