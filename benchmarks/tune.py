@@ -1,7 +1,7 @@
 """Rows of the launch table (``kernels/tuning.py``), timed side by side on a GPU.
 
     python -m benchmarks.tune --kernel shrink expand --json build/bench/tune.json
-    python -m benchmarks.tune --kernel shrink --layer q_proj gate_proj --no-moments
+    python -m benchmarks.tune --kernel expand --layer q_proj gate_proj --no-moments
     python -m benchmarks.tune --kernel shrink_finish --adapter-dtype float32,bfloat16
 
 A row is put into the table for the time of one call of the operator; everything else of the case,
@@ -12,8 +12,8 @@ programs. Ratios are to the row that the table gives now, "as it is", which is i
 does not compile, does not fit or is wrong loses its own line only.
 
 Names: M, N, K, R are ``BLOCK_M`` to ``BLOCK_R``, w ``num_warps``, s ``num_stages``, T
-``shrink.TWO_PER_SM``, P ``expand.PROGRAMS``. These two constants are no part of the table: they
-hold for every GPU and shape.
+``shrink.TWO_PER_SM``, P ``expand.PROGRAMS``. These two constants are no part of the
+table: they hold for every GPU and shape.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ GRIDS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]] 
     ),
     "expand": (
         {"BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "num_warps": (4, 8)},
-        {"num_stages": (1, 2, 3), "PROGRAMS": (1024, 2048, 4096)},
+        {"num_stages": (1, 2, 3, 4, 5), "PROGRAMS": (512, 1024, 2048)},
     ),
     "shrink_finish": (
         {"ROWS": (16, 32, 64, 128), "num_warps": (2, 4, 8)},
@@ -81,7 +81,10 @@ GRIDS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]] 
     ),
 }
 #: kernel -> the constant that is tried with its rows.
-CONSTANTS = {"shrink": (shrink_module, "TWO_PER_SM"), "expand": (expand_module, "PROGRAMS")}
+CONSTANTS = {
+    "shrink": (shrink_module, "TWO_PER_SM"),
+    "expand": (expand_module, "PROGRAMS"),
+}
 _LETTERS = {
     **{f"BLOCK_{letter}": letter for letter in "MNKR"},
     "num_warps": "w",

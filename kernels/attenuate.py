@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRET, TRITON_DTYPES, CompileCase, on_device, round_to
+from .common import INTERPRET, TRITON_DTYPES, CompileCase, ceil_div, on_device, round_to
 
 #: Units of 16 bytes that one block scales where alignment allows, and elements where it does not.
 UNITS, ELEMENTS = 512, 1024
@@ -205,7 +205,7 @@ def _table_row(
         line_stride = 0  # never used, and 0 is a multiple of the width
     needed = lines * length // width if wide else lines * length
     row = [weight.data_ptr(), offset, lines, length, line_stride, step, factor_per_line, wide]
-    return [int(value) for value in row], triton.cdiv(needed, UNITS if wide else ELEMENTS)
+    return [int(value) for value in row], ceil_div(needed, UNITS if wide else ELEMENTS)
 
 
 def _constants(dtype: torch.dtype) -> dict[str, object]:

@@ -32,7 +32,8 @@ TRITON_DTYPES = {
     torch.float64: tl.float64,
 }
 
-_FOLD_SLOTS, _FOLD_COLUMNS = 16, 128
+#: Slots and columns that one step of a fold reads: few columns, so that there are many programs.
+_FOLD_SLOTS, _FOLD_COLUMNS = 64, 32
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class CompileCase:
     wide_loads: bool = True
     options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
     capabilities: tuple[int, ...] = (80, 90, 100)
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """As ``triton.cdiv``, which takes microseconds from Python."""
+    return -(-number // divisor)
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -99,12 +105,32 @@ def round_to(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def column_sums(h, group, only_group, BOTH: tl.constexpr):
-    """Σ|h| and Σh² over the rows of each group, for one tile of at most 128 rows.
+def as_operand(value, DTYPE: tl.constexpr, CAST_DOT: tl.constexpr):
+    """A dot's operand, rounded to DTYPE: in DTYPE on a GPU, in fp32 under the interpreter."""
+    if CAST_DOT:
+        value = value.to(DTYPE)
+    else:
+        value = round_to(value.to(tl.float32), DTYPE, True).to(tl.float32)
+    return value
+
+
+@triton.jit
+def fold_rows(value, LANES: tl.constexpr):
+    """``[rows, columns]`` to ``[LANES, columns]``: the sums over every LANES-th row."""
+    rows: tl.constexpr = value.shape[0] // LANES
+    return tl.sum(tl.reshape(value, [rows, LANES, value.shape[1]]), axis=0)
+
+
+@triton.jit
+def lane_sums(h, group, only_group, BOTH: tl.constexpr, LANES: tl.constexpr):
+    """Σ|h| and Σh² over every LANES-th row of each group, for one tile: ``[LANES, columns]``.
 
     h: fp32 ``[rows, columns]``; group: ``[rows]``, -1 for rows past the end. Returns forget-|h|,
     retain-|h|, forget-h², retain-h²; with ``BOTH`` False the first and third are those of
     ``only_group`` and the others repeat them.
+
+    Where a thread holds every LANES-th row of its columns, nothing is exchanged between threads:
+    the sum over the lanes needs that, and is taken once per program instead of once per tile.
     """
     if BOTH:
         forget = group == 0
@@ -115,20 +141,27 @@ def column_sums(h, group, only_group, BOTH: tl.constexpr):
         r = retain.to(tl.float32)[:, None]
         size = tl.abs(h)
         square = h * h
-        abs_f = tl.sum(size * f, axis=0)
-        abs_r = tl.sum(size * r, axis=0)
-        sq_f = tl.sum(square * f, axis=0)
-        sq_r = tl.sum(square * r, axis=0)
+        abs_f = fold_rows(size * f, LANES)
+        abs_r = fold_rows(size * r, LANES)
+        sq_f = fold_rows(square * f, LANES)
+        sq_r = fold_rows(square * r, LANES)
     else:
         counted = group == only_group
         h = tl.where(counted[:, None], h, 0.0)
-        abs_f = tl.sum(tl.abs(h), axis=0)
+        abs_f = fold_rows(tl.abs(h), LANES)
         # Times 1 or 0: a bare h * h would be fused into the first sum over other threads' rows, in
         # each thread with its own h, and copies of one sum would differ in their last bit.
-        sq_f = tl.sum(h * h * counted.to(tl.float32)[:, None], axis=0)
+        sq_f = fold_rows(h * h * counted.to(tl.float32)[:, None], LANES)
         abs_r = abs_f
         sq_r = sq_f
     return abs_f, abs_r, sq_f, sq_r
+
+
+@triton.jit
+def column_sums(h, group, only_group, BOTH: tl.constexpr):
+    """As :func:`lane_sums` over all rows, of which there may be 128: ``[columns]``."""
+    abs_f, abs_r, sq_f, sq_r = lane_sums(h, group, only_group, BOTH, 1)
+    return tl.sum(abs_f, axis=0), tl.sum(abs_r, axis=0), tl.sum(sq_f, axis=0), tl.sum(sq_r, axis=0)
 
 
 @triton.jit
@@ -183,7 +216,7 @@ def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) ->
         return
     target = moments if moments.is_contiguous() else moments.contiguous()
     start = target if only_group is None else target[:, only_group]
-    grid = (triton.cdiv(n, _FOLD_COLUMNS), 2 * groups)
+    grid = (ceil_div(n, _FOLD_COLUMNS), 2 * groups)
     with on_device(slots):
         fold_kernel[grid](
             slots,

@@ -21,7 +21,10 @@ import triton.language as tl
 from .common import (
     CAST_DOT,
     CompileCase,
+    as_operand,
+    ceil_div,
     fold_,
+    lane_sums,
     new_slots,
     on_device,
     round_to,
@@ -31,10 +34,10 @@ from .common import (
 from .tuning import TABLE, config
 from .tuning import rows as table_rows
 
-#: Rows of one slot at most, and programs that a launch aims at: about fifteen for each of 132
-#: SMs, of which five to seven run at a time. The same on every GPU, so that the order of the
-#: sums does not depend on it.
-MAX_ROWS, PROGRAMS = 512, 2048
+#: Rows of one slot at most, and programs that a launch aims at: about four for each of 132 SMs, as
+#: many as run at a time. The same on every GPU, so that the order of the sums does not depend on
+#: it.
+MAX_ROWS, PROGRAMS = 512, 512
 #: Row r of a tile is summed with rows r + 8, r + 16, ...: a thread of a tensor-core tile holds
 #: these, so the loop over the rows sums in registers and no two threads meet before its end.
 LANES = 8
@@ -60,16 +63,6 @@ def load_b(b, column, rank, n, r):
 
 
 @triton.jit
-def operand(value, DTYPE: tl.constexpr, CAST_DOT: tl.constexpr):
-    """A dot's operand, rounded to DTYPE: in DTYPE on a GPU, in fp32 under the interpreter."""
-    if CAST_DOT:
-        result = value.to(DTYPE)
-    else:
-        result = round_to(value.to(tl.float32), DTYPE, True).to(tl.float32)
-    return result
-
-
-@triton.jit
 def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl.constexpr):
     """``product += z bᵀ``, b rounded to z's dtype; ``rest += z (b - rounded b)ᵀ`` with SPLIT.
 
@@ -78,52 +71,17 @@ def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl
     for three 16-bit dots. ``rest`` is scaled up by _SPLIT_SCALE.
     """
     dtype: tl.constexpr = z_part.dtype
-    z_part = operand(z_part, dtype, CAST_DOT)
-    high = operand(b_part, dtype, CAST_DOT)
+    z_part = as_operand(z_part, dtype, CAST_DOT)
+    high = as_operand(b_part, dtype, CAST_DOT)
     # tf32x3 is the precision of fp32 on tensor cores; 16-bit operands do not know of it.
     product = tl.dot(z_part, tl.trans(high), product, input_precision="tf32x3")
     if SPLIT:
         left = (b_part.to(tl.float32) - high.to(tl.float32)) * _SPLIT_SCALE
-        middle = operand(left, dtype, CAST_DOT)
-        low = operand(left - middle.to(tl.float32), dtype, CAST_DOT)
+        middle = as_operand(left, dtype, CAST_DOT)
+        low = as_operand(left - middle.to(tl.float32), dtype, CAST_DOT)
         rest = tl.dot(z_part, tl.trans(low), rest)
         rest = tl.dot(z_part, tl.trans(middle), rest)
     return product, rest
-
-
-@triton.jit
-def fold_rows(value, LANES: tl.constexpr):
-    """``[rows, columns]`` to ``[LANES, columns]``: the sums over every LANES-th row."""
-    rows: tl.constexpr = value.shape[0] // LANES
-    return tl.sum(tl.reshape(value, [rows, LANES, value.shape[1]]), axis=0)
-
-
-@triton.jit
-def lane_sums(h, group, only_group, BOTH: tl.constexpr, LANES: tl.constexpr):
-    """As ``common.column_sums``, but only over every LANES-th row.
-
-    The sum over the lanes needs other threads; it is taken once per program, not once per tile.
-    """
-    if BOTH:
-        forget = group == 0
-        retain = group == 1
-        # where, not a product: a NaN in an ignored row must not spread.
-        h = tl.where((forget | retain)[:, None], h, 0.0)
-        f = forget.to(tl.float32)[:, None]
-        r = retain.to(tl.float32)[:, None]
-        size = tl.abs(h)
-        square = h * h
-        abs_f = fold_rows(size * f, LANES)
-        abs_r = fold_rows(size * r, LANES)
-        sq_f = fold_rows(square * f, LANES)
-        sq_r = fold_rows(square * r, LANES)
-    else:
-        h = tl.where((group == only_group)[:, None], h, 0.0)
-        abs_f = fold_rows(tl.abs(h), LANES)
-        sq_f = fold_rows(h * h, LANES)
-        abs_r = abs_f
-        sq_r = sq_f
-    return abs_f, abs_r, sq_f, sq_r
 
 
 #: What nothing is known of in any launch, where the ranks are odd, and where the columns are too
@@ -160,6 +118,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LANES: tl.constexpr,
+    STAGES: tl.constexpr,
     CAST_DOT: tl.constexpr,
 ):
     """One program: one slot's rows of one tile of columns."""
@@ -172,16 +131,18 @@ def expand_kernel(
         b_part = load_b(b, column, rank, n, r)
     if HAS_BIAS:
         bias_row = tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
-        bias_row = operand(bias_row, z.dtype.element_ty, CAST_DOT).to(tl.float32) * scaling
+        bias_row = as_operand(bias_row, z.dtype.element_ty, CAST_DOT).to(tl.float32) * scaling
     abs_f = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
     abs_r = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
     sq_f = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
     sq_r = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
-    for step in range(0, rows, BLOCK_M):
+    # The stages are named here, or base_out, no operand of a dot, would not be loaded ahead.
+    for step in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
         row = slot.to(tl.int64) * rows + step + tl.arange(0, BLOCK_M)
+        if MOMENTS:
+            group = tl.load(groups + row, mask=row < m, other=-1)
         inside = (row < m)[:, None] & (column < n)[None, :]
         address = base_out + row[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_n
-        # Loaded before the product so that its way from memory and the product overlap.
         base = tl.load(address, mask=inside, other=0.0)
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         rest = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -206,7 +167,6 @@ def expand_kernel(
         if MOMENTS:
             if SPLIT:
                 delta += rest * (scaling / _SPLIT_SCALE)
-            group = tl.load(groups + row, mask=row < m, other=-1)
             a_f, a_r, s_f, s_r = lane_sums(delta, group, only_group, BOTH, LANES)
             abs_f += a_f
             abs_r += a_r
@@ -309,9 +269,9 @@ def expand(
     kind = variant(base_out, z, b, bias)
     dtypes = (y.dtype, z.dtype, b.dtype)
     options = config("expand", _shape_class(dtypes, moments, rank, kind), y.device)
-    column_tiles = triton.cdiv(n, options["BLOCK_N"])
+    column_tiles = ceil_div(n, options["BLOCK_N"])
     rows = rows_per_program(m, column_tiles, options["BLOCK_M"])
-    count = triton.cdiv(m, rows)
+    count = ceil_div(m, rows)
     slots = new_slots(count, n, only_group, y.device) if moments else None
     kernel, _ = _VARIANTS[kind]
     with on_device(y):
@@ -333,6 +293,7 @@ def expand(
             float(scaling),
             -1 if only_group is None else only_group,
             **_flags(z.dtype, b.dtype, moments, only_group is None, bias is not None, rank),
+            STAGES=options["num_stages"],
             **options,
             enable_fp_fusion=True,
         )
@@ -405,7 +366,7 @@ def _case(
             continue
         blocks = {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_R")}
         constants = dict.fromkeys(absent) | ({} if kind == "ragged" else {"stride_n": 1})
-        constants |= flags | blocks
+        constants |= flags | blocks | {"STAGES": options["num_stages"]}
         signature = {
             **dict.fromkeys(("base_out", "y"), f"*{base_type}"),
             **dict.fromkeys(("b", "bias"), f"*{b_type}"),

@@ -29,6 +29,7 @@ from .common import (
     INTERPRET,
     TRITON_DTYPES,
     CompileCase,
+    ceil_div,
     column_sums,
     fold_,
     new_slots,
@@ -255,11 +256,11 @@ def fused_linear(
     delta_dtype = torch.promote_types(z.dtype, b.dtype)
     config = _CONFIGS[x.element_size()]
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
-    row_blocks = triton.cdiv(m, bm)
+    row_blocks = ceil_div(m, bm)
     moments = delta_moments is not None
     slots = new_slots(row_blocks, n, only_group, x.device) if moments else None
     with on_device(x):
-        fused_linear_kernel[(min(_programs(x.device), row_blocks * triton.cdiv(n, bn)),)](
+        fused_linear_kernel[(min(_programs(x.device), row_blocks * ceil_div(n, bn)),)](
             TensorDescriptor.from_tensor(_rows_view(x), [bm, bk]),
             TensorDescriptor.from_tensor(weight, [bn, bk]),
             TensorDescriptor.from_tensor(y.view(m, n), [bm, bn // 2]),

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import CompileCase, on_device
+from .common import CompileCase, ceil_div, on_device
 
 BLOCK = 512
 #: Chunks of one layer at most, and programs of one launch beyond which layers are cut less.
@@ -292,18 +292,23 @@ def contrastive_scores(
 
 
 def attenuation_factors(
-    score: torch.Tensor, threshold: float, decay: str, strength: float, floor: float
+    score: torch.Tensor,
+    top: torch.Tensor,
+    threshold: float,
+    decay: str,
+    strength: float,
+    floor: float,
 ) -> torch.Tensor:
-    """γ of every neuron, fp32 ``[n]``; the largest score is torch's own maximum, on the device."""
+    """γ of every neuron, fp32 ``[n]``; ``top`` is the largest score, fp64, on the device."""
     n = score.numel()
     factors = torch.empty_like(score, dtype=torch.float32)
     if n == 0:
         return factors
     score = score.contiguous()
     with on_device(score):
-        factors_kernel[(triton.cdiv(n, BLOCK),)](
+        factors_kernel[(ceil_div(n, BLOCK),)](
             score,
-            score.max(),
+            top,
             factors,
             float(threshold),
             float(strength),
@@ -319,7 +324,7 @@ def attenuation_factors(
 
 def _chunks(n: int, layers: int) -> int:
     """Programs per layer: enough for one that holds all n neurons, not too many in total."""
-    return max(1, min(triton.cdiv(n, BLOCK), MAX_CHUNKS, PROGRAMS // layers))
+    return max(1, min(ceil_div(n, BLOCK), MAX_CHUNKS, PROGRAMS // layers))
 
 
 def compile_cases() -> list[CompileCase]:

@@ -32,6 +32,8 @@ from .common import (
     CAST_DOT,
     TRITON_DTYPES,
     CompileCase,
+    as_operand,
+    ceil_div,
     column_sums,
     fold_,
     new_slots,
@@ -40,7 +42,7 @@ from .common import (
     rows_of,
     store_sums,
 )
-from .moments import accumulate_moments_
+from .moments import PROGRAMS_BESIDE, accumulate_moments_, program_rows, tile_moments, tile_of
 
 #: At most so many rows are "few": decoding. They get small blocks, and parallelism from K alone.
 FEW_ROWS = 32
@@ -51,49 +53,33 @@ WAVE, TWO_PER_SM = 132, 264
 MAX_SPLITS = 64
 
 
+#: What nothing is known of in any launch.
+_NEVER = ["groups", "m", "splits", "blocks", "rows", "only_group"]
+
+
 @triton.jit
-def as_operand(value, DTYPE: tl.constexpr, CAST_DOT: tl.constexpr):
-    """Rounds to the dtype of the product; under the interpreter the result is widened again."""
-    if CAST_DOT:
-        value = value.to(DTYPE)
-    else:
-        value = round_to(value.to(tl.float32), DTYPE, True).to(tl.float32)
-    return value
-
-
-@triton.jit(do_not_specialize=["m", "only_group"])
-def shrink_kernel(
+def partial_z(
     x,
     a,
     out,
-    groups,
-    slots,
+    block,
+    part,
     m,
     k,
     r,
     chunk,
     stride_m,
     stride_k,
-    only_group,
     OPERAND: tl.constexpr,
     SPLIT_A: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    BOTH: tl.constexpr,
     CAST_DOT: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of rows, one chunk of columns: its share of z, and the moments of these columns.
-
-    ``out`` is the fp32 workspace ``[chunks, m, r]``, or z itself where nothing is left to do.
-    """
-    block = tl.program_id(0)
-    part = tl.program_id(1)
+    """What one chunk of columns adds to z, for one block of rows."""
     row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = tl.arange(0, R_PAD)
-    if MOMENTS:
-        group = tl.load(groups + row, mask=row < m, other=-1)
     x_rows = x + row[:, None] * stride_m
     a_rows = a + rank.to(tl.int64)[:, None] * k
     z = tl.zeros([BLOCK_M, R_PAD], dtype=tl.float32)
@@ -118,12 +104,73 @@ def shrink_kernel(
             # tf32x3 concerns fp32 operands only: plain tf32 would keep 11 bits of 24.
             right = as_operand(a_tile, OPERAND, CAST_DOT)
             z = tl.dot(left, tl.trans(right), z, input_precision="tf32x3")
-        if MOMENTS:
-            a_f, a_r, s_f, s_r = column_sums(x_tile.to(tl.float32), group, only_group, BOTH)
-            store_sums(slots, block, column, k, a_f, a_r, s_f, s_r, BOTH)
     z = round_to(z, out.dtype.element_ty, not CAST_DOT)
     target = out + part.to(tl.int64) * m * r + row[:, None] * r + rank[None, :]
     tl.store(target, z, mask=(row < m)[:, None] & (rank < r)[None, :])
+
+
+@triton.jit(do_not_specialize=_NEVER)
+def shrink_kernel(
+    x,
+    a,
+    out,
+    groups,
+    slots,
+    m,
+    k,
+    r,
+    chunk,
+    splits,
+    blocks,
+    rows,
+    stride_m,
+    stride_k,
+    only_group,
+    OPERAND: tl.constexpr,
+    SPLIT_A: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BOTH: tl.constexpr,
+    CAST_DOT: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A program does one of two things: its share of z, or the moments of one tile of columns.
+
+    The programs of ``blocks`` blocks of rows, ``splits`` for each, are followed by those that take
+    the moments of the same ``rows`` rows: at most one of the two reads them from memory, the other
+    from the L2 cache.
+
+    ``out`` is the fp32 workspace ``[splits, m, r]``, or z itself where nothing is left to do.
+    """
+    if MOMENTS:
+        of_z = blocks * splits
+        of_rows = of_z + tl.cdiv(k, COLUMNS)
+        slot = tl.program_id(0) // of_rows
+        own = tl.program_id(0) % of_rows
+        if own < of_z:
+            block = slot * blocks + own // splits
+            part = own % splits
+            partial_z(
+                *(x, a, out, block, part, m, k, r, chunk, stride_m, stride_k),
+                *(OPERAND, SPLIT_A, CAST_DOT, R_PAD, BLOCK_M, BLOCK_K),
+            )
+        else:
+            tile_moments(
+                *(x, groups, slots, slot, own - of_z, m, k, rows, stride_m, stride_k, only_group),
+                *(BOTH, ROWS, COLUMNS, LANES, STAGES),
+            )
+    else:
+        block = tl.program_id(0) // splits
+        part = tl.program_id(0) % splits
+        partial_z(
+            *(x, a, out, block, part, m, k, r, chunk, stride_m, stride_k),
+            *(OPERAND, SPLIT_A, CAST_DOT, R_PAD, BLOCK_M, BLOCK_K),
+        )
 
 
 _FINISH_NEVER = ["groups", "m", "splits", "only_group"]
@@ -170,12 +217,12 @@ finish_odd_rank = triton.jit(finish_kernel.fn, do_not_specialize=[*_FINISH_NEVER
 
 
 #: What nothing is known of where r is no multiple of 16.
-ODD_RANK = ["m", "r", "only_group"]
+ODD_RANK = [*_NEVER, "r"]
 #: The same kernel for these. Triton would make a rank of 1 a constant, in machine code of its own
 #: that spills where that of r = 8 does not.
 shrink_odd_rank = triton.jit(shrink_kernel.fn, do_not_specialize=ODD_RANK)
 #: What nothing is known of where rows are not :func:`aligned`; the rest is allocated here.
-RAGGED = ["x", "a", "groups", "m", "k", "r", "stride_m", "stride_k", "only_group"]
+RAGGED = [*ODD_RANK, "x", "a", "k", "stride_m", "stride_k"]
 #: The same kernel for operands that are not :func:`aligned`. It is told nothing of them, so that
 #: every odd size, stride and pointer runs the one machine code that the gate has seen.
 shrink_ragged = triton.jit(shrink_kernel.fn, do_not_specialize=RAGGED)
@@ -187,11 +234,11 @@ def chunks(m: int, k: int, r: int, block_m: int, block_k: int) -> tuple[int, int
     As many as give two programs per SM, but no more than keep the partial sums (8 bytes written
     and read per chunk, row and rank) under half of x in bf16, unless one wave needs them.
     """
-    row_blocks = max(1, triton.cdiv(m, block_m))
-    k_blocks = max(1, triton.cdiv(k, block_k))
+    row_blocks = max(1, ceil_div(m, block_m))
+    k_blocks = max(1, ceil_div(k, block_k))
     wanted = max(WAVE // row_blocks, min(TWO_PER_SM // row_blocks, k // (8 * r)), 1)
-    chunk = triton.cdiv(k_blocks, min(wanted, k_blocks, MAX_SPLITS)) * block_k
-    return max(1, triton.cdiv(k, chunk)), chunk
+    chunk = ceil_div(k_blocks, min(wanted, k_blocks, MAX_SPLITS)) * block_k
+    return max(1, ceil_div(k, chunk)), chunk
 
 
 def dot_mode(x: torch.dtype, a: torch.dtype, product: torch.dtype) -> tuple[torch.dtype, bool]:
@@ -277,7 +324,6 @@ def shrink(
     smooth = aligned(x, a)
     key = (r_pad, dots(x.dtype, operand, split_a), size if smooth else "ragged")
     tile = tuning.config("shrink", key, x.device)
-    row_blocks = triton.cdiv(m, tile["BLOCK_M"])
     splits, chunk = chunks(m, k, r, tile["BLOCK_M"], tile["BLOCK_K"])
     at_once = splits == 1 and rank_moments is None
     out = z if at_once else x.new_empty((splits, m, r), dtype=torch.float32)
@@ -285,30 +331,28 @@ def shrink(
         groups = groups.contiguous()
     flags = {"BOTH": only_group is None, "CAST_DOT": CAST_DOT, "R_PAD": r_pad}
     only = -1 if only_group is None else only_group
-    slots = None
+    of_moments = tile_of(x.element_size(), smooth, tile["num_warps"])
+    row_blocks, slots = ceil_div(m, tile["BLOCK_M"]), None
+    blocks, rows, programs = row_blocks, m, row_blocks * splits
     if input_moments is not None:
-        slots = new_slots(row_blocks, k, only_group, x.device)
-    sums_kernel = shrink_ragged
+        tiles = ceil_div(k, of_moments["COLUMNS"])
+        rows = program_rows(m, tiles, PROGRAMS_BESIDE)
+        count = ceil_div(m, rows)
+        slots = new_slots(count * of_moments["LANES"], k, only_group, x.device)
+        blocks = min(rows // tile["BLOCK_M"], row_blocks)
+        programs = count * (blocks * splits + tiles)
+    kernel = shrink_ragged
     if smooth:
-        sums_kernel = shrink_odd_rank if r % 16 else shrink_kernel
+        kernel = shrink_odd_rank if r % 16 else shrink_kernel
     with on_device(x):
-        sums_kernel[row_blocks, splits](
-            x,
-            a,
-            out,
-            None if slots is None else groups,
-            slots,
-            m,
-            k,
-            r,
-            chunk,
-            x.stride(0),
-            x.stride(1),
-            only,
+        kernel[(programs,)](
+            *(x, a, out, None if slots is None else groups, slots, m, k, r, chunk),
+            *(splits, blocks, rows, *x.stride(), only),
             OPERAND=TRITON_DTYPES[operand],
             SPLIT_A=split_a,
             MOMENTS=slots is not None,
             enable_fp_fusion=True,
+            **of_moments,
             **flags,
             **tile,
         )
@@ -316,7 +360,7 @@ def shrink(
         fold_(slots, input_moments, only_group)
     if not at_once:
         tile = tuning.config("shrink_finish", (r_pad, size), x.device)
-        row_blocks, slots = triton.cdiv(m, tile["ROWS"]), None
+        row_blocks, slots = ceil_div(m, tile["ROWS"]), None
         if rank_moments is not None:
             slots = new_slots(row_blocks, r, only_group, x.device)
         last_kernel = finish_odd_rank if r % 16 else finish_kernel
@@ -376,10 +420,12 @@ def _shrink_cases() -> Iterator[CompileCase]:
                 constants |= {"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank}
                 types = {"x": f"*{x}", "a": f"*{a}", "out": f"*{out}"}
                 types |= {"groups": "*i64" if odd else "*i8", "slots": "*fp32"} if moments else {}
-                sizes = ["m", "k", "r", "chunk", "stride_m", "only_group"]
+                constants |= tile_of(_NAMES[x].itemsize, rows != "ragged", options["num_warps"])
+                sizes = ["m", "k", "r", "chunk", "splits", "blocks", "rows", "stride_m"]
+                sizes.append("only_group")
                 divisible = [*types, "k", "r", "chunk", "stride_m"]
                 # Odd ranks above 64 are launched as ragged rows, see `aligned`.
-                unknown = (("groups",) if rank > 64 else ("r", "groups")) if odd else ()
+                unknown = ODD_RANK if odd and rank <= 64 else _NEVER
                 if rows == "ragged":
                     sizes.append("stride_k")
                     kernel, unknown = shrink_ragged, RAGGED

@@ -124,7 +124,9 @@ def test_accelerated_output_is_as_exact_as_pefts(adapter_fp32, autocast):
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         peft = layer(x)
         uf.accelerate(layer)
-        ours = layer(x)
+        # By name: so few tokens are left to PEFT otherwise.
+        with ops.use_backend("triton"):
+            ours = layer(x)
     scale = oracle.norm()
     error, allowed = (
         (ours.double() - oracle).norm() / scale,
@@ -458,8 +460,9 @@ def test_training_gradients_equal_pefts():
     exact.double()
     assert uf.accelerate(fused).fused
     ids = batches(0, 0, 97)[0]["input_ids"].cuda()
-    for model in (plain, fused, exact):
-        model(input_ids=ids, labels=ids).loss.backward()
+    with ops.use_backend("triton"):
+        for model in (plain, fused, exact):
+            model(input_ids=ids, labels=ids).loss.backward()
     truth, theirs = dict(exact.named_parameters()), dict(plain.named_parameters())
     for name, parameter in fused.named_parameters():
         if parameter.grad is not None:
@@ -479,12 +482,13 @@ def test_compiled_model_without_graph_breaks(dtype):
     )
 
 
-def test_cuda_graph_of_a_decode_step():
+def test_cuda_graph_of_a_decode_step(monkeypatch):
     """Captured once, replayed with other tokens: what eager gives for those."""
     from transformers import StaticCache
 
     model = small_model(torch.bfloat16).cuda()
     uf.accelerate(model)
+    monkeypatch.setenv("UCAN_FAST_BACKEND", "triton")  # the eager steps too
     token = torch.tensor([[5]], device="cuda")
     position = torch.tensor([8], device="cuda")
     cache = StaticCache(config=model.config, max_cache_len=16)
@@ -527,6 +531,54 @@ def test_cuda_graph_of_a_decode_step():
         rewind()
         torch.testing.assert_close(seen[-1], forward(token, position), rtol=1e-2, atol=1e-2)
     assert not torch.equal(*seen)
+
+
+def test_few_tokens_are_left_to_peft_unless_a_graph_is_captured(monkeypatch):
+    """Eager calls are bound by launches; a graph's are not."""
+    import ucan_fast.kernels.expand as expand_kernels
+
+    launched = []
+    plain = expand_kernels.expand
+    monkeypatch.setattr(
+        expand_kernels, "expand", lambda *a, **k: launched.append(1) or plain(*a, **k)
+    )
+    model = small_model(torch.bfloat16).cuda()
+    uf.accelerate(model)
+    layer = next(m for n, m in model.named_modules() if n.endswith("mlp.up_proj"))
+    x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        eager = layer(x)
+        assert not launched
+        with ops.use_backend("triton"):
+            named = layer(x)
+        assert len(launched) == 1
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), ops.use_backend("triton"):
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(x)
+        assert len(launched) == 3
+        graph.replay()
+        many = torch.randn(ops.LAUNCH_BOUND // 64 + 1, 64, device="cuda", dtype=torch.bfloat16)
+        layer(many)
+        assert len(launched) == 4
+    assert torch.equal(captured, named)
+    torch.testing.assert_close(named, eager, rtol=2e-2, atol=2e-2)
+
+
+def test_a_plan_is_made_by_kernels_where_they_are_asked_for(monkeypatch):
+    """The plan itself lies on the CPU, which no kernel can reach."""
+    model = small_model().cuda()
+    uf.accelerate(model)
+    monkeypatch.setenv("UCAN_FAST_BACKEND", "triton")
+    stats = uf.collect(model, batches(0, 0, 30), group="forget")
+    stats = stats + uf.collect(model, batches(1, 30, 97))
+    plan = uf.make_plan(model, stats, uf.UcanConfig(strength=2.0, min_score=0.0))
+    assert plan.attenuated
+    assert plan.flat_factors.device.type == "cpu"
 
 
 def test_cuda_graph_of_attenuate():

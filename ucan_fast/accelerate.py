@@ -31,12 +31,19 @@ class FusedLoraLinear:
     """
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """PEFT's result; by PEFT's own forward wherever :func:`fusable_parts` finds a reason."""
+        """PEFT's result; by PEFT's own forward wherever :func:`fusable_parts` finds a reason.
+
+        Also where :func:`.ops.is_launch_bound` says that launches decide: a decode step by eager
+        calls on a GPU.
+        """
         recorder = None
         for candidate in self.__dict__.get("_ucan_recorders", ()):
             if candidate.listens():
                 recorder = candidate
-        parts = fusable_parts(self, x, args, kwargs) if is_fused(self) else None
+        parts = None
+        # With moments to take, the kernels do in a few launches what takes PEFT and hooks dozens.
+        if is_fused(self) and not (recorder is None and ops.is_launch_bound(x)):
+            parts = fusable_parts(self, x, args, kwargs)
         if parts is None:
             if recorder is None:
                 return super().forward(x, *args, **kwargs)

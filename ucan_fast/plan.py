@@ -106,14 +106,17 @@ class AttenuationPlan(ReversiblePlan):
             raise UcanError(f"strength must be a number >= 0, not {strength!r}.")
         # A decay is relative to the largest score; scores of gates are absolute: γ = exp(-t S).
         per_largest = self._largest() if self._gates else 1.0
+        score = self.flat_score
+        if ops.requested_backend() == "triton" and torch.cuda.is_available():
+            score = score.cuda()  # a plan lies on the CPU; who asks for kernels by name gets them
         factors = ops.attenuation_factors(
-            self.flat_score,
+            score,
             self.threshold,
             decay=self.config.decay,
             strength=float(strength) * per_largest,
             floor=float(self.config.floor),
         )
-        return self._derive(flat_factors=factors, strength=float(strength))
+        return self._derive(flat_factors=factors.cpu(), strength=float(strength))
 
     def with_fraction(self, fraction: float) -> AttenuationPlan:
         """Another share of neurons selected, at the same β (a new plan, not applied)."""

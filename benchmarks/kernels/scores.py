@@ -59,25 +59,18 @@ def _by_reference(*inputs: torch.Tensor, **choices: float) -> dict[str, torch.Te
 
 
 def scores(profile: Profile, device: torch.device) -> list[Bench]:
-    """The default formulas, at the input site of every layer.
-
-    On CUDA without the reference backend, so that a graph can hold all of it and device time is
-    measured: the reference reads the number of layers and of neurons back from the device.
-    """
-    return [
-        _bench("scores", model, device, reference=device.type == "cpu")
-        for model in _models(profile)
-    ]
+    """The default formulas, at the input site of every layer: on CUDA device time, in a graph."""
+    return [_bench("scores", model, device) for model in _models(profile)]
 
 
 def scores_eager(profile: Profile, device: torch.device) -> list[Bench]:
-    """The same with the reference backend: eager calls, and ours with the checks that wait.
+    """The same by eager calls, launches and the checks that wait for the device included.
 
-    On CUDA only, where ``scores`` leaves the reference out.
+    On CUDA only.
     """
     if device.type == "cpu":
         return []
-    return [_bench("scores_eager", model, device, reference=True) for model in _models(profile)]
+    return [_bench("scores_eager", model, device, capturable=False) for model in _models(profile)]
 
 
 def _models(profile: Profile) -> list[Model]:
@@ -85,7 +78,7 @@ def _models(profile: Profile) -> list[Model]:
     return [SMOLLM2_135M, *more]
 
 
-def _bench(group: str, model: Model, device: torch.device, *, reference: bool) -> Bench:
+def _bench(group: str, model: Model, device: torch.device, *, capturable: bool = True) -> Bench:
     n = sum(_widths(model))
     # Three sums and a norm in, R, U, S out in fp64, S in again, γ out in fp32.
     cost = {"bytes": n * (4 * 8 + 3 * 8 + 8 + 4), "flops": 20 * n}
@@ -105,17 +98,14 @@ def _bench(group: str, model: Model, device: torch.device, *, reference: bool) -
             count_launches=True,
             **common,
         ),
+        Candidate(
+            "ucan_fast, reference backend",
+            _bind(_by_reference),
+            passes=costs.scores_reference(n),
+            capturable=capturable,
+            **common,
+        ),
     ]
-    if reference:
-        candidates.append(
-            Candidate(
-                "ucan_fast, reference backend",
-                _bind(_by_reference),
-                passes=costs.scores_reference(n),
-                capturable=False,
-                **common,
-            )
-        )
     return Bench(
         group,
         {"model": model.name, "layers": 7 * model.blocks, "neurons": n},

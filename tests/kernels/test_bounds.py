@@ -125,7 +125,7 @@ def run_scores(side: str) -> None:
     for normalization in ("none", "layer", "global"):
         options = ("rms", "zscore", normalization, "protect", 0.3)
         _, _, score = contrastive_scores(moments, counts, norms, ends, *options)
-        finite(score, attenuation_factors(score, 0.01, "linear", 1.0, 0.1))
+        finite(score, attenuation_factors(score, score.max(), 0.01, "linear", 1.0, 0.1))
 
 
 def run_attenuate(side: str) -> None:

@@ -14,7 +14,7 @@ from kernel_launches import Launches
 from ucan_fast.kernels import common
 from ucan_fast.kernels import moments as module
 from ucan_fast.kernels.common import fold_, new_slots, round_to, rows_of
-from ucan_fast.kernels.moments import ROWS_PER_PROGRAM, accumulate_moments_, compile_cases
+from ucan_fast.kernels.moments import PROGRAM_ROWS, accumulate_moments_, compile_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -69,7 +69,7 @@ def assert_moments(got, h, groups, only=None, start=0.0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("only", [None, 0, 1])
-@pytest.mark.parametrize("m", [0, 1, 7, 129, ROWS_PER_PROGRAM + 1])
+@pytest.mark.parametrize("m", [0, 1, 7, 129, PROGRAM_ROWS + 1])
 @pytest.mark.parametrize("n", [1, 45, 150])
 def test_values(dtype, only, m, n):
     h, groups = randn(m, n, dtype=dtype), random_groups(m)

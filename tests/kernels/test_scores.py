@@ -180,7 +180,7 @@ def test_a_plan_without_neurons_and_non_contiguous_inputs():
         options = ("rms", "symmetric", "global", "protect", 1.0)
         got = scores.contrastive_scores(empty, counts, empty[0, 0], offsets, *options)
         assert [t.numel() for t in got] == [0, 0, 0]
-        assert scores.attenuation_factors(empty[0, 0], 0.0, "hard", 1.0, 0.0).numel() == 0
+        assert scores.attenuation_factors(empty[0, 0], None, 0.0, "hard", 1.0, 0.0).numel() == 0
     moments, counts, norms, offsets = plan_inputs(SIZES, seed=7)
     strided = (
         moments.mT.contiguous().mT,
@@ -224,8 +224,10 @@ def test_factors(decay, floor):
 
 
 def check_factors(score, threshold, decay, strength, floor):
-    expected = factors_reference(score, threshold, decay, strength, floor)
-    got = scores.attenuation_factors(score.to(DEVICE), threshold, decay, strength, floor).cpu()
+    options = (threshold, decay, strength, floor)
+    expected = factors_reference(score, score.max(), *options)
+    score = score.to(DEVICE)
+    got = scores.attenuation_factors(score, score.max(), *options).cpu()
     assert got.dtype == torch.float32
     assert torch.equal(got == 1, expected == 1)
     if decay == "exponential":
@@ -239,7 +241,8 @@ def test_the_threshold_is_not_rounded_to_fp32():
     near = torch.tensor(threshold, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
     score = torch.stack([near.nextafter(-one), near, near.nextafter(one), one])
-    got = scores.attenuation_factors(score.to(DEVICE), threshold, "hard", 1.0, 0.0)
+    score = score.to(DEVICE)
+    got = scores.attenuation_factors(score, score.max(), threshold, "hard", 1.0, 0.0)
     assert got.tolist() == [1, 1, 0, 0]
 
 
@@ -262,7 +265,7 @@ def test_four_launches_at_most(monkeypatch, normalization):
     options = ("rms", "symmetric", normalization, "protect", 1.0)
     score = run(plan_inputs(SIZES), *options)[2]
     assert len(launches) == (3 if normalization == "global" else 2)
-    scores.attenuation_factors(score.to(DEVICE), 0.1, "linear", 1.0, 0.0)
+    scores.attenuation_factors(score, score.max(), 0.1, "linear", 1.0, 0.0)
     assert launches[-1] == "factors_kernel"
     assert len(launches) <= 4
 

@@ -438,7 +438,7 @@ def test_pad_rank():
     assert [pad_rank(r) for r in (1, 16, 17, 48, 64, 65, 256)] == [16, 16, 32, 64, 64, 128, 256]
 
 
-def test_table_has_every_class_and_falls_back(monkeypatch):
+def test_table_has_every_class_and_falls_back(monkeypatch, request):
     for rank, kind, rows in itertools.product(
         (16, 32, 64, 128, 256), ("16-bit", "three", "32-bit"), ("few", "many", "ragged")
     ):
@@ -449,8 +449,10 @@ def test_table_has_every_class_and_falls_back(monkeypatch):
     default = tuning.config("shrink", key)
     other = {**default, "num_warps": 16}
     monkeypatch.setitem(tuning.TABLE["shrink"], ("h100", key), other)
-    names = {"cuda:0": "NVIDIA H100 80GB HBM3", "cuda:1": "NVIDIA GeForce RTX 4090"}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    tuning._gpu_at.cache_clear()
+    request.addfinalizer(tuning._gpu_at.cache_clear)
     assert tuning.config("shrink", key, torch.device("cuda:0")) == other
     assert tuning.config("shrink", key, torch.device("cuda:1")) == default
     assert tuning.config("shrink", key, torch.device("cpu")) == default

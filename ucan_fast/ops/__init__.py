@@ -1,7 +1,14 @@
 """The operators, one a file. They know tensors only: nothing of PEFT, nothing of models."""
 
 from .attenuate import attenuate_
-from .backend import BACKENDS, backends_in_use, use_backend
+from .backend import (
+    BACKENDS,
+    LAUNCH_BOUND,
+    backends_in_use,
+    is_launch_bound,
+    requested_backend,
+    use_backend,
+)
 from .expand import expand
 from .fused_linear import fused_linear, fused_linear_wanted
 from .lora import add_lora
@@ -11,6 +18,7 @@ from .shrink import shrink
 
 __all__ = [
     "BACKENDS",
+    "LAUNCH_BOUND",
     "accumulate_moments",
     "add_lora",
     "attenuate_",
@@ -20,6 +28,8 @@ __all__ = [
     "expand",
     "fused_linear",
     "fused_linear_wanted",
+    "is_launch_bound",
+    "requested_backend",
     "shrink",
     "use_backend",
 ]

@@ -147,7 +147,8 @@ def _check_values(counts: torch.Tensor, weight_norms: torch.Tensor, offsets: tor
             f"scores: the offsets of {len(ends) - 1} layers with {n} neurons do not describe one "
             f"plan; they must begin at 0, end at {n} and never fall."
         )
-    if not bool((counts > 0).all()):
+    # On the CPU: one copy, where comparing and adding up there are two kernels and a copy.
+    if not bool((counts.cpu() > 0).all()):
         raise UcanError("scores: every layer must have counted tokens of both groups.")
 
 
@@ -167,16 +168,20 @@ def _check_factors(
         raise UcanError(f"scores: floor must be in [0, 1], not {floor}.")
 
 
-def _check_finite(score: torch.Tensor) -> None:
+def _largest(score: torch.Tensor) -> torch.Tensor:
+    # S_max, of at least one score.
     if score.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # a CUDA graph cannot wait for them
-    # A NaN would not be selected, but S_max would be NaN, and every selected factor with it.
-    bad = int((~score.isfinite()).sum())
-    if bad:
+        return score.max()  # a CUDA graph cannot wait for an answer
+    # A NaN would not be selected, but S_max would be NaN, and every selected factor with it. The
+    # extremes are one kernel and one answer, counting what is not finite is eight kernels.
+    low, high = score.aminmax()
+    if not math.isfinite(float(high - low)):
+        bad = int((~score.isfinite()).sum())
         raise UcanError(
             f"scores: {bad} of {score.numel()} scores are NaN or infinite; collect again from "
             "finite activations and weights."
         )
+    return high
 
 
 def scores_reference(
@@ -191,8 +196,12 @@ def scores_reference(
     utility_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition."""
+    # Sizes are taken from shapes, not read back from the device.
+    layers = offsets.numel() - 1
     layer_of = torch.repeat_interleave(
-        torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff()
+        torch.arange(layers, device=offsets.device),
+        offsets.diff(),
+        output_size=weight_norms.numel(),
     )
     count_f, count_r = counts[layer_of].unbind(1)
     mean_abs_f, mean_abs_r = moments[0, 0] / count_f, moments[0, 1] / count_r
@@ -213,14 +222,14 @@ def scores_reference(
         var_r = (mean_sq_r - mean_abs_r**2).clamp_min(0)
         c = _ratio_or_zero(a_f - a_r, (var_f / count_f + var_r / count_r).sqrt())
     else:
-        c = _over_layer_max(a_f, layer_of)
+        c = _over_layer_max(a_f, layer_of, layers)
     risk = c.clamp_min(0)
     if normalization == "layer":
-        risk = _over_layer_max(risk, layer_of)
+        risk = _over_layer_max(risk, layer_of, layers)
     elif normalization == "global":
-        risk = _over_layer_max(risk, torch.zeros_like(layer_of))
+        risk = _over_layer_max(risk, torch.zeros_like(layer_of), 1)
 
-    utility = _over_layer_max(weight_norms * mean_sq_r.sqrt(), layer_of)
+    utility = _over_layer_max(weight_norms * mean_sq_r.sqrt(), layer_of, layers)
     if fusion == "protect":
         score = risk * (1 - utility) ** utility_weight
     else:
@@ -229,11 +238,16 @@ def scores_reference(
 
 
 def factors_reference(
-    score: torch.Tensor, threshold: float, decay: str, strength: float, floor: float
+    score: torch.Tensor,
+    top: torch.Tensor,
+    threshold: float,
+    decay: str,
+    strength: float,
+    floor: float,
 ) -> torch.Tensor:
-    """The definition."""
+    """The definition; ``top`` is S_max."""
     selected = score > threshold
-    u = torch.where(selected, (score - threshold) / (score.max() - threshold), 0.0)
+    u = torch.where(selected, (score - threshold) / (top - threshold), 0.0)
     if decay == "exponential":
         factor = torch.exp(-strength * u)
     elif decay == "inverse":
@@ -249,8 +263,7 @@ def _ratio_or_zero(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.
     return torch.where(denominator > 0, numerator / denominator, 0.0)
 
 
-def _over_layer_max(value: torch.Tensor, layer_of: torch.Tensor) -> torch.Tensor:
-    layers = int(layer_of.max()) + 1 if layer_of.numel() else 0
+def _over_layer_max(value: torch.Tensor, layer_of: torch.Tensor, layers: int) -> torch.Tensor:
     top = value.new_zeros(layers).scatter_reduce(0, layer_of, value, "amax")
     return _ratio_or_zero(value, top[layer_of])
 
@@ -273,14 +286,14 @@ def _scores(
 
 def _factors(score: torch.Tensor, *options) -> torch.Tensor:
     _check_factors(score, *options)
-    _check_finite(score)
     if not score.numel():
         return torch.empty_like(score, dtype=torch.float32)
+    top = _largest(score)
     if choose("attenuation_factors", score.device) == "triton":
         from ..kernels.scores import attenuation_factors as launch
 
-        return launch(score, *options)
-    return factors_reference(score, *options)
+        return launch(score, top, *options)
+    return factors_reference(score, top, *options)
 
 
 LIBRARY.define(
