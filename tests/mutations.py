@@ -71,13 +71,13 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "groups swapped in Σ|h|",
-            "abs_f = tl.sum(size * f, axis=0)",
-            "abs_f = tl.sum(size * r, axis=0)",
+            "abs_f = fold_rows(size * f, LANES)",
+            "abs_f = fold_rows(size * r, LANES)",
         ),
         (
             "groups swapped in Σh²",
-            "sq_r = tl.sum(square * r, axis=0)",
-            "sq_r = tl.sum(square * f, axis=0)",
+            "sq_r = fold_rows(square * r, LANES)",
+            "sq_r = fold_rows(square * f, LANES)",
         ),
         (
             "ignored rows are counted as zero by a product",
@@ -86,10 +86,15 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "only_group ignored",
-            "h = tl.where((group == only_group)[:, None], h, 0.0)",
-            "h = tl.where((group >= 0)[:, None], h, 0.0)",
+            "counted = group == only_group",
+            "counted = group >= 0",
         ),
-        ("no square", "sq_f = tl.sum(h * h * counted", "sq_f = tl.sum(tl.abs(h) * counted"),
+        ("no square", "sq_f = fold_rows(h * h * counted", "sq_f = fold_rows(tl.abs(h) * counted"),
+        (
+            "the sums of the lanes are not added up",
+            "tl.sum(tl.reshape(value, [rows, LANES, value.shape[1]]), axis=0)",
+            "tl.max(tl.reshape(value, [rows, LANES, value.shape[1]]), axis=0)",
+        ),
         (
             "abs and sq swapped in a slot",
             "tl.store(base + n, abs_r, mask=inside)",
@@ -151,18 +156,18 @@ MUTATIONS: list[Mutation] = [
         f"tests/kernels/test_moments.py {BOUNDS}",
         (
             "the last rows are skipped",
-            "range(0, ROWS_PER_PROGRAM, ROWS)",
-            "range(0, ROWS_PER_PROGRAM - ROWS, ROWS)",
+            "tl.range(0, rows, ROWS,",
+            "tl.range(0, rows - ROWS, ROWS,",
         ),
         (
             "rows of the neighbouring slot",
-            "slot.to(tl.int64) * ROWS_PER_PROGRAM + step",
+            "slot.to(tl.int64) * rows + step",
             "slot.to(tl.int64) * ROWS + step",
         ),
         (
             "32-bit rows",
-            "slot.to(tl.int64) * ROWS_PER_PROGRAM + step",
-            "slot * ROWS_PER_PROGRAM + step",
+            "slot.to(tl.int64) * rows + step",
+            "slot * rows + step",
         ),
         (
             "no row mask",
@@ -185,10 +190,16 @@ MUTATIONS: list[Mutation] = [
             "row[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_m",
         ),
         ("counted twice", "abs_f += a_f", "abs_f += 2 * a_f"),
+        ("one slot too few", "count = ceil_div(m, rows)", "count = max(1, m // rows)"),
         (
-            "one slot too few",
-            "triton.cdiv(m, ROWS_PER_PROGRAM), n",
-            "max(1, m // ROWS_PER_PROGRAM), n",
+            "lanes on top of each other",
+            "slot.to(tl.int64) * LANES + tl.arange(0, LANES)",
+            "slot.to(tl.int64) + tl.arange(0, LANES)",
+        ),
+        (
+            "tiles and slots swapped",
+            "tl.program_id(0) // tiles,\n        tl.program_id(0) % tiles,",
+            "tl.program_id(0) % tiles,\n        tl.program_id(0) // tiles,",
         ),
         ("groups may be strided", "groups.contiguous()", "groups"),
     ),
@@ -218,8 +229,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "padded columns of z are written",
-            "mask=(row < m)[:, None] & (rank < r)[None, :])\n\n\n_FINISH",
-            "mask=(row < m)[:, None])\n\n\n_FINISH",
+            "tl.store(target, z, mask=(row < m)[:, None] & (rank < r)[None, :])",
+            "tl.store(target, z, mask=(row < m)[:, None])",
         ),
         ("32-bit rows", "block.to(tl.int64) * BLOCK_M", "block * BLOCK_M"),
         ("the lowest part of A is dropped", "            z = tl.dot(left, tl.trans(low), z)\n", ""),
@@ -234,14 +245,24 @@ MUTATIONS: list[Mutation] = [
             "left = x_tile.to(tl.float32)",
         ),
         (
-            "moments of the rounded x",
-            "column_sums(x_tile.to(tl.float32), group",
-            "column_sums(left.to(tl.float32), group",
+            "moments of the neighbouring tile",
+            "slot, own - of_z, m, k",
+            "slot, own - of_z + 1, m, k",
         ),
         (
-            "the slot of the chunk, not of the rows",
-            "store_sums(slots, block, column, k",
-            "store_sums(slots, part, column, k",
+            "the last tile has no program",
+            "programs = count * (blocks * splits + tiles)",
+            "programs = count * (blocks * splits + tiles) - 1",
+        ),
+        (
+            "one block of rows of a slot",
+            'blocks = min(rows // tile["BLOCK_M"], row_blocks)',
+            "blocks = 1",
+        ),
+        (
+            "blocks and chunks swapped",
+            "block = slot * blocks + own // splits\n            part = own % splits",
+            "block = slot * blocks + own % blocks\n            part = own // blocks % splits * 0",
         ),
         (
             "partial z on top of each other",
@@ -266,8 +287,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "strides of x swapped",
-            "            x.stride(0),\n            x.stride(1),\n",
-            "            x.stride(1),\n            x.stride(0),\n",
+            "rows, *x.stride(), only)",
+            "rows, *x.stride()[::-1], only)",
         ),
         (
             "moments of z are not folded",
@@ -342,8 +363,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "the last rows are skipped",
-            "range(0, rows, BLOCK_M)",
-            "range(0, rows - BLOCK_M + 1 if rows > BLOCK_M else rows, 2 * BLOCK_M)",
+            "tl.range(0, rows, BLOCK_M,",
+            "tl.range(0, rows, 2 * BLOCK_M,",
         ),
         (
             "no rank mask of B",
@@ -371,33 +392,13 @@ MUTATIONS: list[Mutation] = [
             "inside = (row < m)[:, None] & (column >= 0)[None, :]",
         ),
         ("32-bit rows", "slot.to(tl.int64) * rows + step", "slot * rows + step"),
-        (
-            "groups swapped",
-            "abs_f = fold_rows(size * f, LANES)",
-            "abs_f = fold_rows(size * r, LANES)",
-        ),
-        (
-            "abs and sq swapped",
-            "sq_r = fold_rows(square * r, LANES)",
-            "sq_r = fold_rows(size * r, LANES)",
-        ),
-        (
-            "only_group ignored",
-            "h = tl.where((group == only_group)[:, None], h, 0.0)",
-            "h = tl.where((group >= 0)[:, None], h, 0.0)",
-        ),
-        (
-            "NaN of ignored rows spreads",
-            "h = tl.where((forget | retain)[:, None], h, 0.0)",
-            "h = h * (forget | retain).to(tl.float32)[:, None]",
-        ),
         ("sums of the last tile alone", "            sq_f += s_f\n", "            sq_f = s_f\n"),
         (
             "z read without its stride",
             "row[:, None] * stride_z + rank[None, :]",
             "row[:, None] * r + rank[None, :]",
         ),
-        ("slots one too few", "count = triton.cdiv(m, rows)", "count = max(1, m // rows)"),
+        ("slots one too few", "count = ceil_div(m, rows)", "count = max(1, m // rows)"),
         (
             "columns of the wrong tile",
             "slot = tl.program_id(0) // column_tiles",
@@ -1022,7 +1023,11 @@ MUTATIONS: list[Mutation] = [
             'choose("contrastive_scores", moments.device) == "never"',
         ),
         ("any threshold", "if not math.isfinite(threshold):", "if False:"),
-        ("any score", "    if bad:\n", "    if False:\n"),
+        (
+            "any score",
+            "    if not math.isfinite(float(high - low)):",
+            "    if False:",
+        ),
     ),
     *_mutations(
         "ucan_fast/ops/attenuate.py",

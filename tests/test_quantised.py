@@ -551,9 +551,11 @@ def test_a_deletion_over_a_quantised_base(kind):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("kind", BNB_KINDS)
 def test_outputs_gradients_and_statistics_are_pefts_on_each_device(
-    kind, dtype, device, fused_calls
+    kind, dtype, device, fused_calls, monkeypatch
 ):
     """One layer, quantised by and for this device."""
+    if device == "cuda":
+        monkeypatch.setenv("UCAN_FAST_BACKEND", "triton")  # so few tokens are left to PEFT else
     torch.manual_seed(5)
     base = KINDS[kind][0](nn.Linear(K, N).to(dtype), device)
     # Packed for the CPU, NF4 weights would pass no gradient.

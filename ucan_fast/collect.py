@@ -197,10 +197,10 @@ class _Pass:
     def finish(self, group: str) -> ActivationStats:
         stats = ActivationStats()
         counts = torch.tensor([r.count for r in self.recorders], dtype=torch.float64, device="cpu")
+        totals = iter(_on_cpu([t for r in self.recorders for t in r.totals.values()]))
         for recorder, count in zip(self.recorders, counts.unbind(0), strict=True):
             stats.layers[recorder.layer.name] = {
-                site: Moments(count.clone(), *total.cpu().unbind(0))
-                for site, total in recorder.totals.items()
+                site: Moments(count.clone(), *next(totals).unbind(0)) for site in recorder.totals
             }
         idle = [r.layer.name for r in self.recorders if not r.calls]
         if not self.batches:
@@ -218,6 +218,20 @@ class _Pass:
                 "(attention_mask and token_groups)."
             )
         return stats
+
+
+def _on_cpu(totals: list[torch.Tensor]) -> list[torch.Tensor]:
+    # One transfer per device: a model has hundreds of totals, and each transfer waits.
+    found = list(totals)
+    away: dict[torch.device, list[int]] = {}
+    for index, total in enumerate(totals):
+        if not total.is_cpu:
+            away.setdefault(total.device, []).append(index)
+    for indices in away.values():
+        flat = torch.cat([totals[i].reshape(-1) for i in indices]).cpu()
+        for i, part in zip(indices, flat.split([totals[i].numel() for i in indices]), strict=True):
+            found[i] = part.view(totals[i].shape).clone()  # own memory: files hold whole tensors
+    return found
 
 
 class _Tokens:

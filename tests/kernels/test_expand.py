@@ -353,10 +353,12 @@ def test_expanded_base():
 def test_rows_per_program():
     assert rows_per_program(1, 1, 32) == 32
     assert rows_per_program(0, 5, 32) == 32
-    # Few programs per SM at a common size; 32 slots.
-    assert rows_per_program(8192, 64, 32) == 256
+    # Few programs per SM at a common size; 16 slots.
+    assert rows_per_program(8192, 64, 32) == 512
+    assert rows_per_program(8192, 32, 32) == 512
+    assert rows_per_program(4096, 32, 32) == 256
     # Small and tall.
-    assert rows_per_program(512, 64, 32) == 32
+    assert rows_per_program(512, 64, 32) == 64
     assert rows_per_program(10**6, 64, 32) == 512
     assert rows_per_program(10**8, 1, 32) == 512
     for m, tiles in itertools.product((1, 100, 8192, 20000), (1, 3, 64, 1000)):

@@ -263,7 +263,7 @@ def test_four_launches_at_most(monkeypatch, normalization):
     for name in [name for name in vars(scores) if name.endswith("_kernel")]:
         monkeypatch.setattr(scores, name, Counted(getattr(scores, name), launches, name))
     options = ("rms", "symmetric", normalization, "protect", 1.0)
-    score = run(plan_inputs(SIZES), *options)[2]
+    score = run(plan_inputs(SIZES), *options)[2].to(DEVICE)
     assert len(launches) == (3 if normalization == "global" else 2)
     scores.attenuation_factors(score, score.max(), 0.1, "linear", 1.0, 0.0)
     assert launches[-1] == "factors_kernel"
