@@ -231,7 +231,7 @@ class LoraCost:
         return "bfloat16" if on_cuda else self.adapter
 
     def shrink(self, *, moments: bool = False) -> list[Pass]:
-        """``z = x Aᵀ``. CUDA: one read of x, slots of 128 rows; CPU: two, for z and the sums."""
+        """``z = x Aᵀ``. CUDA: one read of x, slots of 64 rows; CPU: two, for z and the sums."""
         x = self.m * self.k * self._e
         a, z = self.r * self.k * self._a, self.m * self.r * self._a
         if self.device == "cpu":
@@ -241,7 +241,7 @@ class LoraCost:
             sums = Pass("moments of x", x + TOTALS * self.k, 4 * self.m * self.k)
             return [*product, *([sums] if moments else [])]
         blocks = -(-self.m // 128)
-        slots = SLOT * self.k * blocks if moments else 0
+        slots = SLOT * self.k * -(-self.m // 64) if moments else 0
         # K is cut into chunks for parallelism (kernels/shrink.py), whose fp32 sums go to memory.
         chunks = max(132 // blocks, min(264 // blocks, self.k // (8 * self.r)), 1)
         parts = 4 * min(chunks, 64) * self.m * self.r if chunks > 1 else z
@@ -263,7 +263,7 @@ class LoraCost:
             flops = self._small_flops(self.n) + (6 if moments else 2) * size
             one = Pass("expand", (self._e + self._a) * size + operands, flops, self.adapter)
             return [one, *self._casts(("y", size), of=self._a, to=self._e), *totals]
-        slots = SLOT * self.n * -(-self.m // 128) if moments else 0
+        slots = SLOT * self.n * -(-self.m // 512) if moments else 0
         one = Pass(
             "expand",
             2 * size * self._e + operands + slots,

@@ -1,5 +1,5 @@
 // CUDA kernel of attenuate_: the rows or columns of many matrices times their factors, in place.
-// Compiled for the architectures that setup.py names; not run on a GPU yet, and not tuned.
+// Compiled for the architectures that setup.py names; run and sanitized on an H100, not tuned.
 //
 // Memory bound: each element that has a factor other than 1 is read and written once. Lines (or
 // 16-byte groups) whose factors are all 1 are neither read nor written. A rank-16 adapter on all

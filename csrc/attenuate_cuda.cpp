@@ -1,5 +1,5 @@
 // CUDA registration of ucan_fast::_attenuate_native_. The schema is in _C, which is loaded first.
-// Compiled and linked without a GPU; not run on a GPU yet.
+// Compiled and linked without a GPU; run on an H100.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -13,7 +13,7 @@ written if every factor differs from 1, 55 μs at 2.9 TB/s, for one fp32 product
 Blocks of all matrices form one flat grid, so small and large matrices share the GPU evenly; a
 block finds its matrix by a binary search over the table (9 steps for 448 matrices, from the cache).
 Matrices whose alignment allows it are scaled in 16-byte units, the others element by element, both
-in the same launch. Not run on a GPU yet.
+in the same launch.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ at M = 8192, N = K = 4096 in bf16 275 GFLOP, 393 µs at 700 TFLOP/s; ``expand``'
 Bytes: at least M·K + N·K + M·N elements (167 MB there, 58 µs: bound by arithmetic), 16·N per 128
 rows for the slots.
 
-Used only where a committed measurement says so: there is none yet. Not run on a GPU yet.
+Used only where a committed measurement says so: on an H100 it lost to cuBLAS and expand (4096 x
+4096, 8192 tokens in bf16 with fp32 adapters: 1.8 times the base product alone, against 1.45).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """accumulate_moments: Σ|h| and Σh² of every column, per token group, in one read of h.
 
-Per element of h: its own bytes are read once; about six fp32 operations. At bf16 that is 3
-operations a byte, far below what any GPU needs to be bound by arithmetic: the bound is the
-bandwidth. Written besides: 4·2·G·n bytes per slot, one slot for :data:`ROWS_PER_PROGRAM` rows.
-Not run on a GPU yet.
+Per element of h: its own bytes are read once; about ten instructions. At bf16 that is 5 a byte,
+below what an H100 can issue: the bound is the bandwidth. A thread adds up rows of its own columns
+only, in registers, and each of the LANES that a tile of columns then has gets a slot of its own:
+4·2·G·n bytes, for 32 to 128 rows. On an H100 8192 x 4096 in bf16 take 36 µs, 23 of which would be
+h alone at the 3.0 TB/s that it copies at.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .errors import UcanError
+from .transfers import to_cpu
 
 _PLAIN = (nn.Parameter, torch.Tensor)
 _LINEAR_FORWARD = nn.Linear.forward
@@ -410,12 +411,12 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
                     f"{name} ({key}): its weights are on the meta device (offloaded); load the "
                     "adapter's values onto a real device first."
                 )
-    values = iter(_wide_on_cpu([weight for named in weights for _, weight in named]))
+    values = iter(to_cpu([weight for named in weights for _, weight in named], _wide))
     text, parts, size = json.dumps(_base_identity(model), sort_keys=True), [], 0
     for (name, module), named in zip(layers, weights, strict=True):
         text += f"{name}|{float(module.scaling.get(adapter, 1.0))!r}"
         for key, _ in named:
-            value = next(values).numpy()
+            value = next(values).contiguous().numpy()
             parts += (f"{text}|{key}{value.shape}".encode(), value)
             text, size = "", size + value.nbytes
     parts.append(text.encode())
@@ -461,26 +462,6 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, torch.Tensor
             if id(weight) not in seen:
                 seen.add(id(weight))
                 found[f"{name}.{key}"] = weight
-    return found
-
-
-def _wide_on_cpu(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    # fp32 (fp64 where they are), contiguous. One transfer per device and dtype: a weight of an
-    # adapter is small, and each transfer waits for the device.
-    found: list[torch.Tensor] = [weight.detach() for weight in weights]
-    away: dict[tuple, list[int]] = {}
-    for index, weight in enumerate(found):
-        if weight.is_cpu:
-            if weight.dtype != _wide(weight.dtype):
-                weight = weight.to(_wide(weight.dtype))
-            found[index] = weight.contiguous()
-        else:
-            away.setdefault((weight.device, weight.dtype), []).append(index)
-    for (_, dtype), indices in away.items():
-        flat = torch.cat([found[i].reshape(-1) for i in indices]).to(_wide(dtype)).cpu()
-        parts = flat.split([found[i].numel() for i in indices])
-        for i, part in zip(indices, parts, strict=True):
-            found[i] = part.view(found[i].shape)
     return found
 
 

@@ -39,6 +39,7 @@ from .ops.backend import decide_once
 from .ops.expand import delta_reference
 from .progress import Progress, track
 from .stats import ActivationStats, Moments
+from .transfers import to_cpu
 
 #: ``"layer"`` is the whole output of a layer, for ``UcanConfig(output_signal="layer")``.
 MEASURABLE = ("input", "rank", "output", "layer")
@@ -197,10 +198,15 @@ class _Pass:
     def finish(self, group: str) -> ActivationStats:
         stats = ActivationStats()
         counts = torch.tensor([r.count for r in self.recorders], dtype=torch.float64, device="cpu")
-        totals = iter(_on_cpu([t for r in self.recorders for t in r.totals.values()]))
+        totals = [total for r in self.recorders for total in r.totals.values()]
+        # Own memory for each: what came from a GPU shares its.
+        mine = (
+            here if total.is_cpu else here.clone()
+            for total, here in zip(totals, to_cpu(totals), strict=True)
+        )
         for recorder, count in zip(self.recorders, counts.unbind(0), strict=True):
             stats.layers[recorder.layer.name] = {
-                site: Moments(count.clone(), *next(totals).unbind(0)) for site in recorder.totals
+                site: Moments(count.clone(), *next(mine).unbind(0)) for site in recorder.totals
             }
         idle = [r.layer.name for r in self.recorders if not r.calls]
         if not self.batches:
@@ -218,20 +224,6 @@ class _Pass:
                 "(attention_mask and token_groups)."
             )
         return stats
-
-
-def _on_cpu(totals: list[torch.Tensor]) -> list[torch.Tensor]:
-    # One transfer per device: a model has hundreds of totals, and each transfer waits.
-    found = list(totals)
-    away: dict[torch.device, list[int]] = {}
-    for index, total in enumerate(totals):
-        if not total.is_cpu:
-            away.setdefault(total.device, []).append(index)
-    for indices in away.values():
-        flat = torch.cat([totals[i].reshape(-1) for i in indices]).cpu()
-        for i, part in zip(indices, flat.split([totals[i].numel() for i in indices]), strict=True):
-            found[i] = part.view(totals[i].shape).clone()  # own memory: files hold whole tensors
-    return found
 
 
 class _Tokens:

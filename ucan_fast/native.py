@@ -3,7 +3,6 @@
 - ``_C``: the schemas of ``ucan_fast::_attenuate_native_``, ``_moments_native_``,
   ``_shrink_native_`` and ``_expand_native_``, and their CPU code;
 - ``_C_cuda``: the CUDA kernel of ``_attenuate_native_``, loaded only where torch is a CUDA build.
-  It is compiled and linked, but has not been run on a GPU yet.
 
 Both go through PyTorch's stable ABI, so one build serves torch 2.10 and later. Importing this
 module loads nothing and never fails.
