@@ -231,7 +231,7 @@ class LoraCost:
         return "bfloat16" if on_cuda else self.adapter
 
     def shrink(self, *, moments: bool = False) -> list[Pass]:
-        """``z = x Aᵀ``. CUDA: one read of x, slots of 64 rows; CPU: two, for z and the sums."""
+        """``z = x Aᵀ``. CUDA: x comes from memory once; CPU: twice, for z and for the sums."""
         x = self.m * self.k * self._e
         a, z = self.r * self.k * self._a, self.m * self.r * self._a
         if self.device == "cpu":
@@ -241,7 +241,10 @@ class LoraCost:
             sums = Pass("moments of x", x + TOTALS * self.k, 4 * self.m * self.k)
             return [*product, *([sums] if moments else [])]
         blocks = -(-self.m // 128)
-        slots = SLOT * self.k * -(-self.m // 64) if moments else 0
+        # Four slots a program, whose rows are as in kernels/moments.py.
+        tiles = -(-self.k * self._e // 512)
+        rows = 128 * min(max(-(-self.m // 128) * tiles // 512, 1), 4)
+        slots = SLOT * self.k * 4 * -(-self.m // rows) if moments else 0
         # K is cut into chunks for parallelism (kernels/shrink.py), whose fp32 sums go to memory.
         chunks = max(132 // blocks, min(264 // blocks, self.k // (8 * self.r)), 1)
         parts = 4 * min(chunks, 64) * self.m * self.r if chunks > 1 else z
@@ -263,7 +266,9 @@ class LoraCost:
             flops = self._small_flops(self.n) + (6 if moments else 2) * size
             one = Pass("expand", (self._e + self._a) * size + operands, flops, self.adapter)
             return [one, *self._casts(("y", size), of=self._a, to=self._e), *totals]
-        slots = SLOT * self.n * -(-self.m // 512) if moments else 0
+        # As in kernels/expand.py.
+        rows = 32 * min(max(-(-self.m // 32) * -(-self.n // 64) // 512, 1), 16)
+        slots = SLOT * self.n * -(-self.m // rows) if moments else 0
         one = Pass(
             "expand",
             2 * size * self._e + operands + slots,
@@ -528,7 +533,6 @@ _REFERENCE = {
     "U > 0": 9,
     "max": 8,
     "S > t": 9,
-    "largest layer": 8,
     "where u": 17,
     "floor": 16,
     "where γ": 17,

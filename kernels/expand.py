@@ -36,8 +36,7 @@ from .tuning import TABLE, config
 from .tuning import rows as table_rows
 
 #: Rows of one slot at most, and programs that a launch aims at: about four for each of 132 SMs, as
-#: many as run at a time. The same on every GPU, so that the order of the sums does not depend on
-#: it.
+#: many as run at a time. The same on every GPU: the order of the sums depends on the blocks alone.
 MAX_ROWS, PROGRAMS = 512, 512
 #: Row r of a tile is summed with rows r + 8, r + 16, ...: a thread of a tensor-core tile holds
 #: these, so the loop over the rows sums in registers and no two threads meet before its end.

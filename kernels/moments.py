@@ -25,11 +25,12 @@ from .common import (
 )
 
 #: Rows that are read at a time, and how many such reads are under way.
-ROWS, STAGES = 32, 2
+ROWS, STAGES = 16, 3
 #: Columns of one warp, 16 bytes a thread, by bytes of an element: a warp reads whole rows, so that
 #: a thread holds every LANES-th row of its columns, LANES the number of warps.
 COLUMNS = {2: 256, 4: 128}
-#: With an address for every element: 32 rows spill, Triton 3.6 on sm_100.
+#: With an address for every element. 32 rows spill here, Triton 3.6 on sm_100, and above beside
+#: some products, Triton 3.7 on sm_80.
 RAGGED_ROWS, RAGGED_COLUMNS = 16, 128
 WARPS = 4
 #: Rows of one program: a multiple of the first, at most the second.

@@ -269,8 +269,8 @@ def aligned(x: torch.Tensor, a: torch.Tensor) -> bool:
 
     Triton knows that only of pointers that are multiples of 16 bytes, and of sizes and strides
     that are multiples of 16 elements. Other rows ("ragged") are read element by element in blocks
-    of 32 or 16 rows: four or eight times the slots, and A from L2 as many times more often. So are
-    ranks above 64 that are no multiple of 16, which spill on sm_80 in the larger tiles.
+    of 32 or 16 rows, and A from L2 for each of these. So are ranks above 64 that are no multiple of
+    16, which spill on sm_80 in the larger tiles.
     """
     numbers = (x.data_ptr(), a.data_ptr(), x.shape[1], x.stride(0))
     odd_rank = a.shape[0] > 64 and a.shape[0] % 16

@@ -1025,7 +1025,7 @@ MUTATIONS: list[Mutation] = [
         ("any threshold", "if not math.isfinite(threshold):", "if False:"),
         (
             "any score",
-            "    if not math.isfinite(float(high - low)):",
+            "    if not all(map(math.isfinite, torch.stack((low, high)).tolist())):",
             "    if False:",
         ),
     ),

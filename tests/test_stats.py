@@ -516,10 +516,13 @@ MEMORY = {"kept": (1 << 24, 1 << 28), "remembered": (0, 1 << 28), "too large": (
 
 
 @pytest.mark.parametrize("in_one_walk", [False, True])
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("memory", [*MEMORY, "on the device"])
 def test_fingerprint_changes_with_every_value_and_the_scaling(memory, in_one_walk, monkeypatch):
     """Also where what was hashed last is remembered: writes to .data leave no other trace."""
     model = hm.lora(hm.llama(layers=1))
+    if memory == "on the device":
+        monkeypatch.setattr(adapter, "_on_one_gpu", lambda values: True)
+        memory = "too large"
     set_memory(monkeypatch, memory)
     alone = fingerprint(copy.deepcopy(model), "default")
     with adapter.one_walk(model) if in_one_walk else contextlib.nullcontext():
@@ -568,6 +571,36 @@ def test_fingerprint_hashes_the_same_bytes_once(memory, hashes, monkeypatch):
         found |= {fingerprint(model, "default") for _ in range(2)}
     found.add(fingerprint(model, "default"))
     assert (len(found), len(hashed)) == (1, hashes)
+
+
+def test_on_a_gpu_the_same_bits_are_sent_and_hashed_once(monkeypatch):
+    """The CPU stands for the GPU: its weights are compared where they lie."""
+    model = hm.lora(hm.llama(layers=1))
+    alone = fingerprint(copy.deepcopy(model), "default")
+    monkeypatch.setattr(adapter, "_on_one_gpu", lambda values: True)
+    sent = []
+    send = adapter.to_cpu
+    monkeypatch.setattr(adapter, "to_cpu", lambda *args: sent.append(1) or send(*args))
+    assert {fingerprint(model, "default") for _ in range(3)} == {alone}
+    assert len(sent) == 1
+    weight = model.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight
+    kept = weight.data.clone()
+    weight.data[0, 0] = 0.0
+    zero = fingerprint(model, "default")
+    weight.data[0, 0] = -0.0
+    assert fingerprint(model, "default") not in (zero, alone)  # equal, but other bits
+    weight.data[0, 0] = torch.nan
+    seen = [len(sent)]
+    assert fingerprint(model, "default") == fingerprint(model, "default")
+    assert len(sent) == seen[0] + 1  # a NaN is the same NaN
+    weight.data.copy_(kept)
+    assert fingerprint(model, "default") == alone
+    model.to(torch.bfloat16)
+    assert fingerprint(model, "default") == fingerprint(copy.deepcopy(model), "default") != alone
+    monkeypatch.setattr(adapter, "_KEPT_ON_DEVICE_BYTES", 0)
+    before = len(sent)
+    assert len({fingerprint(model, "default") for _ in range(2)}) == 1
+    assert len(sent) == before + 2
 
 
 def test_what_was_hashed_does_not_keep_the_model():

@@ -40,10 +40,10 @@ class FusedLoraLinear:
         for candidate in self.__dict__.get("_ucan_recorders", ()):
             if candidate.listens():
                 recorder = candidate
-        parts = None
+        parts = fusable_parts(self, x, args, kwargs) if is_fused(self) else None
         # With moments to take, the kernels do in a few launches what takes PEFT and hooks dozens.
-        if is_fused(self) and not (recorder is None and ops.is_launch_bound(x)):
-            parts = fusable_parts(self, x, args, kwargs)
+        if parts is not None and recorder is None and _launches_decide(x, parts):
+            parts = None
         if parts is None:
             if recorder is None:
                 return super().forward(x, *args, **kwargs)
@@ -246,6 +246,11 @@ def _fused_class(cls: type[nn.Module]) -> type[FusedLoraLinear]:
 def _fused_over(cls: type[nn.Module]) -> type[FusedLoraLinear]:
     body = {"__doc__": f"PEFT's ``{cls.__name__}``, fused.", "__module__": __name__, "pefts": cls}
     return type(f"Fused{cls.__name__}", (_OVER[cls.__name__], cls), body)
+
+
+def _launches_decide(x: torch.Tensor, parts: list[tuple]) -> bool:
+    # Not where the fused product was asked for by name.
+    return ops.is_launch_bound(x, parts[0][2].shape[0]) and ops.fused_linear_switch() != "1"
 
 
 def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

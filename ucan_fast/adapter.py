@@ -13,6 +13,7 @@ import json
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -56,6 +57,9 @@ _OTHER_BASES = {
 # copy of a small one stays, which spares the next request its hash; others end with their one_walk.
 _REMEMBERED_BYTES = 1 << 28
 _KEPT_BYTES = 1 << 24
+# Of an adapter on a GPU the copy stays there: to compare takes microseconds, to send the values to
+# the CPU and hash them took an H100 machine two milliseconds a MiB.
+_KEPT_ON_DEVICE_BYTES = 1 << 28
 
 _Named = list[tuple[str, nn.Module]]
 
@@ -104,6 +108,11 @@ class _Walk:
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = (
     weakref.WeakKeyDictionary()
 )
+
+# The same for adapters on a GPU: names and shapes, values by dtype, digest.
+_kept_on_device: weakref.WeakKeyDictionary[
+    nn.Module, dict[str, tuple[str, list[torch.Tensor], str]]
+] = weakref.WeakKeyDictionary()
 
 # The innermost one_walk.
 _walked: contextvars.ContextVar[_Walk | None] = contextvars.ContextVar("walked", default=None)
@@ -396,7 +405,7 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
 
     The bytes of an adapter of at most 16 MiB (of 256 MiB within :func:`one_walk`) are compared with
     those that were hashed last, and hashed only where one of them differs: comparing is twenty
-    times as fast.
+    times as fast. Of one on a GPU, of at most 256 MiB, that copy stays there.
 
     Raises:
         UcanError: a weight is on the meta device, where it has no value.
@@ -411,15 +420,35 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
                     f"{name} ({key}): its weights are on the meta device (offloaded); load the "
                     "adapter's values onto a real device first."
                 )
-    values = iter(to_cpu([weight for named in weights for _, weight in named], _wide))
-    text, parts, size = json.dumps(_base_identity(model), sort_keys=True), [], 0
+    values = [weight for named in weights for _, weight in named]
+    text, labels = json.dumps(_base_identity(model), sort_keys=True), []
     for (name, module), named in zip(layers, weights, strict=True):
         text += f"{name}|{float(module.scaling.get(adapter, 1.0))!r}"
-        for key, _ in named:
-            value = next(values).contiguous().numpy()
-            parts += (f"{text}|{key}{value.shape}".encode(), value)
-            text, size = "", size + value.nbytes
-    parts.append(text.encode())
+        for key, weight in named:
+            labels.append(f"{text}|{key}{tuple(weight.shape)}")
+            text = ""
+    labels.append(text)
+    if not _on_one_gpu(values):
+        return _digest(model, adapter, labels, values)
+    if sum(value.nbytes for value in values) > _KEPT_ON_DEVICE_BYTES:
+        return _digest(model, adapter, labels, values)
+    memory = _kept_on_device.setdefault(model, {})
+    # Which value lies where in the copies follows from the shapes and these.
+    layout = "".join([*labels, *(str(value.dtype) for value in values)])
+    copies = _by_dtype(values)
+    last = memory.get(adapter)
+    if last is None or last[0] != layout or not _same_bits(last[1], copies):
+        memory[adapter] = last = layout, copies, _digest(model, adapter, labels, values)
+    return last[2]
+
+
+def _digest(model: nn.Module, adapter: str, labels: list[str], weights: list[torch.Tensor]) -> str:
+    # A label before each value, and one at the end.
+    parts: list[Any] = []
+    for label, value in zip(labels, to_cpu(weights, _wide), strict=False):
+        parts += (label.encode(), value.contiguous().numpy())
+    parts.append(labels[-1].encode())
+    size = sum(value.nbytes for value in parts[1::2])
     known = _walk_of(model)
     if size <= _KEPT_BYTES:
         memory = _kept.setdefault(model, {})
@@ -435,6 +464,24 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
     if last is None or last[0] != content:
         memory[adapter] = last = content, hashlib.sha256(content).hexdigest()
     return last[1]
+
+
+def _on_one_gpu(values: list[torch.Tensor]) -> bool:
+    return len({value.device for value in values}) == 1 and values[0].is_cuda
+
+
+def _by_dtype(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    # Copies, side by side: one tensor for each dtype.
+    kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+    for value in values:
+        kinds.setdefault(value.dtype, []).append(value.detach().reshape(-1))
+    return [torch.cat(alike) for alike in kinds.values()]
+
+
+def _same_bits(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    # By bits: -0 equals 0, and NaN nothing, but neither is hashed so.
+    pairs = zip(mine, theirs, strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def remove_layers(model: nn.Module, names: Iterable[str]) -> None:

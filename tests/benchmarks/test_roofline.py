@@ -91,7 +91,7 @@ def test_the_prediction_covers_every_target_and_is_labelled(capsys):
     assert "assumed for an H100 SXM" in out
     assert "not measured" not in out
     table = out[out.index("predicted  ") :].splitlines()
-    assert len(table) == 1 + 13
+    assert len(table) == 1 + 14
     with pytest.raises(ValueError, match="no ceilings for 'abacus'"):
         r.predict("abacus")
 

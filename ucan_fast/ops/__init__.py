@@ -10,7 +10,7 @@ from .backend import (
     use_backend,
 )
 from .expand import expand
-from .fused_linear import fused_linear, fused_linear_wanted
+from .fused_linear import fused_linear, fused_linear_switch, fused_linear_wanted
 from .lora import add_lora
 from .moments import accumulate_moments
 from .scores import attenuation_factors, contrastive_scores
@@ -27,6 +27,7 @@ __all__ = [
     "contrastive_scores",
     "expand",
     "fused_linear",
+    "fused_linear_switch",
     "fused_linear_wanted",
     "is_launch_bound",
     "requested_backend",

@@ -184,24 +184,29 @@ def _choose(requested: str, operator: str, device: torch.device, *dtypes: torch.
     return chosen
 
 
-#: Elements of x up to which PEFT's own kernels are done before ours are launched: 1,024 tokens of
-#: 4,096. Eager calls of shrink and expand took 200 µs on an H100 whatever the size, PEFT's 60 to
+#: Elements of x or y up to which PEFT's own kernels are done before ours are launched: 1,024 tokens
+#: of 4,096. Eager calls of shrink and expand took 200 µs on an H100 whatever the size, PEFT's 60 to
 #: 140, with one CPU of that machine; in a CUDA graph ours take a half to a quarter of PEFT's time.
 LAUNCH_BOUND = 1 << 22
 
 
-def is_launch_bound(x: torch.Tensor) -> bool:
+def is_launch_bound(x: torch.Tensor, out_features: int) -> bool:
     """Whether, on a GPU, to launch the kernels takes longer than what they save.
 
-    Never where a backend was asked for by name, nor in a graph, captured or compiled, which is
-    launched as a whole.
+    Never where a backend was asked for by name; nor while gradients are recorded, since what
+    recomputes a layer for its backward pass must do as its forward pass did; nor on any other
+    stream than the default one, where CUDA graphs are warmed up and captured, which are launched as
+    a whole; nor in a compiled graph.
     """
     return (
-        x.is_cuda
+        # First, or a size would be compiled in.
+        not torch.compiler.is_compiling()
+        and x.is_cuda
         and x.numel() <= LAUNCH_BOUND
-        and not torch.compiler.is_compiling()
+        and x.numel() // max(x.shape[-1], 1) * out_features <= LAUNCH_BOUND
+        and not torch.is_grad_enabled()
         and requested_backend() == "auto"
-        and not torch.cuda.is_current_stream_capturing()
+        and torch.cuda.current_stream(x.device).cuda_stream == 0
     )
 
 

@@ -175,7 +175,7 @@ def _largest(score: torch.Tensor) -> torch.Tensor:
     # A NaN would not be selected, but S_max would be NaN, and every selected factor with it. The
     # extremes are one kernel and one answer, counting what is not finite is eight kernels.
     low, high = score.aminmax()
-    if not math.isfinite(float(high - low)):
+    if not all(map(math.isfinite, torch.stack((low, high)).tolist())):
         bad = int((~score.isfinite()).sum())
         raise UcanError(
             f"scores: {bad} of {score.numel()} scores are NaN or infinite; collect again from "
