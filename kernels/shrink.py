@@ -143,17 +143,16 @@ def shrink_kernel(
 ):
     """A program does one of two things: its share of z, or the moments of one tile of columns.
 
-    The programs of ``blocks`` blocks of rows, ``splits`` for each, are followed by those that take
-    the moments of the same ``rows`` rows: at most one of the two reads them from memory, the other
-    from the L2 cache.
+    In a column of the grid, the programs of ``blocks`` blocks of rows, ``splits`` for each, are
+    followed by those that take the moments of the same ``rows`` rows, so that the second read can
+    come from the L2 cache.
 
     ``out`` is the fp32 workspace ``[splits, m, r]``, or z itself where nothing is left to do.
     """
     if MOMENTS:
         of_z = blocks * splits
-        of_rows = of_z + tl.cdiv(k, COLUMNS)
-        slot = tl.program_id(0) // of_rows
-        own = tl.program_id(0) % of_rows
+        slot = tl.program_id(1)
+        own = tl.program_id(0)
         if own < of_z:
             block = slot * blocks + own // splits
             part = own % splits
@@ -167,10 +166,8 @@ def shrink_kernel(
                 *(BOTH, ROWS, COLUMNS, LANES, STAGES),
             )
     else:
-        block = tl.program_id(0) // splits
-        part = tl.program_id(0) % splits
         partial_z(
-            *(x, a, out, block, part, m, k, r, chunk, stride_m, stride_k),
+            *(x, a, out, tl.program_id(0), tl.program_id(1), m, k, r, chunk, stride_m, stride_k),
             *(OPERAND, SPLIT_A, CAST_DOT, R_PAD, BLOCK_M, BLOCK_K),
         )
 
@@ -335,19 +332,19 @@ def shrink(
     only = -1 if only_group is None else only_group
     of_moments = tile_of(x.element_size(), smooth, tile["num_warps"])
     row_blocks, slots = ceil_div(m, tile["BLOCK_M"]), None
-    blocks, rows, programs = row_blocks, m, row_blocks * splits
+    blocks, rows, grid = row_blocks, m, (row_blocks, splits)
     if input_moments is not None:
         tiles = ceil_div(k, of_moments["COLUMNS"])
         rows = program_rows(m, tiles, PROGRAMS_BESIDE)
         count = ceil_div(m, rows)
         slots = new_slots(count * of_moments["LANES"], k, only_group, x.device)
         blocks = min(rows // tile["BLOCK_M"], row_blocks)
-        programs = count * (blocks * splits + tiles)
+        grid = (blocks * splits + tiles, count)
     kernel = shrink_ragged
     if smooth:
         kernel = shrink_odd_rank if r % 16 else shrink_kernel
     with on_device(x):
-        kernel[(programs,)](
+        kernel[grid](
             *(x, a, out, None if slots is None else groups, slots, m, k, r, chunk),
             *(splits, blocks, rows, *x.stride(), only),
             OPERAND=TRITON_DTYPES[operand],

@@ -251,8 +251,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "the last tile has no program",
-            "programs = count * (blocks * splits + tiles)",
-            "programs = count * (blocks * splits + tiles) - 1",
+            "grid = (blocks * splits + tiles, count)",
+            "grid = (blocks * splits + tiles - 1, count)",
         ),
         (
             "one block of rows of a slot",
