@@ -241,10 +241,11 @@ class LoraCost:
             sums = Pass("moments of x", x + TOTALS * self.k, 4 * self.m * self.k)
             return [*product, *([sums] if moments else [])]
         blocks = -(-self.m // 128)
-        # Four slots a program, whose rows are as in kernels/moments.py.
+        # A slot for each warp of a program, whose rows are as in kernels/moments.py.
         tiles = -(-self.k * self._e // 512)
         rows = 128 * min(max(-(-self.m // 128) * tiles // 512, 1), 4)
-        slots = SLOT * self.k * 4 * -(-self.m // rows) if moments else 0
+        warps = 4 if self.r <= 32 else 8
+        slots = SLOT * self.k * warps * -(-self.m // rows) if moments else 0
         # K is cut into chunks for parallelism (kernels/shrink.py), whose fp32 sums go to memory.
         chunks = max(132 // blocks, min(264 // blocks, self.k // (8 * self.r)), 1)
         parts = 4 * min(chunks, 64) * self.m * self.r if chunks > 1 else z

@@ -208,7 +208,7 @@ def fold_kernel(
 def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) -> None:
     """Adds the slots of one call to the fp64 totals ``[2, 2, n]``, in place.
 
-    Reads 4 bytes per slot entry once: 4 S 2 G n bytes, next to M n elements of h for S = M / 32 or
+    Reads 4 bytes per slot entry once: 4 S 2 G n bytes, next to M n elements of h for S = M / 16 or
     fewer slots.
     """
     count, _, groups, n = slots.shape

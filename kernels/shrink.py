@@ -12,7 +12,7 @@ against the banks of shared memory, took longer than the read (87 µs where this
 
 Bytes at M tokens, K columns, rank r, S chunks, blocks of b rows, e bytes per element: M·K·e for x,
 once or twice; A is read from L2 by each of the M/b blocks of rows; the slots are 4·2·G·K for every
-32 to 128 rows, written and read by the fold (with two groups 12 % of x in bf16, each way, at 64
+16 to 128 rows, written and read by the fold (with two groups 12 % of x in bf16, each way, at 64
 rows); the partial sums 8·S·M·r (at K = 4096, r = 16 and S = 4, 6 % of x in bf16). Operations:
 2·M·K·r in the dot (three times that where fp32's digits need three products) and about ten a value
 for the moments of two groups. On an H100 (copies at 3.0 TB/s) 8192 x 4096 in bf16, r = 16 and an

@@ -40,10 +40,10 @@ class FusedLoraLinear:
         for candidate in self.__dict__.get("_ucan_recorders", ()):
             if candidate.listens():
                 recorder = candidate
-        parts = fusable_parts(self, x, args, kwargs) if is_fused(self) else None
+        parts = None
         # With moments to take, the kernels do in a few launches what takes PEFT and hooks dozens.
-        if parts is not None and recorder is None and _launches_decide(x, parts):
-            parts = None
+        if is_fused(self) and (recorder is not None or not _launches_decide(self, x)):
+            parts = fusable_parts(self, x, args, kwargs)
         if parts is None:
             if recorder is None:
                 return super().forward(x, *args, **kwargs)
@@ -248,9 +248,15 @@ def _fused_over(cls: type[nn.Module]) -> type[FusedLoraLinear]:
     return type(f"Fused{cls.__name__}", (_OVER[cls.__name__], cls), body)
 
 
-def _launches_decide(x: torch.Tensor, parts: list[tuple]) -> bool:
-    # Not where the fused product was asked for by name.
-    return ops.is_launch_bound(x, parts[0][2].shape[0]) and ops.fused_linear_switch() != "1"
+def _launches_decide(layer: nn.Module, x: Any) -> bool:
+    # Not in training, where a checkpoint may run the layer first without gradients, then with them;
+    # nor where the fused product was asked for by name.
+    return (
+        not layer.training
+        and isinstance(x, torch.Tensor)
+        and ops.is_launch_bound(x, layer.out_features or 0)
+        and ops.fused_linear_switch() != "1"
+    )
 
 
 def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

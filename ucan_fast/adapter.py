@@ -109,10 +109,11 @@ _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = (
     weakref.WeakKeyDictionary()
 )
 
-# The same for adapters on a GPU: names and shapes, values by dtype, digest.
-_kept_on_device: weakref.WeakKeyDictionary[
-    nn.Module, dict[str, tuple[str, list[torch.Tensor], str]]
-] = weakref.WeakKeyDictionary()
+# The same for adapters on a GPU, one for each model: adapter, names and shapes, values by dtype,
+# digest.
+_kept_on_device: weakref.WeakKeyDictionary[nn.Module, tuple[str, str, list[torch.Tensor], str]] = (
+    weakref.WeakKeyDictionary()
+)
 
 # The innermost one_walk.
 _walked: contextvars.ContextVar[_Walk | None] = contextvars.ContextVar("walked", default=None)
@@ -405,7 +406,8 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
 
     The bytes of an adapter of at most 16 MiB (of 256 MiB within :func:`one_walk`) are compared with
     those that were hashed last, and hashed only where one of them differs: comparing is twenty
-    times as fast. Of one on a GPU, of at most 256 MiB, that copy stays there.
+    times as fast. Of one on a GPU, of at most 256 MiB, that copy stays there until another is asked
+    for.
 
     Raises:
         UcanError: a weight is on the meta device, where it has no value.
@@ -428,18 +430,19 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
             labels.append(f"{text}|{key}{tuple(weight.shape)}")
             text = ""
     labels.append(text)
-    if not _on_one_gpu(values):
+    # Taken out: what no longer fits leaves the GPU before anything new comes.
+    last = _kept_on_device.pop(model, None)
+    size = sum(value.nbytes for value in values)
+    if size > _KEPT_ON_DEVICE_BYTES or not _on_one_gpu(values):
         return _digest(model, adapter, labels, values)
-    if sum(value.nbytes for value in values) > _KEPT_ON_DEVICE_BYTES:
-        return _digest(model, adapter, labels, values)
-    memory = _kept_on_device.setdefault(model, {})
     # Which value lies where in the copies follows from the shapes and these.
-    layout = "".join([*labels, *(str(value.dtype) for value in values)])
+    layout = "".join([*labels, *(str(value.dtype) for value in values), str(values[0].device)])
     copies = _by_dtype(values)
-    last = memory.get(adapter)
-    if last is None or last[0] != layout or not _same_bits(last[1], copies):
-        memory[adapter] = last = layout, copies, _digest(model, adapter, labels, values)
-    return last[2]
+    if last is None or last[:2] != (adapter, layout) or not _same_bits(last[2], copies):
+        del last
+        last = adapter, layout, copies, _digest(model, adapter, labels, values)
+    _kept_on_device[model] = last
+    return last[3]
 
 
 def _digest(model: nn.Module, adapter: str, labels: list[str], weights: list[torch.Tensor]) -> str:

@@ -106,8 +106,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         Path(named) if named else output_path("kernels", save=config.option.save, profile=profile)
     )
     # Where the file goes does not belong to what was measured.
-    given = re.sub(r" --json[= ]\S+", "", f" {shlex.join(config.invocation_params.args)}")
-    arguments = given.strip().replace(f"{ROOT}/", "")
+    given = iter(config.invocation_params.args)
+    kept = [a for a in given if not a.startswith("--json=") and (a != "--json" or not next(given))]
+    arguments = shlex.join(kept).replace(f"{ROOT}/", "")
     write_results(
         path,
         results,

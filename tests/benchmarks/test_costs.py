@@ -46,7 +46,8 @@ def test_ours_reads_x_once_and_passes_once_over_the_output(adapter):
     assert cost.expand()[0].bytes == pytest.approx(2 * 2 * M * N, rel=0.1)
     assert len(cost.expand(moments=True)) == 2
     more = costs.traffic(cost.ucan(moments=True))["bytes"]
-    assert more == pytest.approx(costs.traffic(cost.ucan())["bytes"], rel=0.05)
+    # A slot for every warp: sums of 16 bytes a column for 64 rows.
+    assert more == pytest.approx(costs.traffic(cost.ucan())["bytes"], rel=0.06)
 
 
 def test_statistics_by_hooks_cost_several_passes():
@@ -149,8 +150,14 @@ class _Moved(TorchDispatchMode):
 def test_the_bytes_of_scores_in_torch_are_those_that_operators_move(name, monkeypatch):
     # Past the operators' own dispatch, which would hide what they do.
     monkeypatch.setattr(scores.ops, "contrastive_scores", _by_name(scores_reference))
-    monkeypatch.setattr(scores.ops, "attenuation_factors", _by_name(factors_reference))
-    bench = scores._bench("scores", FEW, torch.device("cpu"), reference=True)
+    monkeypatch.setattr(
+        scores.ops,
+        "attenuation_factors",
+        lambda score, *rest, **choices: factors_reference(
+            score, score.max(), *rest, *choices.values()
+        ),
+    )
+    bench = scores._bench("scores", FEW, torch.device("cpu"))
     candidate = next(one for one in bench.candidates if one.name == name)
     call = candidate.bind(*bench.inputs(0))
     with _Moved() as moved:
@@ -190,7 +197,7 @@ def test_the_bytes_of_scores_in_triton_are_its_loads_and_stores(monkeypatch):
         name = f"create_masked_{kind}"
         original = getattr(InterpreterBuilder, name)
         monkeypatch.setattr(InterpreterBuilder, name, counted(kind, original, mask_at))
-    bench = scores._bench("scores", FEW, torch.device("cpu"), reference=False)
+    bench = scores._bench("scores", FEW, torch.device("cpu"))
     ours = next(one for one in bench.candidates if one.name == "ucan_fast")
     with ops.use_backend("triton"):
         ours.bind(*bench.inputs(0))()

@@ -11,6 +11,7 @@ from benchmarks import peers
 from benchmarks.kernels import attenuate, linear, scores, suite
 from benchmarks.kernels.cases import SUMS, LoraCase, lora_cases
 from benchmarks.shapes import LLAMA_3_8B, MODELS, SMOLLM2_135M, Model
+from ucan_fast.ops.scores import factors_reference, scores_reference
 
 CPU = torch.device("cpu")
 FORWARDS = {
@@ -297,7 +298,9 @@ def test_every_case_with_wider_adapters_has_peers_under_autocast():
 def test_scores_hold_nothing_that_a_graph_cannot(monkeypatch):
     cuda = torch.device("cuda")
     (bench,) = scores.scores(m.PROFILES["quick"], cuda)
-    assert [c.name for c in bench.candidates] == ["torch, loop over layers", "ucan_fast"]
+    assert [c.name for c in bench.candidates] == [
+        *("torch, loop over layers", "ucan_fast", "ucan_fast, reference backend")
+    ]
     assert all(c.capturable for c in bench.candidates)
     (eager,) = scores.scores_eager(m.PROFILES["quick"], cuda)
     assert [c.name for c in eager.candidates if not c.capturable] == [
@@ -311,6 +314,11 @@ def test_scores_hold_nothing_that_a_graph_cannot(monkeypatch):
     for name in ("tolist", "item", "__index__", "__int__", "__bool__", "__iter__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("read back"))
     assert loop()["γ"].device.type == "meta"
+    tensors = [t.to("meta") for t in (moments, counts, norms, offsets)]
+    choices = ("mean_abs", "symmetric", "global", "protect", 1.0)
+    score = scores_reference(*tensors, *choices)[2]
+    factors = factors_reference(score, score.max(), 0.2, "exponential", 2.0, 0.0)
+    assert factors.device.type == "meta"
 
 
 def test_attenuation_without_the_extension_is_skipped_and_says_so(monkeypatch):

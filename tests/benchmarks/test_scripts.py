@@ -104,7 +104,7 @@ def test_the_gpu_script_ends_with_the_targets_and_fails_row_by_row(tmp_path):
     _gpu_results(tmp_path / "out", hurry=2.0)
     ran = _run(tmp_path, "targets")
     assert ran.returncode == 0, ran.stdout
-    assert ran.stdout.rstrip().endswith("0 of 13 judged targets fall short")
+    assert ran.stdout.rstrip().endswith("0 of 14 judged targets fall short")
 
 
 #: Stands in for python: the benchmarks hang until they are interrupted, the rest works.
@@ -131,7 +131,7 @@ def test_a_step_that_runs_over_is_stopped_and_the_next_one_goes_on(tmp_path):
     assert ran.returncode == 1
     assert "bench        FAILED (stopped after 5 s)" in ran.stdout
     assert "targets      passed" in ran.stdout, ran.stdout + ran.stderr
-    assert "0 of 13 judged targets fall short" in ran.stdout
+    assert "0 of 14 judged targets fall short" in ran.stdout
     assert not (tmp_path / "logs" / "bench.xml").exists()
     log = (tmp_path / "logs" / "bench.log").read_text()
     # It had the chance to write down what it has.
@@ -175,7 +175,10 @@ def test_memcheck_runs_without_the_caching_allocator_and_without_graphs(tmp_path
 
     left_out = listed(racecheck) - listed(memcheck)
     assert [name.split("::")[1] for name in left_out] == ["test_cuda_graph_of_attenuate"]
-    assert not listed(memcheck) - listed(racecheck)
+    # Too large for racecheck, which is the slower.
+    more = listed(memcheck) - listed(racecheck)
+    assert more
+    assert all("test_small_kernels_against_fp64[(512, " in name for name in more)
     for kernel in ("attenuate_equals", "small_kernels", "small_fused_linear", "small_scores"):
         assert f"::test_{kernel}" in memcheck
     assert "memcheck leaves out" not in _run(tmp_path, "racecheck", **limits).stdout

@@ -202,6 +202,7 @@ def is_launch_bound(x: torch.Tensor, out_features: int) -> bool:
         # First, or a size would be compiled in.
         not torch.compiler.is_compiling()
         and x.is_cuda
+        and x.dim() > 0
         and x.numel() <= LAUNCH_BOUND
         and x.numel() // max(x.shape[-1], 1) * out_features <= LAUNCH_BOUND
         and not torch.is_grad_enabled()
