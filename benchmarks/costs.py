@@ -241,19 +241,36 @@ class LoraCost:
             sums = Pass("moments of x", x + TOTALS * self.k, 4 * self.m * self.k)
             return [*product, *([sums] if moments else [])]
         blocks = -(-self.m // 128)
-        # A slot for each warp of a program, whose rows are as in kernels/moments.py.
-        tiles = -(-self.k * self._e // 512)
-        rows = 128 * min(max(-(-self.m // 128) * tiles // 512, 1), 4)
-        warps = 4 if self.r <= 32 else 8
-        slots = SLOT * self.k * warps * -(-self.m // rows) if moments else 0
         # K is cut into chunks for parallelism (kernels/shrink.py), whose fp32 sums go to memory.
         chunks = max(132 // blocks, min(264 // blocks, self.k // (8 * self.r)), 1)
-        parts = 4 * min(chunks, 64) * self.m * self.r if chunks > 1 else z
-        passes = [
+        chunks, slots = min(chunks, 64), 0
+        if moments and self._reads_x_once():
+            # As in kernels/shrink_columns.py: a part of z for every tile of columns.
+            width = 256 if self.r <= 16 else 128
+            chunks = -(-self.k // width)
+            rows = 64 * -(-self.m // (64 * max(256 // chunks, 1)))
+            slots = SLOT * self.k * (1024 // width) * -(-self.m // rows)
+        elif moments:
+            # A slot for each warp of a program, whose rows are as in kernels/moments.py.
+            tiles = -(-self.k * self._e // 512)
+            rows = 128 * min(max(-(-self.m // 128) * tiles // 512, 1), 4)
+            slots = SLOT * self.k * (4 if self.r <= 32 else 8) * -(-self.m // rows)
+        whole = chunks == 1 and not moments
+        parts = z if whole else 4 * chunks * self.m * self.r
+        totals = slots + TOTALS * self.k if moments else 0
+        of_z = SLOT * self.r * -(-self.m // 32)
+        return [
             Pass("shrink", x + a + parts + slots, self._small_flops(self.k), self._small_dtype()),
-            *([Pass("add partial sums", parts + z)] if chunks > 1 else []),
+            *([] if whole else [Pass("finish", parts + z + totals)]),
+            *([Pass("fold", of_z + TOTALS * self.r)] if moments else []),
         ]
-        return [*passes, Pass("fold", slots + TOTALS * self.k)] if moments else passes
+
+    def _reads_x_once(self) -> bool:
+        # kernels/shrink_columns.py, row_of.
+        operands = (self.dtype, "float32") if self.dtype == "bfloat16" else (self.dtype,)
+        width = 256 if self.r <= 16 else 128
+        enough = self.m // 64 * -(-self.k // width) >= 132
+        return self._e == 2 and self.r <= 32 and self.adapter in operands and enough
 
     def expand(self, *, moments: bool = False) -> list[Pass]:
         """``y = base + s z Bᵀ``, in one pass over y; narrow products on the CPU: as PEFT's."""
@@ -268,7 +285,7 @@ class LoraCost:
             one = Pass("expand", (self._e + self._a) * size + operands, flops, self.adapter)
             return [one, *self._casts(("y", size), of=self._a, to=self._e), *totals]
         # As in kernels/expand.py.
-        rows = 32 * min(max(-(-self.m // 32) * -(-self.n // 64) // 512, 1), 16)
+        rows = 32 * min(max(-(-self.m // 32) * -(-self.n // 64) // 256, 1), 32)
         slots = SLOT * self.n * -(-self.m // rows) if moments else 0
         one = Pass(
             "expand",

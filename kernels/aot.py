@@ -36,7 +36,17 @@ from typing import Any
 from . import obstacle
 
 #: Files of this package with kernels, the slowest to compile first.
-MODULES = ("fused_linear", "shrink", "expand", "moments", "scores", "attenuate", "common")
+MODULES = (
+    "fused_linear",
+    "shrink",
+    "shrink_columns",
+    "shrink_finish",
+    "expand",
+    "moments",
+    "scores",
+    "attenuate",
+    "common",
+)
 
 #: Shared memory that one block may have, bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

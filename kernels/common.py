@@ -32,8 +32,10 @@ TRITON_DTYPES = {
     torch.float64: tl.float64,
 }
 
-#: Slots and columns that one step of a fold reads: few columns, so that there are many programs.
-_FOLD_SLOTS, _FOLD_COLUMNS = 64, 32
+#: Slots and columns that one step of a fold reads. Few columns, so that there are many programs;
+#: of a small rank there is one tile, and more slots at a time are fewer waits for memory.
+FOLD_WIDE = {"SLOTS": 64, "COLUMNS": 32}
+FOLD_NARROW = {"SLOTS": 256, "COLUMNS": 16}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class CompileCase:
 def ceil_div(number: int, divisor: int) -> int:
     """As ``triton.cdiv``, which takes microseconds from Python."""
     return -(-number // divisor)
+
+
+def pad_rank(r: int) -> int:
+    """The smallest rank that a dot can have and that holds r."""
+    return max(16, triton.next_power_of_2(r))
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -180,6 +187,35 @@ def store_sums(slots, slot, columns, n, abs_f, abs_r, sq_f, sq_r, BOTH: tl.const
         tl.store(base + n, sq_f, mask=inside)
 
 
+@triton.jit
+def fold_tile(
+    slots,
+    totals,
+    tile,
+    part,
+    slot_count,
+    n,
+    total_stride,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """totals[stat, g] += Σ slots[:, stat, g] for one tile of columns and one ``part``, which is
+    stat * GROUPS + g. fp32 summed in fp64, always in the same order."""
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < n
+    target = totals + (part // GROUPS) * total_stride + (part % GROUPS) * n + column
+    # Asked for first: one wait for memory instead of two.
+    before = tl.load(target, mask=inside, other=0.0)
+    total = tl.zeros([COLUMNS], dtype=tl.float64)
+    for first in range(0, slot_count, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        address = slots + (slot.to(tl.int64) * 2 * GROUPS + part)[:, None] * n + column[None, :]
+        value = tl.load(address, mask=(slot < slot_count)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(value.to(tl.float64), axis=0)
+    tl.store(target, before + total, mask=inside)
+
+
 @triton.jit(do_not_specialize=["slot_count"])
 def fold_kernel(
     slots,
@@ -191,18 +227,13 @@ def fold_kernel(
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """totals[stat, g] += Σ slots[:, stat, g], fp32 summed in fp64, always in the same order."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.program_id(1)  # stat * GROUPS + group
-    inside = column < n
-    total = tl.zeros([COLUMNS], dtype=tl.float64)
-    for first in range(0, slot_count, SLOTS):
-        slot = first + tl.arange(0, SLOTS)
-        address = slots + (slot.to(tl.int64) * 2 * GROUPS + part)[:, None] * n + column[None, :]
-        value = tl.load(address, mask=(slot < slot_count)[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(value.to(tl.float64), axis=0)
-    target = totals + (part // GROUPS) * total_stride + (part % GROUPS) * n + column
-    tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
+    """One program: :func:`fold_tile`."""
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    fold_tile(
+        *(slots, totals, tile, part, slot_count, n, total_stride),
+        *(GROUPS, SLOTS, COLUMNS),
+    )
 
 
 def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) -> None:
@@ -216,7 +247,8 @@ def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) ->
         return
     target = moments if moments.is_contiguous() else moments.contiguous()
     start = target if only_group is None else target[:, only_group]
-    grid = (ceil_div(n, _FOLD_COLUMNS), 2 * groups)
+    tile = FOLD_NARROW if n <= FOLD_NARROW["COLUMNS"] else FOLD_WIDE
+    grid = (ceil_div(n, tile["COLUMNS"]), 2 * groups)
     with on_device(slots):
         fold_kernel[grid](
             slots,
@@ -225,8 +257,7 @@ def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) ->
             n,
             2 * n,
             GROUPS=groups,
-            SLOTS=_FOLD_SLOTS,
-            COLUMNS=_FOLD_COLUMNS,
+            **tile,
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -248,12 +279,13 @@ def compile_cases() -> list[CompileCase]:
     }
     return [
         CompileCase(
-            name=f"{groups} group{'s' * (groups - 1)}",
+            name=f"{groups} group{'s' * (groups - 1)}, {tile['COLUMNS']} columns",
             kernel=fold_kernel,
             signature=signature,
-            constants={"GROUPS": groups, "SLOTS": _FOLD_SLOTS, "COLUMNS": _FOLD_COLUMNS},
+            constants={"GROUPS": groups, **tile},
             divisible=("slots", "totals", "n", "total_stride"),
             options={"enable_fp_fusion": False},
         )
         for groups in (1, 2)
+        for tile in (FOLD_WIDE, FOLD_NARROW)
     ]

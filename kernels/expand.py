@@ -35,9 +35,9 @@ from .common import (
 from .tuning import TABLE, config
 from .tuning import rows as table_rows
 
-#: Rows of one slot at most, and programs that a launch aims at: about four for each of 132 SMs, as
-#: many as run at a time. The same on every GPU: the order of the sums depends on the blocks alone.
-MAX_ROWS, PROGRAMS = 512, 512
+#: Rows of one slot at most, and programs that a launch aims at: two for each of 132 SMs, which run
+#: at a time. The same on every GPU: the order of the sums depends on the blocks alone.
+MAX_ROWS, PROGRAMS = 1024, 256
 #: Row r of a tile is summed with rows r + 8, r + 16, ...: a thread of a tensor-core tile holds
 #: these, so the loop over the rows sums in registers and no two threads meet before its end.
 LANES = 8
@@ -63,18 +63,42 @@ def load_b(b, column, rank, n, r):
 
 
 @triton.jit
+def in_tf32(value):
+    """An fp32 value to tf32's 11 bits, to nearest, ties away from zero; still an fp32."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def in_two(value):
+    """An fp32 value as the sum of two of tf32, to 2⁻²⁴ of it; NaN stays NaN."""
+    # A GPU's own NaN has all bits set: rounded, it would be a zero.
+    high = tl.where(value == value, in_tf32(value), value)
+    return high, in_tf32(value - high)
+
+
+@triton.jit
 def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl.constexpr):
     """``product += z bᵀ``, b rounded to z's dtype; ``rest += z (b - rounded b)ᵀ`` with SPLIT.
 
     What rounding takes from an fp32 b is the sum of two numbers of z's dtype, to 2⁻²⁴ of b or
     better, and products of such numbers are exact in fp32: both b in full and b rounded are had
     for three 16-bit dots. ``rest`` is scaled up by _SPLIT_SCALE.
+
+    fp32 operands go as two of tf32 each, in three dots. Triton's own "tf32x3" looks for NaN in
+    every element of the product as well; here what is not finite makes NaN of its row.
     """
     dtype: tl.constexpr = z_part.dtype
-    z_part = as_operand(z_part, dtype, CAST_DOT)
-    high = as_operand(b_part, dtype, CAST_DOT)
-    # tf32x3 is the precision of fp32 on tensor cores; 16-bit operands do not know of it.
-    product = tl.dot(z_part, tl.trans(high), product, input_precision="tf32x3")
+    if dtype == tl.float32:
+        z_high, z_low = in_two(z_part)
+        b_high, b_low = in_two(b_part.to(tl.float32))
+        product = tl.dot(z_low, tl.trans(b_high), product, input_precision="tf32")
+        product = tl.dot(z_high, tl.trans(b_low), product, input_precision="tf32")
+        product = tl.dot(z_high, tl.trans(b_high), product, input_precision="tf32")
+    else:
+        z_part = as_operand(z_part, dtype, CAST_DOT)
+        high = as_operand(b_part, dtype, CAST_DOT)
+        product = tl.dot(z_part, tl.trans(high), product)
     if SPLIT:
         left = (b_part.to(tl.float32) - high.to(tl.float32)) * _SPLIT_SCALE
         middle = as_operand(left, dtype, CAST_DOT)
@@ -114,6 +138,7 @@ def expand_kernel(
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNKED: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -126,6 +151,7 @@ def expand_kernel(
     # Neighbouring programs take neighbouring columns: whole rows of base_out at a time.
     slot = tl.program_id(0) // column_tiles
     column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.arange(0, BLOCK_M)
     rank = tl.arange(0, BLOCK_R)
     if not CHUNKED:
         b_part = load_b(b, column, rank, n, r)
@@ -136,52 +162,64 @@ def expand_kernel(
     abs_r = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
     sq_f = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
     sq_r = tl.zeros([LANES, BLOCK_N], dtype=tl.float32)
+    # Within a block of rows 32 bits are enough for an offset, unless strides may be anything.
+    far_block = block.to(tl.int64) if FAR else block
+    far_column = column.to(tl.int64) if FAR else column
+    offsets = far_block[:, None] * stride_m + far_column[None, :] * stride_n
+    y_offsets = far_block[:, None] * n + column[None, :]
+    z_offsets = far_block[:, None] * stride_z + rank[None, :]
+    first = slot * rows
+    if MOMENTS:
+        ahead = tl.load(groups + first + block, mask=first + block < m, other=-1)
     # The stages are named here, or base_out, no operand of a dot, would not be loaded ahead.
     for step in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
-        row = slot.to(tl.int64) * rows + step + tl.arange(0, BLOCK_M)
+        start = (first + step).to(tl.int64)
+        row = first + step + block
         if MOMENTS:
-            group = tl.load(groups + row, mask=row < m, other=-1)
+            # A byte is too narrow for the loads that run ahead; this one is a block ahead by hand.
+            group = ahead
+            ahead = tl.load(groups + row + BLOCK_M, mask=row + BLOCK_M < m, other=-1)
         inside = (row < m)[:, None] & (column < n)[None, :]
-        address = base_out + row[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_n
-        base = tl.load(address, mask=inside, other=0.0)
+        base = tl.load(base_out + start * stride_m + offsets, mask=inside, other=0.0)
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         rest = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        z_address = z + row[:, None] * stride_z + rank[None, :]
+        z_address = z + start * stride_z + z_offsets
         if CHUNKED:
-            for start in range(0, r, BLOCK_R):
-                z_mask = (row < m)[:, None] & (start + rank < r)[None, :]
-                z_part = tl.load(z_address + start, mask=z_mask, other=0.0)
-                b_part = load_b(b, column, start + rank, n, r)
+            for part in range(0, r, BLOCK_R):
+                z_mask = (row < m)[:, None] & (part + rank < r)[None, :]
+                z_part = tl.load(z_address + part, mask=z_mask, other=0.0)
+                b_part = load_b(b, column, part + rank, n, r)
                 product, rest = add_product(z_part, b_part, product, rest, SPLIT, CAST_DOT)
         else:
             z_mask = (row < m)[:, None] & (rank < r)[None, :]
             z_part = tl.load(z_address, mask=z_mask, other=0.0)
             product, rest = add_product(z_part, b_part, product, rest, SPLIT, CAST_DOT)
-        delta = product * scaling
         # Spelled out, so that y has the same bits whether moments are taken or not.
         result = tl.fma(product, scaling, base.to(tl.float32))
         if HAS_BIAS:
             result += bias_row[None, :]
         result = round_to(result, y.dtype.element_ty, not CAST_DOT)
-        tl.store(y + row[:, None] * n + column[None, :], result, mask=inside)
+        tl.store(y + start * n + y_offsets, result, mask=inside)
         if MOMENTS:
             if SPLIT:
-                delta += rest * (scaling / _SPLIT_SCALE)
-            a_f, a_r, s_f, s_r = lane_sums(delta, group, only_group, BOTH, LANES)
+                product += rest * (1 / _SPLIT_SCALE)
+            a_f, a_r, s_f, s_r = lane_sums(product, group, only_group, BOTH, LANES)
             abs_f += a_f
             abs_r += a_r
             sq_f += s_f
             sq_r += s_r
     if MOMENTS:
+        # Scaled here, where it is one product a column and not one an element.
+        size, square = tl.abs(scaling), scaling * scaling
         store_sums(
             slots,
             slot,
             column,
             n,
-            tl.sum(abs_f, axis=0),
-            tl.sum(abs_r, axis=0),
-            tl.sum(sq_f, axis=0),
-            tl.sum(sq_r, axis=0),
+            tl.sum(abs_f, axis=0) * size,
+            tl.sum(abs_r, axis=0) * size,
+            tl.sum(sq_f, axis=0) * square,
+            tl.sum(sq_r, axis=0) * square,
             BOTH,
         )
 
@@ -191,6 +229,9 @@ def expand_kernel(
 expand_odd_ranks = triton.jit(expand_kernel.fn, do_not_specialize=ODD_RANKS)
 expand_ragged = triton.jit(expand_kernel.fn, do_not_specialize=RAGGED)
 
+
+#: Strides above this do not fit the 32-bit offsets within one block of rows.
+MAX_STRIDE = 1 << 24
 
 _VARIANTS = {
     "regular": (expand_kernel, _NEVER),
@@ -206,7 +247,7 @@ def variant(
 
     Triton knows that only of pointers that are multiples of 16 bytes, and of sizes and strides
     that are multiples of 16 elements. With odd ranks (r = 8) z and B are read element by element,
-    ragged operands (32001 columns) all are.
+    ragged operands (32001 columns, or rows more than MAX_STRIDE apart) all are.
 
     Args:
         base_out: ``[M, N]``.
@@ -218,6 +259,8 @@ def variant(
     if bias is not None:
         wide.append(bias.data_ptr())
     if base_out.stride(1) != 1 or any(number % 16 for number in wide):
+        return "ragged"
+    if max(base_out.stride(0), b.shape[0], z.stride(0)) > MAX_STRIDE:
         return "ragged"
     ranks = (z.data_ptr(), z.stride(0), b.data_ptr(), b.shape[1])
     return "odd ranks" if any(number % 16 for number in ranks) else "regular"
@@ -293,6 +336,7 @@ def expand(
             float(scaling),
             -1 if only_group is None else only_group,
             **_flags(z.dtype, b.dtype, moments, only_group is None, bias is not None, rank),
+            FAR=kind == "ragged",
             STAGES=options["num_stages"],
             **options,
             enable_fp_fusion=True,
@@ -357,7 +401,7 @@ def _case(
     """One launch as the ahead-of-time gate compiles it, for every row of the table it may use."""
     base_type, z_type, b_type = (_NAMES[dtype] for dtype in dtypes)
     absent = ([] if bias else ["bias"]) + ([] if moments else ["groups", "slots"])
-    flags = _flags(dtypes[1], dtypes[2], moments, both, bias, rank)
+    flags = _flags(dtypes[1], dtypes[2], moments, both, bias, rank) | {"FAR": kind == "ragged"}
     key = _shape_class(dtypes, moments, rank, kind)
     kernel, unknown = _VARIANTS[kind]
     cases = []

@@ -1,14 +1,16 @@
-"""shrink: ``z = x Aᵀ`` and the moments of x and of z, in one launch over x.
+"""shrink: ``z = x Aᵀ`` and the moments of x and of z, in two or three launches.
 
-A program does one of two things. Most own a block of rows and a chunk of columns of x: at 8192
-tokens there are only 64 blocks of 128 rows, or 128 of 64, for the 132 SMs of an H100. They loop
-over the chunk and add to z in fp32; partial z go to a workspace, and a second kernel adds them in a
-fixed order, rounds once and takes the moments of z. With one chunk and no moments of z the first
-kernel writes z itself. Beside them, where the moments of x are asked for, others take those of a
-tile of columns of the same rows (:func:`.moments.tile_moments`). Programs that read the same rows
-are neighbours, so that the second read can come from the L2 cache. To take the sums in the programs
-of z is one read by construction, and was slower: what one tile's sums exchange between threads,
-against the banks of shared memory, took longer than the read (87 µs where this takes 55, below).
+Where x is long, of 16 bits and its moments are asked for, :mod:`.shrink_columns` reads it once for
+both, up to rank 32. Everything else is here. A program does one of two things. Most own a block of
+rows and a chunk of columns of x: at 8192 tokens there are only 64 blocks of 128 rows, or 128 of 64,
+for the 132 SMs of an H100. They loop over the chunk and add to z in fp32; partial z go to a
+workspace, and :mod:`.shrink_finish` adds them in a fixed order, rounds once and takes the moments
+of z. With one chunk and no moments of z the first kernel writes z itself. Beside them, where the
+moments of x are asked for, others take those of a tile of columns of the same rows
+(:func:`.moments.tile_moments`): x is read twice.
+
+z has the same bits whether moments are taken or not, except where :mod:`.shrink_columns` adds up
+the same products in another order.
 
 Bytes at M tokens, K columns, rank r, S chunks, blocks of b rows, e bytes per element: M·K·e for x,
 once or twice; A is read from L2 by each of the M/b blocks of rows; the slots are 4·2·G·K for every
@@ -16,38 +18,34 @@ once or twice; A is read from L2 by each of the M/b blocks of rows; the slots ar
 rows); the partial sums 8·S·M·r (at K = 4096, r = 16 and S = 4, 6 % of x in bf16). Operations:
 2·M·K·r in the dot (three times that where fp32's digits need three products) and about ten a value
 for the moments of two groups. On an H100 (copies at 3.0 TB/s) 8192 x 4096 in bf16, r = 16 and an
-fp32 A: 22.5 µs would be x alone; 31 µs without moments, 55 µs with those of x, of which x read
-twice would be 45.
+fp32 A, without moments: 31 µs, of which x alone would be 22.5.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import shrink_columns, tuning
 from .common import (
     CAST_DOT,
     TRITON_DTYPES,
     CompileCase,
     as_operand,
     ceil_div,
-    column_sums,
     fold_,
     new_slots,
     on_device,
+    pad_rank,
     round_to,
     rows_of,
-    store_sums,
 )
 from .moments import PROGRAMS_BESIDE, accumulate_moments_, program_rows, tile_moments, tile_of
+from .shrink_finish import FEW_ROWS, finish_
 
-#: At most so many rows are "few": decoding. They get small blocks, and parallelism from K alone.
-FEW_ROWS = 32
 #: The widest A of one launch; wider ones take several.
 MAX_RANK = 256
 #: Programs of one wave, and of two per SM: an H100 has 132 SMs.
@@ -172,49 +170,6 @@ def shrink_kernel(
         )
 
 
-_FINISH_NEVER = ["groups", "m", "splits", "only_group"]
-
-
-@triton.jit(do_not_specialize=_FINISH_NEVER)
-def finish_kernel(
-    parts,
-    z,
-    groups,
-    slots,
-    m,
-    r,
-    splits,
-    only_group,
-    MOMENTS: tl.constexpr,
-    BOTH: tl.constexpr,
-    CAST_DOT: tl.constexpr,
-    R_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """z = Σ parts, always in the same order; then rounded, and its moments taken."""
-    block = tl.program_id(0)
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rank = tl.arange(0, R_PAD)
-    inside = (row < m)[:, None] & (rank < r)[None, :]
-    place = row[:, None] * r + rank[None, :]
-    total = tl.zeros([ROWS, R_PAD], dtype=tl.float32)
-    for first in range(0, splits, SPLITS):
-        part = first + tl.arange(0, SPLITS)
-        address = parts + (part.to(tl.int64) * m * r)[:, None, None] + place[None, :, :]
-        mask = (part < splits)[:, None, None] & inside[None, :, :]
-        total += tl.sum(tl.load(address, mask=mask, other=0.0), axis=0)
-    total = round_to(total, z.dtype.element_ty, not CAST_DOT)
-    tl.store(z + place, total, mask=inside)
-    if MOMENTS:
-        group = tl.load(groups + row, mask=row < m, other=-1)
-        a_f, a_r, s_f, s_r = column_sums(total.to(tl.float32), group, only_group, BOTH)
-        store_sums(slots, block, rank, r, a_f, a_r, s_f, s_r, BOTH)
-
-
-finish_odd_rank = triton.jit(finish_kernel.fn, do_not_specialize=[*_FINISH_NEVER, "r"])
-
-
 #: What nothing is known of where r is no multiple of 16.
 ODD_RANK = [*_NEVER, "r"]
 #: The same kernel for these. Triton would make a rank of 1 a constant, in machine code of its own
@@ -274,11 +229,6 @@ def aligned(x: torch.Tensor, a: torch.Tensor) -> bool:
     return x.stride(1) == 1 and not odd_rank and not any(number % 16 for number in numbers)
 
 
-def pad_rank(r: int) -> int:
-    """The smallest rank that a dot can have and that holds r."""
-    return max(16, triton.next_power_of_2(r))
-
-
 def shrink(
     x: torch.Tensor,
     a: torch.Tensor,
@@ -318,22 +268,53 @@ def shrink(
     if k == 0:
         return z.zero_()
     x, a = rows_of(x), a.contiguous()
-    m, r_pad, size = x.shape[0], pad_rank(r), "few" if x.shape[0] <= FEW_ROWS else "many"
+    if input_moments is not None or rank_moments is not None:
+        groups = groups.contiguous()
+    parts, x_slots = None, None
     operand, split_a = dot_mode(x.dtype, a.dtype, dtype)
     smooth = aligned(x, a)
+    if input_moments is not None and smooth:
+        row = shrink_columns.row_of(x, groups, pad_rank(r), operand, split_a)
+        if row is not None:
+            parts, x_slots = shrink_columns.parts_and_slots(
+                x, a, row, operand, split_a, groups, only_group
+            )
+    if parts is None:
+        at_once = z if rank_moments is None else None
+        of_x = None if input_moments is None else groups
+        parts, x_slots = _parts_and_slots(x, a, operand, split_a, smooth, of_x, only_group, at_once)
+    if parts is z:
+        if x_slots is not None:
+            fold_(x_slots, input_moments, only_group)
+    else:
+        finish_(parts, z, groups, only_group, x_slots, input_moments, rank_moments)
+    return z
+
+
+def _parts_and_slots(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    operand: torch.dtype,
+    split_a: bool,
+    smooth: bool,
+    groups: torch.Tensor | None,
+    only_group: int | None,
+    at_once: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One launch of programs that own rows: fp32 parts of z ``[splits, M, r]``, or z itself in
+    ``at_once`` where one chunk is all, and with ``groups`` the slots of x's moments."""
+    (m, k), r = x.shape, a.shape[0]
+    r_pad, size = pad_rank(r), "few" if m <= FEW_ROWS else "many"
     key = (r_pad, dots(x.dtype, operand, split_a), size if smooth else "ragged")
     tile = tuning.config("shrink", key, x.device)
     splits, chunk = chunks(m, k, r, tile["BLOCK_M"], tile["BLOCK_K"])
-    at_once = splits == 1 and rank_moments is None
-    out = z if at_once else x.new_empty((splits, m, r), dtype=torch.float32)
-    if input_moments is not None or rank_moments is not None:
-        groups = groups.contiguous()
-    flags = {"BOTH": only_group is None, "CAST_DOT": CAST_DOT, "R_PAD": r_pad}
-    only = -1 if only_group is None else only_group
+    out = at_once
+    if out is None or splits > 1:
+        out = x.new_empty((splits, m, r), dtype=torch.float32)
     of_moments = tile_of(x.element_size(), smooth, tile["num_warps"])
     row_blocks, slots = ceil_div(m, tile["BLOCK_M"]), None
     blocks, rows, grid = row_blocks, m, (row_blocks, splits)
-    if input_moments is not None:
+    if groups is not None:
         tiles = ceil_div(k, of_moments["COLUMNS"])
         rows = program_rows(m, tiles, PROGRAMS_BESIDE)
         count = ceil_div(m, rows)
@@ -345,42 +326,19 @@ def shrink(
         kernel = shrink_odd_rank if r % 16 else shrink_kernel
     with on_device(x):
         kernel[grid](
-            *(x, a, out, None if slots is None else groups, slots, m, k, r, chunk),
-            *(splits, blocks, rows, *x.stride(), only),
+            *(x, a, out, groups, slots, m, k, r, chunk, splits, blocks, rows, *x.stride()),
+            -1 if only_group is None else only_group,
             OPERAND=TRITON_DTYPES[operand],
             SPLIT_A=split_a,
             MOMENTS=slots is not None,
+            BOTH=only_group is None,
+            CAST_DOT=CAST_DOT,
+            R_PAD=r_pad,
             enable_fp_fusion=True,
             **of_moments,
-            **flags,
             **tile,
         )
-    if slots is not None:
-        fold_(slots, input_moments, only_group)
-    if not at_once:
-        tile = tuning.config("shrink_finish", (r_pad, size), x.device)
-        row_blocks, slots = ceil_div(m, tile["ROWS"]), None
-        if rank_moments is not None:
-            slots = new_slots(row_blocks, r, only_group, x.device)
-        last_kernel = finish_odd_rank if r % 16 else finish_kernel
-        with on_device(x):
-            last_kernel[row_blocks,](
-                out,
-                z,
-                None if slots is None else groups,
-                slots,
-                m,
-                r,
-                splits,
-                only,
-                MOMENTS=slots is not None,
-                enable_fp_fusion=True,
-                **flags,
-                **tile,
-            )
-        if slots is not None:
-            fold_(slots, rank_moments, only_group)
-    return z
+    return out, slots
 
 
 #: Operands that real models bring: x, A, product. All-bf16, PEFT's default of fp32 adapters under
@@ -401,10 +359,10 @@ _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def compile_cases() -> list[CompileCase]:
     """Every dtype and row of the table with all moments; the lighter variants of the main ones."""
-    return [*_shrink_cases(), *_finish_cases()]
+    return list(_cases())
 
 
-def _shrink_cases() -> Iterator[CompileCase]:
+def _cases() -> Iterator[CompileCase]:
     for gpu, (rank, kind_of_dots, rows), tile, capabilities in tuning.rows("shrink"):
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
         for dtypes in _DTYPES:
@@ -469,30 +427,3 @@ def _kinds(
         yield product, True, True, False
         if rows != "ragged":
             yield product, True, True, True
-
-
-def _finish_cases() -> Iterator[CompileCase]:
-    for gpu, (rank, rows), tile, capabilities in tuning.rows("shrink_finish"):
-        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-        kinds = itertools.product(("bf16", "fp32"), (True, False), (True, False), (False, True))
-        for dtype, moments, both, odd in (*kinds, ("fp16", True, True, False)):
-            if not moments and not both:
-                continue
-            none = dict.fromkeys(() if moments else ("groups", "slots"))
-            types = {"parts": "*fp32", "z": f"*{dtype}"}
-            types |= {"groups": "*i64" if odd else "*i8", "slots": "*fp32"} if moments else {}
-            constants = {"MOMENTS": moments, "BOTH": both, "CAST_DOT": True, "R_PAD": rank}
-            known = [name for name in types if name != "groups"]
-            yield CompileCase(
-                name=f"finish, {dtype} z, r {rank}{' odd' if odd else ''}, {rows} rows, "
-                f"{('both groups' if both else 'one group') if moments else 'no moments'}, {gpu}",
-                kernel=finish_odd_rank if odd else finish_kernel,
-                signature=dict.fromkeys(finish_kernel.arg_names, "constexpr")
-                | types
-                | dict.fromkeys(("m", "r", "splits", "only_group"), "i32"),
-                constants=none | constants | tile,
-                divisible=(*known, *(() if odd else ("r",))),
-                wide_loads=not odd,
-                capabilities=capabilities,
-                **options,
-            )

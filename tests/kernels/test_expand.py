@@ -353,18 +353,18 @@ def test_expanded_base():
 def test_rows_per_program():
     assert rows_per_program(1, 1, 32) == 32
     assert rows_per_program(0, 5, 32) == 32
-    # Few programs per SM at a common size; 16 slots.
-    assert rows_per_program(8192, 64, 32) == 512
-    assert rows_per_program(8192, 32, 32) == 512
-    assert rows_per_program(4096, 32, 32) == 256
+    # Two programs per SM at a common size; 8 slots.
+    assert rows_per_program(8192, 64, 32) == 1024
+    assert rows_per_program(8192, 32, 32) == 1024
+    assert rows_per_program(4096, 32, 32) == 512
     # Small and tall.
-    assert rows_per_program(512, 64, 32) == 64
-    assert rows_per_program(10**6, 64, 32) == 512
-    assert rows_per_program(10**8, 1, 32) == 512
+    assert rows_per_program(512, 64, 32) == 128
+    assert rows_per_program(10**6, 64, 32) == 1024
+    assert rows_per_program(10**8, 1, 32) == 1024
     for m, tiles in itertools.product((1, 100, 8192, 20000), (1, 3, 64, 1000)):
         rows = rows_per_program(m, tiles, 32)
         assert rows % 32 == 0
-        assert 32 <= rows <= 512
+        assert 32 <= rows <= 1024
         launched = -(-m // rows) * tiles
         # Enough programs for every SM, unless the matrix has not that many tiles.
         assert launched >= min(module.PROGRAMS // 2, -(-m // 32) * tiles)

@@ -6,41 +6,35 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
 import triton
 from kernel_launches import Launches
+from shrink_checks import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    assert_moments,
+    assert_z,
+    name_of,
+    randn,
+    random_groups,
+    zeros,
+)
 
-from ucan_fast.kernels import moments, tuning
+from ucan_fast.kernels import moments, shrink_finish, tuning
 from ucan_fast.kernels import shrink as module
 from ucan_fast.kernels.shrink import chunks, compile_cases, dot_mode, pad_rank, shrink
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 I64 = torch.int64
 ALL = list(itertools.product((FP32, BF16, FP16), repeat=3))  # of x, of A, of the product
 MAIN = [(BF16, BF16, BF16), (BF16, FP32, FP32), (FP32, FP32, FP32), (FP32, FP32, BF16)]
 WAYS = ("as chosen", "one chunk", "chunks of two blocks")
 
 
-def name_of(value) -> str:
-    if isinstance(value, tuple):
-        return "-".join(name_of(item) for item in value)
-    return str(value).replace("torch.", "")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Memory that a kernel forgets to write shows up as NaN."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poisoned(tensor):
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.fixture
@@ -58,52 +52,6 @@ def way(request, monkeypatch):
     elif request.param == WAYS[2]:
         monkeypatch.setattr(module, "chunks", twos)
     return request.param
-
-
-def randn(*shape, dtype=FP32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def random_groups(x: torch.Tensor, dtype=torch.int8):
-    generator = torch.Generator().manual_seed(5)
-    tokens = x[..., 0].numel()
-    return torch.randint(-1, 2, (tokens,), generator=generator).to(dtype).to(DEVICE)
-
-
-def zeros(n: int) -> torch.Tensor:
-    return torch.zeros(2, 2, n, dtype=torch.float64, device=DEVICE)
-
-
-def assert_z(z, x, a, dtype):
-    """The tolerance rule: less than twice plain torch's error, plus 1e-6 relative."""
-    want = F.linear(x.to(dtype).double(), a.to(dtype).double())
-    plain = F.linear(x.to(dtype), a.to(dtype))
-    assert z.shape == want.shape
-    assert z.dtype == dtype
-    assert z.is_contiguous()
-    if want.numel():
-        bound = 2 * (plain - want).abs().max() + 1e-6 * want.abs().max()
-        assert (z - want).abs().max() <= bound
-
-
-def sums(h: torch.Tensor, groups: torch.Tensor, dtype: torch.dtype, only=None) -> torch.Tensor:
-    """Σ|h| and Σh² by boolean indexing, in ``dtype``."""
-    rows = h.reshape(-1, h.shape[-1]).to(dtype)
-    return torch.stack(
-        [
-            torch.stack([f(rows[groups == g]).sum(0) * (only in (None, g)) for g in (0, 1)])
-            for f in (torch.abs, torch.square)
-        ]
-    )
-
-
-def assert_moments(got, h, groups, only=None):
-    want = sums(h, groups, torch.float64, only)
-    plain = sums(h, groups, FP32, only).double()
-    for mine, torchs, exact in zip(got, plain, want, strict=True):
-        bound = 2 * (torchs - exact).abs().amax() + 1e-6 * exact.abs().amax()
-        assert torch.all((mine - exact).abs() <= bound)
 
 
 def check(x, a, dtype, only=None):
@@ -348,14 +296,14 @@ def test_aligned():
 
 def test_what_is_launched_is_what_is_compiled(monkeypatch):
     """Every launch has an ahead-of-time case with its types, constants, options and alignment."""
-    names = (
-        "shrink_kernel",
-        "shrink_odd_rank",
-        "shrink_ragged",
-        "finish_kernel",
-        "finish_odd_rank",
-    )
-    launches = Launches({name: getattr(module, name) for name in names})
+    names = {
+        "shrink_kernel": module,
+        "shrink_odd_rank": module,
+        "shrink_ragged": module,
+        "finish_kernel": shrink_finish,
+        "finish_odd": shrink_finish,
+    }
+    launches = Launches({name: getattr(place, name) for name, place in names.items()})
     assert launches.alone["shrink_odd_rank"] == set(module.ODD_RANK)
     assert launches.alone["shrink_ragged"] == set(module.RAGGED)
 
@@ -364,11 +312,11 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch):
         return name, constants["R_PAD"], types.get("x"), types.get("a")
 
     compiled = {}
-    for what in launches.compiled(compile_cases()):
+    for what in launches.compiled([*compile_cases(), *shrink_finish.compile_cases()]):
         compiled.setdefault(kind(what), []).append(what)
-    for name in names:
-        monkeypatch.setattr(module, name, launches.of(name))
-    monkeypatch.setattr(module, "fold_", lambda *args: None)
+    for name, place in names.items():
+        monkeypatch.setattr(place, name, launches.of(name))
+        monkeypatch.setattr(place, "fold_", lambda *args: None)
 
     def check_launch(x, a, product, moments, only=None, groups=torch.int8, of_z=True):
         groups = torch.zeros(x.shape[0] + 16, dtype=groups, device=DEVICE)
@@ -434,6 +382,15 @@ def test_dot_modes():
     assert dot_mode(BF16, FP32, FP16) == (FP16, False)
 
 
+def test_totals_of_x_that_are_no_matrix_of_their_own():
+    x, a = randn(131, 160, dtype=BF16), randn(5, 160, seed=1)
+    groups, room, of_z = random_groups(x), zeros(200), zeros(5)
+    shrink(x, a, FP32, groups, None, room[..., 20:180], of_z)
+    assert_moments(room[..., 20:180], x, groups)
+    assert not room[..., :20].any()
+    assert not room[..., 180:].any()
+
+
 def test_pad_rank():
     assert [pad_rank(r) for r in (1, 16, 17, 48, 64, 65, 256)] == [16, 16, 32, 64, 64, 128, 256]
 
@@ -466,8 +423,9 @@ def test_table_has_every_class_and_falls_back(monkeypatch, request):
     assert tuning.config("shrink", key) == default
 
 
-def test_cases_describe_the_kernels():
-    cases = compile_cases()
+@pytest.mark.parametrize("cases", [compile_cases, shrink_finish.compile_cases])
+def test_cases_describe_the_kernels(cases):
+    cases = cases()
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         assert list(case.signature) == case.kernel.arg_names
