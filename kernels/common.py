@@ -34,8 +34,10 @@ TRITON_DTYPES = {
 
 #: Slots and columns that one step of a fold reads. Few columns, so that there are many programs;
 #: of a small rank there is one tile, and more slots at a time are fewer waits for memory.
-FOLD_WIDE = {"SLOTS": 64, "COLUMNS": 32}
-FOLD_NARROW = {"SLOTS": 256, "COLUMNS": 16}
+FOLD_WIDE = {"SLOTS": 64, "COLUMNS": 32, "num_warps": 4}
+FOLD_NARROW = {"SLOTS": 256, "COLUMNS": 16, "num_warps": 4}
+#: Few slots, as of :mod:`.expand`, are a thread's own: no thread waits for another.
+FOLD_FEW = {"SLOTS": 8, "COLUMNS": 128, "num_warps": 1}
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) ->
         return
     target = moments if moments.is_contiguous() else moments.contiguous()
     start = target if only_group is None else target[:, only_group]
-    tile = FOLD_NARROW if n <= FOLD_NARROW["COLUMNS"] else FOLD_WIDE
+    tile = FOLD_FEW if count <= FOLD_FEW["SLOTS"] else FOLD_WIDE
+    tile = FOLD_NARROW if n <= FOLD_NARROW["COLUMNS"] else tile
     grid = (ceil_div(n, tile["COLUMNS"]), 2 * groups)
     with on_device(slots):
         fold_kernel[grid](
@@ -258,7 +261,6 @@ def fold_(slots: torch.Tensor, moments: torch.Tensor, only_group: int | None) ->
             2 * n,
             GROUPS=groups,
             **tile,
-            num_warps=4,
             enable_fp_fusion=False,
         )
     if target is not moments:
@@ -279,13 +281,14 @@ def compile_cases() -> list[CompileCase]:
     }
     return [
         CompileCase(
-            name=f"{groups} group{'s' * (groups - 1)}, {tile['COLUMNS']} columns",
+            name=f"{groups} group{'s' * (groups - 1)}, {tile['SLOTS']} slots at a time",
             kernel=fold_kernel,
             signature=signature,
-            constants={"GROUPS": groups, **tile},
+            constants={"GROUPS": groups, "SLOTS": tile["SLOTS"], "COLUMNS": tile["COLUMNS"]},
             divisible=("slots", "totals", "n", "total_stride"),
+            num_warps=tile["num_warps"],
             options={"enable_fp_fusion": False},
         )
         for groups in (1, 2)
-        for tile in (FOLD_WIDE, FOLD_NARROW)
+        for tile in (FOLD_WIDE, FOLD_NARROW, FOLD_FEW)
     ]

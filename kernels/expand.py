@@ -63,18 +63,15 @@ def load_b(b, column, rank, n, r):
 
 
 @triton.jit
-def in_tf32(value):
-    """An fp32 value to tf32's 11 bits, to nearest, ties away from zero; still an fp32."""
-    bits = value.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def in_two(value):
-    """An fp32 value as the sum of two of tf32, to 2⁻²⁴ of it; NaN stays NaN."""
-    # A GPU's own NaN has all bits set: rounded, it would be a zero.
-    high = tl.where(value == value, in_tf32(value), value)
-    return high, in_tf32(value - high)
+    """An fp32 value as the sum of two: its nearest of tf32's 11 bits, and the rest.
+
+    Tensor cores take the first 11 bits of the rest, to 2⁻²¹ of the value. NaN stays NaN by the
+    rest: a GPU's own has all bits set, and is a zero when rounded. Infinity ends as NaN, too.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    high = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, value - high
 
 
 @triton.jit
@@ -85,8 +82,8 @@ def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl
     better, and products of such numbers are exact in fp32: both b in full and b rounded are had
     for three 16-bit dots. ``rest`` is scaled up by _SPLIT_SCALE.
 
-    fp32 operands go as two of tf32 each, in three dots. Triton's own "tf32x3" looks for NaN in
-    every element of the product as well; here what is not finite makes NaN of its row.
+    fp32 operands go as two of tf32 each, in three dots. Triton's own "tf32x3" does that, and looks
+    for NaN in every element of the product as well; here infinity in z makes NaN of its row.
     """
     dtype: tl.constexpr = z_part.dtype
     if dtype == tl.float32:

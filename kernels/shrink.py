@@ -287,7 +287,7 @@ def shrink(
         if x_slots is not None:
             fold_(x_slots, input_moments, only_group)
     else:
-        finish_(parts, z, groups, only_group, x_slots, input_moments, rank_moments)
+        finish_(parts, z, k, groups, only_group, x_slots, input_moments, rank_moments)
     return z
 
 

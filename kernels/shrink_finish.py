@@ -134,6 +134,7 @@ finish_odd = triton.jit(finish_kernel.fn, do_not_specialize=ODD)
 def finish_(
     parts: torch.Tensor,
     z: torch.Tensor,
+    k: int,
     groups: torch.Tensor | None,
     only_group: int | None,
     x_slots: torch.Tensor | None,
@@ -145,6 +146,7 @@ def finish_(
     Args:
         parts: fp32 ``[splits, M, r]``.
         z: ``[..., r]`` of M rows, contiguous.
+        k: columns of x.
         groups: integers ``[M]``, contiguous; for the moments of z.
         only_group: 0 or 1 counts only that group's tokens.
         x_slots: fp32 ``[S, 2, G, K]``, or None.
@@ -156,14 +158,14 @@ def finish_(
     blocks, slots = ceil_div(m, row["ROWS"]), None
     if z_totals is not None:
         slots = new_slots(blocks, r, only_group, z.device)
-    grid, k, start = blocks, 0, None
+    grid, start = blocks, None
     if x_slots is not None:
         if x_totals.is_contiguous():
-            k, start = x_totals.shape[2], x_totals
             start = x_totals if only_group is None else x_totals[:, only_group]
             grid += ceil_div(k, FOLD_WIDE["COLUMNS"]) * 2 * x_slots.shape[2]
         else:
             fold_(x_slots, x_totals, only_group)
+    # The same for this x and A, whatever is asked for: the order of the sums is the compiler's.
     kernel = finish_odd if r % 16 or k % 16 else finish_kernel
     with on_device(z):
         kernel[grid,](

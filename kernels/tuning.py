@@ -161,11 +161,12 @@ TABLE: dict[str, dict[tuple[str, Hashable], Config]] = {
         for dots in ("16-bit", "three")
     },
     # (padded rank, few or many rows); few rows come with many chunks. Where the rank is odd, 64
-    # rows spill at rank 16 and 32 at rank 32, on sm_80 or sm_90.
+    # rows spill at rank 16 and 32 at rank 32, on sm_80 or sm_90. Many rows take one part at a time,
+    # in an order that no layout changes.
     "shrink_finish": {
         ("default", (rank, rows)): {
             "ROWS": 1 if rows == "few" else {16: 32, 32: 16}.get(rank, 2048 // rank),
-            "SPLITS": min(2048 // rank, 64) if rows == "few" else 2,
+            "SPLITS": min(2048 // rank, 64) if rows == "few" else 1,
             "num_warps": 4,
             "num_stages": 3,
         }

@@ -338,11 +338,43 @@ def test_the_table_keeps_rows_that_lose():
     assert "skipped: g: c: peer: why" in text
 
 
+def test_on_cuda_a_sample_follows_its_own_candidate(monkeypatch):
+    # Order only; the clocks that it is for need a GPU.
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = "start" if "made" not in happened else "end"
+            happened.append("made")
+
+        def record(self):
+            happened.append(self.name)
+
+        def synchronize(self):
+            happened.append("waited")
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: happened.append("waited"))
+    sample = m._event_sampler(lambda: happened.append("run"), 2, settle=1e-3)
+    assert sample(3) == pytest.approx(1e-3)  # 6 ms, three passes of two calls
+    start, end = happened.index("start"), happened.index("end")
+    assert happened[start + 1 : end] == ["run"] * 3
+    before = happened[happened.index("waited") : start]
+    assert before.count("run") >= 3
+    assert before[-1] == "waited"
+    happened.clear()
+    m._event_sampler(lambda: happened.append("run"), 2)(3)
+    assert happened.count("run") == 3
+
+
 def test_on_cuda_a_case_is_timed_in_one_way(monkeypatch):
     # The choice only; graphs and events themselves need a GPU.
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(m, "_event_sampler", lambda run, calls: calls)
+    monkeypatch.setattr(m, "_event_sampler", lambda run, calls, settle: calls)
     monkeypatch.setattr(m, "_capture", lambda calls: None)
     one, other = m.Candidate("a", lambda x: lambda: x), m.Candidate("b", lambda x: lambda: x)
     syncs = m.Candidate("syncs", lambda x: lambda: x, capturable=False)
