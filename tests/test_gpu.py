@@ -217,6 +217,31 @@ def totals(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_small_kernels_against_fp64(size, precision, only_group):
+    check_kernels(size, precision, only_group)
+
+
+# Rows of whole 16 bytes, of which the last block has few; ranks of one part and of two.
+ONE_READ_SIZES = [(130, 272, 96, 8), (200, 512, 64, 16), (70, 256, 48, 32)]
+
+
+@pytest.mark.parametrize("only_group", [None, 1])
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if PRECISIONS[p][0].itemsize == 2])
+@pytest.mark.parametrize("size", ONE_READ_SIZES, ids=str)
+def test_small_one_read_against_fp64(size, precision, only_group, monkeypatch):
+    """shrink_columns, which few programs are left to otherwise."""
+    from ucan_fast.kernels import shrink_columns
+
+    calls, launch = [], shrink_columns.parts_and_slots
+    monkeypatch.setattr(shrink_columns, "FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr(
+        shrink_columns, "parts_and_slots", lambda *args: calls.append(args) or launch(*args)
+    )
+    check_kernels(size, precision, only_group)
+    base, adapter = PRECISIONS[precision]
+    assert len(calls) == (adapter == base or base == torch.bfloat16)
+
+
+def check_kernels(size, precision, only_group):
     t = layer_tensors(size, PRECISIONS[precision])
     groups = t["groups"]
     counted = groups if only_group is None else torch.where(groups == only_group, groups, -1)
