@@ -110,7 +110,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile("quick", rounds=11, seconds=2.0, min_sample=2e-3, settle=0.1),
-    "full": Profile("full", rounds=31, seconds=20.0, min_sample=5e-3, settle=0.1),
+    "full": Profile("full", rounds=21, seconds=20.0, min_sample=5e-3, settle=0.1),
 }
 
 

@@ -63,15 +63,18 @@ def load_b(b, column, rank, n, r):
 
 
 @triton.jit
-def in_two(value):
-    """An fp32 value as the sum of two: its nearest of tf32's 11 bits, and the rest.
-
-    Tensor cores take the first 11 bits of the rest, to 2⁻²¹ of the value. NaN stays NaN by the
-    rest: a GPU's own has all bits set, and is a zero when rounded. Infinity ends as NaN, too.
-    """
+def in_two(value, CAST_DOT: tl.constexpr):
+    """An fp32 value as the sum of two of tf32's 11 bits, to 2⁻²² of it. NaN stays NaN."""
     bits = value.to(tl.uint32, bitcast=True)
-    high = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return high, value - high
+    # To nearest, ties away from zero. A GPU's own NaN has all bits set: rounded, it would be zero.
+    nearest = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    high = tl.where(value == value, nearest, value)
+    # Half of the last bit that counts, and tensor cores cut off what follows: to nearest again. Cut
+    # off alone would be too small in every product, and show in sums over 256 ranks.
+    low = (value - high).to(tl.uint32, bitcast=True) + 0x1000
+    if not CAST_DOT:
+        low = low & 0xFFFFE000
+    return high, low.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -83,12 +86,12 @@ def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl
     for three 16-bit dots. ``rest`` is scaled up by _SPLIT_SCALE.
 
     fp32 operands go as two of tf32 each, in three dots. Triton's own "tf32x3" does that, and looks
-    for NaN in every element of the product as well; here infinity in z makes NaN of its row.
+    for NaN in every element of the product as well, which takes longer.
     """
     dtype: tl.constexpr = z_part.dtype
     if dtype == tl.float32:
-        z_high, z_low = in_two(z_part)
-        b_high, b_low = in_two(b_part.to(tl.float32))
+        z_high, z_low = in_two(z_part, CAST_DOT)
+        b_high, b_low = in_two(b_part.to(tl.float32), CAST_DOT)
         product = tl.dot(z_low, tl.trans(b_high), product, input_precision="tf32")
         product = tl.dot(z_high, tl.trans(b_low), product, input_precision="tf32")
         product = tl.dot(z_high, tl.trans(b_high), product, input_precision="tf32")

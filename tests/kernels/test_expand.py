@@ -258,6 +258,34 @@ def test_bad_values_in_ignored_rows_do_not_spread(dtypes, only_group, bad, progr
     assert not y[~counted].isfinite().any()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000])
+@pytest.mark.parametrize("place", ["z", "b"])
+def test_every_nan_stays_one(bits, place):
+    """A GPU's own has all bits set: rounded like a number it would be a zero."""
+    base, z, b, _, groups = make((40, 33), 8, (SINGLE, SINGLE, SINGLE))
+    nan = torch.tensor(bits, dtype=torch.int32, device=DEVICE).view(SINGLE)
+    where = {"z": z, "b": b}[place]
+    where[3, 5] = nan
+    sums = totals(33)
+    groups[:] = 1
+    y = expand(base, z, b, S, None, groups, None, sums)
+    lost = y[3] if place == "z" else y[:, 3]
+    assert lost.isnan().all()
+    assert y.isnan().sum() == lost.numel()
+    assert sums[:, 1].isnan().any()
+
+
+def test_sums_over_many_ranks_are_not_drawn_to_zero():
+    """Cut off instead of rounded, the rest of every operand would be too small."""
+    z, b = (torch.rand(16, 256, device=DEVICE) + 0.5 for _ in range(2))
+    y = expand(torch.zeros(16, 16, device=DEVICE), z, b, 1.0)
+    exact = z.double() @ b.double().T
+    # Tensor cores cut off their sums besides.
+    mean, largest = (2e-8, 3e-7) if DEVICE == "cpu" else (3e-7, 1e-6)
+    assert ((y - exact) / exact).mean().abs() < mean
+    assert ((y - exact) / exact).abs().max() < largest
+
+
 def test_only_one_group_leaves_the_other_alone(programs):
     base, z, b, _, groups = make((70, 40))
     both = totals(40)
