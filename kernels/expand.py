@@ -2,12 +2,12 @@
 
 Bytes: base_out is read and y written once, 2·M·N elements. z is read again for every tile of
 columns and B for every slot, above rank 64 for every tile, from the L2 cache. The slots add 16·N
-bytes per 32 to 512 rows. Operations: 2·M·N·r for the product, three times that in fp32 (three
+bytes per 32 to 1024 rows. Operations: 2·M·N·r for the product, three times that in fp32 (three
 tf32 products), and about ten per element for the rest. At M = 8192, N = 4096 in bf16: 134 MB, 45
 µs at the 3.0 TB/s that an H100 copies at. With r = 16 the product is 1.1 GFLOP, 2 µs at 700
 TFLOP/s; in fp32 it is 3.2 GFLOP, about 10 µs at half of that: bound by the bandwidth. In fp32 that
-ends near r = 64. Measured there: 52 µs with fp32 adapters and 51 with bf16 ones, 60 and 56 with
-the moments of both groups. Then the loop is 27 and 19 instructions an element, half of what the SMs
+ends near r = 64. Measured there with the moments of both groups and their totals: 61 µs with fp32
+adapters. The loop is then 21 instructions an element (17 with bf16 adapters), half of what the SMs
 can issue in that time.
 """
 
