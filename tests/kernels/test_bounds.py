@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ucan_fast.kernels import fused_linear as fused_module
+from ucan_fast.kernels import shrink_columns
 from ucan_fast.kernels.attenuate import attenuate_
 from ucan_fast.kernels.common import INTERPRET, store_sums
 from ucan_fast.kernels.expand import expand
@@ -90,6 +91,17 @@ def run_shrink(side: str) -> None:
                 finite(shrink(x, a, dtype))
 
 
+def run_shrink_columns(side: str) -> None:
+    make = Guarded(side)
+    shrink_columns.FEWEST_PROGRAMS = 1
+    for dtypes in ((BF16, FP32, FP32), (BF16, BF16, BF16), (FP16, FP16, FP16)):
+        for m, k, r in ((64, 16, 1), (70, 272, 5), (130, 256, 20)):
+            for only in (None, 0):
+                x, a = make.randn(m, k, dtype=dtypes[0]), make.randn(r, k, dtype=dtypes[1])
+                of_x, of_z = make.totals(k), make.totals(r)
+                finite(shrink(x, a, dtypes[2], make.groups(m), only, of_x, of_z), of_x, of_z)
+
+
 def run_expand(side: str) -> None:
     make = Guarded(side)
     for z_dtype, b_dtype, base_dtype in DTYPES[: 4 if side == "end" else 1]:
@@ -142,7 +154,8 @@ def run_attenuate(side: str) -> None:
             finite(*weights)
 
 
-KERNELS = [run_moments, run_shrink, run_expand, run_fused_linear, run_scores, run_attenuate]
+KERNELS = [run_moments, run_shrink, run_shrink_columns, run_expand]
+KERNELS += [run_fused_linear, run_scores, run_attenuate]
 
 
 @pytest.mark.parametrize("side", ["end", "start"])
@@ -214,6 +227,19 @@ def far_expand() -> None:
         assert torch.equal(expand(base, far_rows(z), b, 2.0), want)
 
 
+def far_blocks() -> None:
+    """Rows so far apart that blocks of them are beyond 32 bits, but not a block's own."""
+    shrink_columns.FEWEST_PROGRAMS = 1
+    near, a, groups = rows(130, 16), rows(4, 16, seed=1), torch.zeros(130, dtype=torch.int8)
+    far = far_rows(near, shrink_columns.MAX_STRIDE)
+    one, two = (torch.zeros(2, 2, 16, dtype=FP64) for _ in range(2))
+    z = shrink(near, a, BF16, groups, None, one)
+    assert torch.equal(shrink(far, a, BF16, groups, None, two), z)
+    assert torch.equal(one, two)
+    b = rows(16, 4, seed=2)
+    assert torch.equal(expand(far, z, b, 2.0), expand(near, z, b, 2.0))
+
+
 def far_fused_linear() -> None:
     x, weight, z, b = rows(3, 16), rows(24, 16, seed=1), rows(3, 4, seed=2), rows(24, 4, seed=3)
     assert torch.equal(
@@ -244,7 +270,7 @@ def far_slots() -> None:
         assert torch.equal(slots, torch.arange(1024.0) + torch.tensor(first)[:, None])
 
 
-FAR = [far_moments, far_shrink, far_expand, far_fused_linear, far_attenuate, far_slots]
+FAR = [far_moments, far_shrink, far_expand, far_blocks, far_fused_linear, far_attenuate, far_slots]
 
 
 @pytest.mark.usefixtures("storages_stay")
