@@ -23,6 +23,7 @@ from shrink_checks import (
     zeros,
 )
 
+from ucan_fast.kernels import shrink as shrink_module
 from ucan_fast.kernels import shrink_columns as module
 from ucan_fast.kernels import tuning
 from ucan_fast.kernels.shrink import shrink
@@ -56,15 +57,15 @@ def check(x, a, dtype, only=None):
 
 
 @pytest.mark.parametrize("dtypes", KINDS, ids=name_of)
-@pytest.mark.parametrize("r", [1, 8, 16, 24, 32])
+@pytest.mark.parametrize("r", [1, 16, 24])
 def test_dtypes_and_ranks(dtypes, r, calls):
-    check(randn(130, 272, dtype=dtypes[0]), randn(r, 272, dtype=dtypes[1], seed=1), dtypes[2])
+    check(randn(70, 272, dtype=dtypes[0]), randn(r, 272, dtype=dtypes[1], seed=1), dtypes[2])
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("programs", [1, 4, 256])
+@pytest.mark.parametrize("programs", [1, 256])
 @pytest.mark.parametrize("only", [None, 0, 1])
-@pytest.mark.parametrize(("m", "k"), [(64, 16), (65, 256), (127, 528), (300, 272)])
+@pytest.mark.parametrize(("m", "k"), [(64, 16), (65, 256), (127, 528), (260, 272)])
 def test_sizes_and_groups(programs, only, m, k, calls, monkeypatch):
     monkeypatch.setattr(module, "PROGRAMS", programs)
     check(randn(m, k, dtype=BF16), randn(5, k, seed=1), FP32, only)
@@ -124,7 +125,7 @@ def test_same_input_same_bits(calls):
 
 
 def test_what_it_leaves_to_the_other_kernel(calls):
-    x, a = randn(130, 272, dtype=BF16), randn(5, 272, seed=1)
+    x, a = randn(66, 272, dtype=BF16), randn(5, 272, seed=1)
     far = torch.empty_strided((64, 16), (module.MAX_STRIDE + 16, 1), dtype=BF16, device="meta")
     for other_x, other_a, dtype, groups in (
         (x.float(), a, FP32, torch.int8),
@@ -157,6 +158,7 @@ def test_what_is_launched_is_what_is_compiled(calls, monkeypatch):
     compiled = launches.compiled(module.compile_cases())
     assert len(compiled) == len(module.compile_cases())
     monkeypatch.setattr(module, name, launches.of(name))
+    monkeypatch.setattr(shrink_module, "finish_", lambda *args: None)
     for dtypes, r, only in itertools.product(KINDS, (1, 8, 16, 32), (None, 1)):
         x, a = randn(80, 272, dtype=dtypes[0]), randn(r, 272, dtype=dtypes[1])
         shrink(x, a, dtypes[2], random_groups(x), only, zeros(272), zeros(r))
