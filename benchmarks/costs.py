@@ -249,6 +249,7 @@ class LoraCost:
             width = 256 if self.r <= 16 else 128
             chunks = -(-self.k // width)
             rows = 64 * -(-self.m // (64 * max(256 // chunks, 1)))
+            rows = min(rows, 128 * 1024 // width)
             slots = SLOT * self.k * (1024 // width) * -(-self.m // rows)
         elif moments:
             # A slot for each warp of a program, whose rows are as in kernels/moments.py.

@@ -1,6 +1,6 @@
 """Rows of the launch table (``kernels/tuning.py``), timed side by side on a GPU.
 
-    python -m benchmarks.tune --kernel shrink expand --json build/bench/tune.json
+    python -m benchmarks.tune --kernel shrink_columns expand --json build/bench/tune.json
     python -m benchmarks.tune --kernel expand --layer q_proj gate_proj --no-moments
     python -m benchmarks.tune --kernel shrink_finish --adapter-dtype float32,bfloat16
 
@@ -12,7 +12,7 @@ programs. Ratios are to the row that the table gives now, "as it is", which is i
 does not compile, does not fit or is wrong loses its own line only.
 
 Names: M, N, K, R are ``BLOCK_M`` to ``BLOCK_R``, w ``num_warps``, s ``num_stages``, T
-``shrink.TWO_PER_SM``, P ``expand.PROGRAMS``. These two constants are no part of the
+``shrink.TWO_PER_SM``, P ``PROGRAMS`` of expand or shrink_columns. These are no part of the
 table: they hold for every GPU and shape.
 """
 
@@ -37,6 +37,7 @@ import torch
 from ucan_fast import ops
 from ucan_fast.kernels import expand as expand_module
 from ucan_fast.kernels import shrink as shrink_module
+from ucan_fast.kernels import shrink_columns as shrink_columns_module
 from ucan_fast.kernels import tuning
 
 from .costs import Ceilings
@@ -61,6 +62,7 @@ from .shapes import LLAMA_2_7B, MODELS, PROJECTIONS
 #: Options of a launch and the module's constant, by name.
 Row = dict[str, int]
 
+#: No candidate here is heavy enough for the GPU's clock to remember it: nothing settles.
 PROFILE = Profile("tune", rounds=15, seconds=3.0, min_sample=3e-3)
 BASELINE = "as it is"
 SHOWN = 12
@@ -73,7 +75,11 @@ GRIDS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]] 
     ),
     "expand": (
         {"BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "num_warps": (4, 8)},
-        {"num_stages": (1, 2, 3, 4, 5), "PROGRAMS": (512, 1024, 2048)},
+        {"num_stages": (1, 2, 3, 4, 5), "PROGRAMS": (256, 512, 1024)},
+    ),
+    "shrink_columns": (
+        {"BLOCK_M": (32, 64, 128), "BLOCK_K": (128, 256), "num_warps": (4, 8)},
+        {"num_stages": (2, 3), "PROGRAMS": (256, 384, 512)},
     ),
     "shrink_finish": (
         {"ROWS": (16, 32, 64, 128), "num_warps": (2, 4, 8)},
@@ -83,6 +89,7 @@ GRIDS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]] 
 #: kernel -> the constant that is tried with its rows.
 CONSTANTS = {
     "shrink": (shrink_module, "TWO_PER_SM"),
+    "shrink_columns": (shrink_columns_module, "PROGRAMS"),
     "expand": (expand_module, "PROGRAMS"),
 }
 _LETTERS = {
@@ -411,7 +418,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Options that take several values take them with spaces or commas between.",
     )
     several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--kernel", default=["shrink", "expand"], help=", ".join(GRIDS), **several)
+    parser.add_argument(
+        "--kernel", default=["shrink_columns", "expand"], help=", ".join(GRIDS), **several
+    )
     parser.add_argument(
         "--model", default=LLAMA_2_7B.name, choices=[model.name for model in MODELS]
     )

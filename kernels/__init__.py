@@ -6,7 +6,9 @@ file           kernels
 common         what all share: rounding, column sums, folding of partial sums
 tuning         block sizes per kernel, size class and GPU
 moments        Σ|h| and Σh² per column and token group
-shrink         z = x Aᵀ with the moments of x and z, in one launch over x
+shrink         z = x Aᵀ with the moments of x and z, in two or three launches
+shrink_columns its first launch where x is long: one read for z and the moments of x
+shrink_finish  its last: z from its parts, and the totals of x
 expand         y = base + s z Bᵀ with the moments of δ, in one read and one write of y
 fused_linear   the whole LoRA linear in one persistent matrix product (opt-in)
 scores         risk, utility, score and factors of all layers

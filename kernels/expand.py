@@ -64,16 +64,19 @@ def load_b(b, column, rank, n, r):
 
 @triton.jit
 def in_two(value, CAST_DOT: tl.constexpr):
-    """An fp32 value as the sum of two of tf32's 11 bits, to 2⁻²² of it. NaN stays NaN."""
+    """An fp32 value as the sum of two of tf32's 11 bits, to 2⁻²² of it. NaN stays NaN; infinity,
+    and what rounds to it (from 3.402e38 on), may end as NaN."""
     bits = value.to(tl.uint32, bitcast=True)
     # To nearest, ties away from zero. A GPU's own NaN has all bits set: rounded, it would be zero.
+    # Others may have all theirs where tensor cores do not look.
     nearest = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    high = tl.where(value == value, nearest, value)
+    high = tl.where(value == value, nearest, float("nan"))
     # Half of the last bit that counts, and tensor cores cut off what follows: to nearest again. Cut
     # off alone would be too small in every product, and show in sums over 256 ranks.
     low = (value - high).to(tl.uint32, bitcast=True) + 0x1000
     if not CAST_DOT:
-        low = low & 0xFFFFE000
+        # As tensor cores see it; of infinity and NaN the rest is a zero there.
+        low = tl.where(tl.abs(high) < float("inf"), low & 0xFFFFE000, 0)
     return high, low.to(tl.float32, bitcast=True)
 
 
@@ -209,7 +212,8 @@ def expand_kernel(
             sq_f += s_f
             sq_r += s_r
     if MOMENTS:
-        # Scaled here, where it is one product a column and not one an element.
+        # Scaled here, where it is one product a column and not one an element; s² and the sums of
+        # z Bᵀ alone have to be numbers of fp32.
         size, square = tl.abs(scaling), scaling * scaling
         store_sums(
             slots,

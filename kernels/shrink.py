@@ -1,7 +1,8 @@
 """shrink: ``z = x Aᵀ`` and the moments of x and of z, in two or three launches.
 
-Where x is long, of 16 bits and its moments are asked for, :mod:`.shrink_columns` reads it once for
-both, up to rank 32. Everything else is here. A program does one of two things. Most own a block of
+Where x is long, its moments are asked for and it is an operand as it is (16 bits, under an A of its
+own dtype, or bf16 under an fp32 A), :mod:`.shrink_columns` reads it once for both, up to rank 32.
+Everything else is here. A program does one of two things. Most own a block of
 rows and a chunk of columns of x: at 8192 tokens there are only 64 blocks of 128 rows, or 128 of 64,
 for the 132 SMs of an H100. They loop over the chunk and add to z in fp32; partial z go to a
 workspace, and :mod:`.shrink_finish` adds them in a fixed order, rounds once and takes the moments

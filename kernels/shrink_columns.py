@@ -3,12 +3,15 @@
 A program owns a tile of 256 columns and some rows. A's tile stays where it is, and the moments of
 these columns are sums in registers over all rows of the program, because a thread adds up rows of
 its own columns only (:func:`.common.lane_sums`). What these columns add to z, the program stores
-for every block of rows; :mod:`.shrink` adds up the parts. That is 8·r/256 bytes, written and read
+for every block of rows; :mod:`.shrink` adds up the parts. That is 4·r/256 bytes, written and read
 again from the L2 cache, for every element of x of two bytes: 12 % of x each way at r = 16. Above
-rank 32 it would be more than a second read of x, and programs that own rows take over.
+that tiles have 128 columns, for the registers' sake, and at rank 32 it is half of x each way; for
+more, programs that own rows take over.
 
 An fp32 A is three bf16 parts, stacked: one dot with 4 r columns, a fourth of them zeros, is a third
 of the instructions of three dots.
+
+An x of infinity under such an A makes NaN of its row of z: it meets the zeros.
 
 Bytes at M tokens, K columns: 2·M·K for x, once; A once; 4·(K/256)·M·r for z's parts; slots of
 16·K bytes for every 16 to 128 rows. Operations: 2·M·K·r in the dot (8·M·K·r with A in parts, of
@@ -43,6 +46,8 @@ MAX_PADDED_RANK = 32
 #: Programs that a launch aims at, two for each of an H100's 132 SMs, and the fewest for which it
 #: is worth while. The same on every GPU, so that the order of the sums does not depend on it.
 PROGRAMS, FEWEST_PROGRAMS = 256, 132
+#: At most so many rows are added up in fp32.
+SLOT_ROWS = 128
 #: Strides above this do not fit the 32-bit offsets within one block of rows.
 MAX_STRIDE = 1 << 24
 
@@ -186,7 +191,9 @@ def parts_and_slots(
     (m, k), r = x.shape, a.shape[0]
     tiles = ceil_div(k, row["BLOCK_K"])
     rows = ceil_div(ceil_div(m, max(PROGRAMS // tiles, 1)), row["BLOCK_M"]) * row["BLOCK_M"]
-    count, lanes = ceil_div(m, rows), lanes_of(row)
+    lanes = lanes_of(row)
+    rows = min(rows, SLOT_ROWS * lanes)
+    count = ceil_div(m, rows)
     parts = x.new_empty((tiles, m, r), dtype=torch.float32)
     slots = new_slots(count * lanes, k, only_group, x.device)
     with on_device(x):

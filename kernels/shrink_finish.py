@@ -103,7 +103,7 @@ def finish_kernel(
     """A program does one of two things: rows of z, or with FOLD a tile of the totals of x.
 
     z = Σ parts, always in the same order; then rounded, and its moments taken. The programs after
-    ``blocks`` do what a launch of :func:`.common.fold_kernel` would.
+    ``blocks`` do what a launch of :func:`.common.fold_kernel` of many slots would.
     """
     if FOLD:
         own = tl.program_id(0) - blocks
@@ -175,7 +175,8 @@ def finish_(
             -1 if only_group is None else only_group,
             MOMENTS=slots is not None,
             FOLD=start is not None,
-            BOTH=only_group is None,
+            # Without sums it changes nothing, and one kernel is enough.
+            BOTH=only_group is None or (slots is None and start is None),
             CAST_DOT=CAST_DOT,
             R_PAD=pad_rank(r),
             FOLD_SLOTS=FOLD_WIDE["SLOTS"],

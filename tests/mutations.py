@@ -519,7 +519,11 @@ MUTATIONS: list[Mutation] = [
             "tl.dot(z_high, tl.trans(b_low)",
             "tl.dot(z_high, tl.trans(0 * b_low)",
         ),
-        ("a NaN is rounded", "high = tl.where(value == value, nearest, value)", "high = nearest"),
+        (
+            "a NaN is rounded",
+            'high = tl.where(value == value, nearest, float("nan"))',
+            "high = nearest",
+        ),
         (
             "groups of the block before",
             "            group = ahead\n",

@@ -374,12 +374,16 @@ def test_on_cuda_a_case_is_timed_in_one_way(monkeypatch):
     # The choice only; graphs and events themselves need a GPU.
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(m, "_event_sampler", lambda run, calls, settle: calls)
+    settled: list[float] = []
+    monkeypatch.setattr(
+        m, "_event_sampler", lambda run, calls, settle: settled.append(settle) or calls
+    )
     monkeypatch.setattr(m, "_capture", lambda calls: None)
     one, other = m.Candidate("a", lambda x: lambda: x), m.Candidate("b", lambda x: lambda: x)
     syncs = m.Candidate("syncs", lambda x: lambda: x, capturable=False)
     calls = [[lambda: 1, lambda: 2]] * 2
-    assert m._samplers([one, other], calls, cuda) == ([2, 2], {"timing": "graph"})
+    assert m._samplers([one, other], calls, cuda, settle=0.25) == ([2, 2], {"timing": "graph"})
+    assert settled == [0.25] * 4  # eager and captured
     waited: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append(1))
     (sample, _), how = m._samplers([one, other], calls, cuda, wall=True)
