@@ -48,9 +48,10 @@ results="$LOGS/steps.tsv"
 : >"$results"
 wanted=" ${*:-build aot tests kernels quantised memcheck racecheck bench targets bench_model} "
 
-# Seconds, on an H100 with 16 cores: build 25, tests 120, kernels 150 (six workers beside other steps),
-# memcheck 200, bench 70; racecheck was stopped after 28 of 80 tests at 150. Chosen so that the steps of each call above sum up to less than
-# 540, with room for one that has to be killed and for the summary. aot is 900 rows or so of 0.4 to
+# Seconds, on an H100 with 16 cores: build 25, bench 140, bench_model 100; beside one another, on four
+# or five workers each, tests 130 for two thirds and kernels 170 for nearly all of them, memcheck and
+# racecheck 195 and 200 to their end. Chosen so that the steps of each call above sum up to less than
+# 540, with room for one that has to be killed and for the summary. aot is 1,200 rows or so of 0.4 to
 # 1.2 seconds of a core each.
 declare -A limits=(
     [build]=120 [aot]=100 [tests]=120 [kernels]=160 [quantised]=20 [memcheck]=205 [racecheck]=205
@@ -145,7 +146,9 @@ targets() {
 }
 sanitize() {
     # Small shapes of every kernel: the tools slow them a hundred times, racecheck the most.
-    local chosen="attenuate or (small and not 4096 and not 512)"
+    local chosen="attenuate or (small and not 4096 and not 512)" part pids=() status=0
+    # Not local: the trap outlives the function.
+    parts=()
     if [ "$1" = memcheck ]; then
         chosen="attenuate or (small and not 4096)"
         # torch's caching allocator cuts tensors out of blocks of megabytes, in which memcheck does
@@ -153,8 +156,23 @@ sanitize() {
         export PYTORCH_NO_CUDA_MEMORY_CACHING=1
         chosen="not graph and ($chosen)"
     fi
-    compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes application-only \
-        "$PYTHON" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -k "$chosen"
+    # Three side by side: a core each is what they wait for. Their logs one after the other, also
+    # where the time was up.
+    for part in "kernels" "fused" "not kernels and not fused"; do
+        parts+=("$LOGS/$1.part-${#parts[@]}")
+    done
+    trap 'cat "${parts[@]}" 2>/dev/null; rm -f "${parts[@]}"' EXIT
+    for part in "kernels" "fused" "not kernels and not fused"; do
+        env --default-signal=INT compute-sanitizer --tool "$1" --error-exitcode 9 \
+            --target-processes application-only \
+            "$PYTHON" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py \
+            -k "($chosen) and ($part)" >"${parts[${#pids[@]}]}" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do
+        wait "$pid" || status=$?
+    done
+    return "$status"
 }
 # timeout starts them in a shell of their own.
 export PYTHON OUT LOGS WORKERS

@@ -221,7 +221,7 @@ def test_small_kernels_against_fp64(size, precision, only_group):
 
 
 # Rows of whole 16 bytes, of which the last block has few; ranks of one part and of two.
-ONE_READ_SIZES = [(130, 272, 96, 8), (200, 512, 64, 16), (70, 256, 48, 32)]
+ONE_READ_SIZES = [(130, 272, 96, 8), (200, 528, 64, 16), (70, 256, 48, 32)]
 
 
 @pytest.mark.parametrize("only_group", [None, 1])
