@@ -71,13 +71,15 @@ def in_two(value, CAST_DOT: tl.constexpr):
     # Others may have all theirs where tensor cores do not look.
     nearest = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
     high = tl.where(value == value, nearest, float("nan"))
-    # Half of the last bit that counts, and tensor cores cut off what follows: to nearest again. Cut
-    # off alone would be too small in every product, and show in sums over 256 ranks.
-    low = (value - high).to(tl.uint32, bitcast=True) + 0x1000
-    if not CAST_DOT:
-        # As tensor cores see it; of infinity and NaN the rest is a zero there.
-        low = tl.where(tl.abs(high) < float("inf"), low & 0xFFFFE000, 0)
-    return high, low.to(tl.float32, bitcast=True)
+    low = value - high
+    if CAST_DOT:
+        # Half of the last bit that counts, and tensor cores cut off what follows: to nearest again.
+        # Cut off alone would be too small in every product, and show in sums over 256 ranks.
+        low = (low.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    else:
+        # Of infinity and NaN the rest is a zero on a GPU.
+        low = tl.where(tl.abs(high) < float("inf"), low, 0.0)
+    return high, low
 
 
 @triton.jit
@@ -95,6 +97,9 @@ def add_product(z_part, b_part, product, rest, SPLIT: tl.constexpr, CAST_DOT: tl
     if dtype == tl.float32:
         z_high, z_low = in_two(z_part, CAST_DOT)
         b_high, b_low = in_two(b_part.to(tl.float32), CAST_DOT)
+        if not CAST_DOT:
+            # The interpreter is held to fp32. On a GPU this is less than what is cut off.
+            product = tl.dot(z_low, tl.trans(b_low), product)
         product = tl.dot(z_low, tl.trans(b_high), product, input_precision="tf32")
         product = tl.dot(z_high, tl.trans(b_low), product, input_precision="tf32")
         product = tl.dot(z_high, tl.trans(b_high), product, input_precision="tf32")

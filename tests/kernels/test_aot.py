@@ -157,10 +157,16 @@ def test_each_kind_of_failure_is_found_and_named(tmp_path):
 
 def test_selection_by_name_case_and_architecture(tmp_path):
     file = tmp_path / "gate.json"
-    result = gate("--only", "common", "--arch", "90", "--case", "1 group", "--json", str(file))
+    result = gate(
+        "--only", "common", "--arch", "90", "--case", "1 group, 64 slots", "--json", str(file)
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (row,) = json.loads(file.read_text())["rows"]
-    assert (row["module"], row["case"], row["arch"]) == ("common", "1 group", 90)
+    assert (row["module"], row["case"], row["arch"]) == (
+        "common",
+        "1 group, 64 slots at a time",
+        90,
+    )
     assert row["shared"] is not None
     assert row["wide_loads"] > 0
     result = gate("--only", "common", "--case", "no such case")
