@@ -20,17 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATISTICS = (torch.abs, torch.square)
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Memory that a kernel forgets to write shows up as NaN."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poisoned(tensor):
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
