@@ -22,7 +22,7 @@ from matplotlib.figure import Figure as Canvas
 from ..figures import Figure
 from ..measure import ROOT
 from ..report import replaced
-from . import advice, goals, in_a_row, summary
+from . import advice, goals, in_a_row, seeds, summary
 from .overview import how, overview
 from .tables import (
     COLUMNS,
@@ -91,7 +91,9 @@ def section(results: Results) -> str:
     ]
     parts += [_sizes(results.texts) + "\n"] if results.texts else []
     parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
-    parts.append(goals.section(documents, results.delivered))
+    parts += ["**By kind of request**\n", seeds.by_kind(documents)]
+    parts += ["**What was to be reached**\n", goals.section(documents, results.delivered)]
+    parts += [seeds.of_genre(documents), seeds.of_one_user(documents, results.delivered)]
     parts.append(advice.short(results.delivered, documents))
     parts.append(in_a_row.section(results.in_a_row))
     parts.append(

@@ -1,0 +1,150 @@
+"""Behind the means, for the README: ranges by kind of request, and the goals' requests by seed.
+
+What a seed's adapter knows decides most of a ratio: where shrinking takes one hit of a genre, or
+the deleted user has eight, single rankings do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from .overview import RETRAINING, at_budget, pair
+from .summary import FIFTH, SHRINKING, STEP, STEPS, is_first
+from .tables import Document, key_of
+
+#: Kinds of requests, from one sequence to a quarter of everything.
+KINDS = ("one-user", "one-percent", "users", "taste", "genre", "interactions")
+MLP = "U-CAN, mlp"
+
+
+def by_kind(documents: Sequence[Document]) -> str:
+    """A row per kind of request: lowest and highest figure over its cells."""
+    lines = [
+        f"| request | cells | retraining | its retain drop | {STEPS}, less retraining's | {STEP} "
+        f"| {MLP} | shrinking | several steps are passed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        mine = [document for document in documents if document["scenario"] == kind]
+        if not mine:
+            continue
+        gold, steps = ([_drops(d, name) for d in mine] for name in (RETRAINING, STEPS))
+        cells = [
+            str(len(mine)),
+            _range(drops["forget"] for drops in gold if drops),
+            _range(drops["retain"] for drops in gold if drops),
+            _range(s["forget"] - g["forget"] for s, g in zip(steps, gold, strict=True) if s and g),
+            *(_range(_at(d, name, 5) for d in mine) for name in (STEP, MLP, SHRINKING)),
+            _passed(mine),
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return (
+        "\n".join(lines)
+        + "\n\nDrops in %, the lowest and the highest over the cells: of retraining, and of "
+        "several steps in their strongest state within 5 % on calibration users; of the others at "
+        "a retain drop of 5 %. Passed: in how many cells something else than retraining forgets "
+        "more there, and what does.\n"
+    )
+
+
+def _drops(document: Document, name: str) -> dict[str, float] | None:
+    return document["methods"].get(name, {}).get("drops")
+
+
+def _at(document: Document, name: str, budget: float) -> float | None:
+    return at_budget([document], name, budget)[0]
+
+
+def _range(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.0f} to {max(known):.0f}" if known else "-"
+
+
+def _passed(documents: Sequence[Document]) -> str:
+    """How often several steps are not first at 5 %, and who forgets most there."""
+    firsts = Counter()
+    for document in documents:
+        if not is_first(document, STEPS, 5):
+            rivals = document["methods"].keys() - {STEPS, FIFTH, RETRAINING}
+            firsts[max(sorted(rivals), key=lambda name: _at(document, name, 5) or 0.0)] += 1
+    names = ", ".join(f"{name} {count}" for name, count in firsts.most_common())
+    return f"{firsts.total()} ({names})" if firsts else "0"
+
+
+def of_genre(documents: Sequence[Document]) -> str:
+    """The genre's cells: what shrinking and attenuation forget, and how far activations differ."""
+    mine = [document for document in documents if document["scenario"] == "genre"]
+    if not mine:
+        return ""
+    names = ("U-CAN, input", MLP, STEP)
+    lines = [
+        "| genre | contrast | one hit, % | shrinking | " + " | ".join(names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for document in mine:
+        shrunk, hit = _at(document, SHRINKING, 5), _one_hit(document, "forget")
+        cells = [
+            f"{document['scores']['contrast']['excess']:.3f}",
+            _shown(hit),
+            _shown(shrunk),
+            *(_against(_at(document, name, 5), shrunk, hit) for name in names),
+        ]
+        lines.append(f"| {_cell(document)} | " + " | ".join(cells) + " |")
+    return (
+        "\n".join(lines)
+        + "\n\nThe genre's goals by seed. Contrast: of the activations, beyond sampling noise. One "
+        "hit: what one deleted interaction in the top ten is of all of them. Then drops at 5 %, in "
+        "brackets how many times shrinking's, where that takes a whole hit.\n"
+    )
+
+
+def of_one_user(documents: Sequence[Document], delivered: Sequence[Document] = ()) -> str:
+    """The one-user cells: how few rankings decide them, the step by budget, and ``best``."""
+    mine = [document for document in documents if document["scenario"] == "one-user"]
+    if not mine:
+        return ""
+    presets = {key_of(document): document["presets"]["best"]["drops"] for document in delivered}
+    lines = [
+        f"| one user | one hit, % | of the others, % | {STEP}, at 0.5 / 1 / 5 % "
+        f"| {STEPS}, at 1 / 5 % | retraining | "
+        '`"best"` as delivered: forget, retain drop |',
+        "|---|---|---|---|---|---|---|",
+    ]
+    for document in mine:
+        step = [_at(document, STEP, budget) for budget in (0.5, 1, 5)]
+        gold, best = _drops(document, RETRAINING), presets.get(key_of(document))
+        cells = [
+            *(_shown(_one_hit(document, side)) for side in ("forget", "retain")),
+            " / ".join(_shown(drop, 0) for drop in step),
+            pair([document], STEPS),
+            f"{gold['forget']:.0f}" if gold else "-",
+            f"{best['forget']:.0f}, {best['retain']:.1f}" if best else "not run",
+        ]
+        lines.append(f"| {_cell(document)} | " + " | ".join(cells) + " |")
+    return (
+        "\n".join(lines)
+        + "\n\nThe one user's goals by seed, drops in %. One hit: what one interaction in the top "
+        "ten is, of the deleted user's and of those of the others who are judged: a budget of "
+        "0.5 % is few of these, and often read off between two states.\n"
+    )
+
+
+def _cell(document: Document) -> str:
+    return f"{document['data_set']}, seed {document['seed']}"
+
+
+def _one_hit(document: Document, side: str) -> float | None:
+    """In % of all hits of that side; a hit is a case among the ten best. None without any."""
+    hits = document["cases"][side] * document["recall@10"][side]
+    return 100 / hits if hits else None
+
+
+def _against(drop: float | None, shrunk: float | None, hit: float | None) -> str:
+    """With its ratio to shrinking's, where that is not less than a hit."""
+    known = None not in (drop, shrunk, hit) and shrunk >= hit
+    return f"{drop:.1f} ({drop / shrunk:.1f}x)" if known else _shown(drop)
+
+
+def _shown(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
