@@ -59,14 +59,14 @@ def test_rows_of_a_later_run_replace_those_of_a_file(tmp_path, capsys):
     options = ["--data-set", "toy", "--scenario", "users", "--coarse"]
     assert cell.main([*options, "--methods", "uniform|U-CAN, input$", "--out", str(out)]) == 0
     (first,) = tables.load([out])
-    again = [*options, "--methods", "GradDiff$|uniform", "--into", str(out)]
+    again = [*options, "--methods", "SSD$|uniform", "--into", str(out)]
     assert cell.main(again) == 0
     (second,) = tables.load([out])
-    assert list(second["methods"]) == ["uniform shrink (control)", "U-CAN, input", "GradDiff"]
+    assert list(second["methods"]) == ["uniform shrink (control)", "U-CAN, input", "SSD"]
     assert second["methods"]["U-CAN, input"] == first["methods"]["U-CAN, input"]
     assert second["command"] == first["command"]
     (later,) = second["later"]
-    assert later["methods"] == ["uniform shrink (control)", "GradDiff"]
+    assert later["methods"] == ["uniform shrink (control)", "SSD"]
     assert "--into benchmarks/results/quality/toy.json" in later["command"]
     # Once more: the earlier source has no row left.
     assert cell.main(again) == 0
