@@ -49,8 +49,8 @@ def test_reached_and_missed():
     found = cells([case(), case("one-user")], [preset()])
     assert [cell for (cell,) in found] == [
         "1.6 (3.2 / 2.0 %)",
-        "**missed:** 1.9 (3.9 / 2.0 %)",
-        "10.0 (20.0 / 2.0 %)",
+        "**missed:** 1.95 (3.9 / 2.0 %)",
+        "10 (20.0 / 2.0 %)",
         "0.50 s / 0.58 s",
         "**missed:** 1 %",
         "0.50 s",
