@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 
@@ -18,8 +17,7 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton reads it when kernels are decorated, so it must be set before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if importlib.util.find_spec("triton"):
-        fast_interpreter.install()
+    fast_interpreter.install()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

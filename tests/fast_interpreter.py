@@ -14,35 +14,37 @@ from typing import Any
 
 
 def install() -> None:
-    """Change the interpreter of this process; nothing where Triton's has another shape."""
-    from triton.runtime import interpreter
-
+    """Change the interpreter of this process; nothing where there is none of this shape."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    executor = interpreter.GridExecutor
     prepare = getattr(interpreter, "_patch_lang", None)
     scopes = getattr(interpreter, "_LangPatchScope", None)
     if prepare is None or scopes is None or getattr(prepare, "once_per_launch", False):
         return
-    launch = threading.local()
+    # Of the launch that runs in this thread: the modules that it has prepared.
+    running, launch = threading.local(), executor.__call__
 
-    class Launch(scopes):
-        """What a launch has put in place; taken back at its end, whatever happens in it."""
-
-        def restore(self) -> None:
-            launch.prepared = None
-            super().restore()
+    def launched(self: Any, *arguments: Any, **options: Any) -> Any:
+        outer = getattr(running, "modules", None)
+        running.modules = set()
+        try:
+            return launch(self, *arguments, **options)
+        finally:
+            running.modules = outer
 
     def once(function: FunctionType) -> Any:
-        namespace = id(function.__globals__)
-        prepared = getattr(launch, "prepared", None)
-        if prepared is None:
-            scope = prepare(function)
-            scope.__class__ = Launch
-            launch.prepared = {namespace}
-            return scope
-        if namespace not in prepared:
-            # As the interpreter has it: nothing takes this back.
-            prepare(function)
-            prepared.add(namespace)
-        return None
+        modules = getattr(running, "modules", None)
+        if modules is None:  # a device function that is called outside of any launch
+            return prepare(function)
+        module = id(function.__globals__)
+        if module in modules:
+            return scopes()
+        modules.add(module)
+        return prepare(function)
 
     once.once_per_launch = True
+    executor.__call__ = launched
     interpreter._patch_lang = once

@@ -66,6 +66,25 @@ def test_a_launch_that_fails_leaves_the_next_as_it_was():
     assert run(1) == [2.0, 4.0, 6.0, 12.0, 9.0]
 
 
+def test_a_device_function_may_be_called_on_its_own():
+    assert twice(2) == 4
+    assert run(1) == [2.0, 4.0, 6.0, 12.0, 9.0]
+
+
+def test_a_grid_may_launch_a_kernel_itself():
+    x, y = torch.ones(3), torch.zeros(5)
+    inner = []
+
+    def grid(_arguments):
+        inner.append(run(3))
+        return (1,)
+
+    # What the inner launch takes back, the outer one's device functions put in place again.
+    power_kernel[grid](x, y, 3, DOUBLINGS=1, FAILS=False)
+    assert inner == [[8.0, 16.0, 24.0, 48.0, 9.0]]
+    assert y.tolist() == [2.0, 2.0, 2.0, 6.0, 0.0]
+
+
 def test_installing_twice_changes_nothing():
     installed = interpreter._patch_lang
     fast_interpreter.install()

@@ -42,7 +42,7 @@ def _against_shrinking(method: str) -> Callable[[Sequence[Document]], tuple[floa
         if mine is None or other is None:
             return None
         ratio = mine / other if other > 0 else float("inf")
-        return ratio, f"{ratio:.3g} ({mine:.1f} / {other:.1f} %)"
+        return ratio, f"{ratio:.2f} ({mine:.1f} / {other:.1f} %)"
 
     return figure
 

@@ -48,9 +48,9 @@ def cells(documents, delivered=()):
 def test_reached_and_missed():
     found = cells([case(), case("one-user")], [preset()])
     assert [cell for (cell,) in found] == [
-        "1.6 (3.2 / 2.0 %)",
+        "1.60 (3.2 / 2.0 %)",
         "**missed:** 1.95 (3.9 / 2.0 %)",
-        "10 (20.0 / 2.0 %)",
+        "10.00 (20.0 / 2.0 %)",
         "0.50 s / 0.58 s",
         "**missed:** 1 %",
         "0.50 s",
@@ -75,7 +75,7 @@ def test_presets_are_held_to_what_they_did_with_their_search():
 
 def test_ratios_are_of_the_means_over_seeds():
     documents = [case(), case(seed=1, **{goals.SHRINKING: row(0.1), "U-CAN, input": row(1.0)})]
-    assert cells(documents)[0] == ["2 (2.1 / 1.1 %)"]
+    assert cells(documents)[0] == ["2.00 (2.1 / 1.1 %)"]
 
 
 def test_no_gain_by_shrinking_is_no_division_by_zero():

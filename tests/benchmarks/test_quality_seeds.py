@@ -28,6 +28,7 @@ def cell(scenario: str, seed: int = 0, *, step=60.0, steps=70.0, shrunk=4.0, **m
         "cases": {"forget": 50, "retain": 1000},
         "recall@10": {"forget": 0.5, "retain": 0.2},
         "scores": {"contrast": {"excess": 0.0512}},
+        "before": {"forget_train/recall@10": 0.5},
         "methods": methods,
     }
     return {**found, **more}
@@ -56,6 +57,14 @@ def test_ranges_are_over_the_cells_of_a_kind():
     ]
 
 
+def test_what_passes_several_steps_is_named_with_all_that_tie():
+    tied, failed = cell("taste", step=90.0), cell("taste", 1)
+    tied["methods"]["NPO"] = row(90.0)
+    tied["methods"]["GradDiff"] = {"error": "ValueError: x"}
+    failed["methods"][STEPS] = {"error": "ValueError: x"}
+    assert rows(seeds.by_kind([tied, failed]))["taste"][-1] == "1 (NPO 1, influence 1)"
+
+
 def test_a_method_that_failed_leaves_its_figure_out():
     document = cell("genre")
     for name in ("retraining", "U-CAN, mlp"):
@@ -82,14 +91,25 @@ def test_the_genre_by_seed_has_no_ratio_to_less_than_a_hit():
 def test_one_users_by_seed_with_what_best_delivers():
     best = {"drops": {"forget": 91.6, "retain": 3.94}}
     delivered = [
-        {"data_set": "ml-100k", "scenario": scenario, "seed": 1, "presets": {"best": drops}}
-        for scenario, drops in (("one-user", best), ("genre", {"drops": {}}))
+        {
+            "data_set": "ml-100k",
+            "scenario": scenario,
+            "seed": seed,
+            "presets": {"best": drops},
+            "before": {"forget_train/recall@10": before},
+        }
+        for scenario, seed, drops, before in (
+            ("one-user", 1, best, 0.5),
+            ("one-user", 2, best, 0.48),
+            ("genre", 1, {"drops": {}}, 0.5),
+        )
     ]
-    documents = [cell("one-user", 0), cell("one-user", 1), cell("genre", 1)]
+    documents = [*(cell("one-user", seed) for seed in range(3)), cell("genre", 1)]
     found = rows(seeds.of_one_user(documents, delivered))
-    shared = ["4.0", "0.5", "20 / 30 / 60", "35.0 / 70.0", "80"]
+    shared = ["4.00", "0.50", "20 / 30 / 60", "35.0 / 70.0", "80"]
     assert found == {
         "ml-100k, seed 0": [*shared, "not run"],
         "ml-100k, seed 1": [*shared, "92, 3.9"],
+        "ml-100k, seed 2": [*shared, "another adapter"],
     }
-    assert seeds.of_one_user(documents[2:], delivered) == ""
+    assert seeds.of_one_user(documents[3:], delivered) == ""
