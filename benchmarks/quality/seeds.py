@@ -20,17 +20,18 @@ MLP = "U-CAN, mlp"
 
 def by_kind(documents: Sequence[Document]) -> str:
     """A row per kind of request: lowest and highest figure over its cells."""
-    lines = [
-        f"| request | cells | retraining | its retain drop | {STEPS}, less retraining's | {STEP} "
-        f"| {MLP} | shrinking | several steps are passed |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        *("request", "cells", "retraining", "its retain drop", f"{STEPS}, less retraining's"),
+        *(STEP, MLP, "shrinking", "several steps are passed"),
+    )
+    rows = []
     for kind in KINDS:
         mine = [document for document in documents if document["scenario"] == kind]
         if not mine:
             continue
         gold, steps = ([_drops(d, name) for d in mine] for name in (RETRAINING, STEPS))
-        cells = [
+        row = [
+            kind,
             str(len(mine)),
             _range(drops["forget"] for drops in gold if drops),
             _range(drops["retain"] for drops in gold if drops),
@@ -38,14 +39,15 @@ def by_kind(documents: Sequence[Document]) -> str:
             *(_range(_at(d, name, 5) for d in mine) for name in (STEP, MLP, SHRINKING)),
             _passed(mine),
         ]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return (
-        "\n".join(lines)
-        + "\n\nDrops in %, the lowest and the highest over the cells: of retraining, and of "
+        rows.append(row)
+    return _table(
+        columns,
+        rows,
+        "Drops in %, the lowest and the highest over the cells: of retraining, and of "
         "several steps in their strongest state within 5 % on calibration users; of the others at "
         "a retain drop of 5 %, or the most before where a curve ends earlier. Passed: in how many "
         "cells something else than retraining and several steps on a fifth of D_r forgets more "
-        "there, and what forgets most (all that tie).\n"
+        "there, and what forgets most (all that tie).",
     )
 
 
@@ -83,24 +85,23 @@ def of_genre(documents: Sequence[Document]) -> str:
     if not mine:
         return ""
     names = ("U-CAN, input", MLP, STEP)
-    lines = [
-        "| genre | contrast | one hit, % | shrinking | " + " | ".join(names) + " |",
-        "|---|---|---|---|" + "---|" * len(names),
-    ]
+    rows = []
     for document in mine:
         shrunk, hit = _at(document, SHRINKING, 5), _one_hit(document, "forget")
-        cells = [
+        row = [
+            _cell(document),
             f"{document['scores']['contrast']['excess']:.3f}",
             _shown(hit),
             _shown(shrunk),
             *(_against(_at(document, name, 5), shrunk, hit) for name in names),
         ]
-        lines.append(f"| {_cell(document)} | " + " | ".join(cells) + " |")
-    return (
-        "\n".join(lines)
-        + "\n\nThe genre's goals by seed. Contrast: of the activations, beyond sampling noise. One "
+        rows.append(row)
+    return _table(
+        ("genre", "contrast", "one hit, %", "shrinking", *names),
+        rows,
+        "The genre's goals by seed. Contrast: of the activations, beyond sampling noise. One "
         "hit: what one deleted interaction in the top ten is of all of them. Then drops at 5 %, in "
-        "brackets how many times shrinking's, where that takes a whole hit.\n"
+        "brackets how many times shrinking's, where that takes a whole hit.",
     )
 
 
@@ -110,29 +111,35 @@ def of_one_user(documents: Sequence[Document], delivered: Sequence[Document] = (
     if not mine:
         return ""
     presets = {key_of(document): document for document in delivered}
-    lines = [
-        f"| one user | one hit, % | of the others, % | {STEP}, at 0.5 / 1 / 5 % "
-        f"| {STEPS}, at 1 / 5 % | retraining | "
-        '`"best"` as delivered: forget, retain drop |',
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        *("one user", "one hit, %", "of the others, %", f"{STEP}, at 0.5 / 1 / 5 %"),
+        *(f"{STEPS}, at 1 / 5 %", "retraining", '`"best"` as delivered: forget, retain drop'),
+    )
+    rows = []
     for document in mine:
         step = [_at(document, STEP, budget) for budget in (0.5, 1, 5)]
         gold = _drops(document, RETRAINING)
-        cells = [
+        row = [
+            _cell(document),
             *(_shown(_one_hit(document, side), 2) for side in ("forget", "retain")),
             " / ".join(_shown(drop, 0) for drop in step),
             pair([document], STEPS),
             f"{gold['forget']:.0f}" if gold else "-",
             _best(presets.get(key_of(document)), document),
         ]
-        lines.append(f"| {_cell(document)} | " + " | ".join(cells) + " |")
-    return (
-        "\n".join(lines)
-        + "\n\nThe one user's goals by seed, drops in % (≥: the curve ends before; the step's is "
+        rows.append(row)
+    return _table(
+        columns,
+        rows,
+        "The one user's goals by seed, drops in % (≥: the curve ends before; the step's is "
         "its largest then, too). One hit: what one interaction in the top ten is, of the deleted "
-        "user's and of those of the others who are judged.\n"
+        "user's and of those of the others who are judged.",
     )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], legend: str) -> str:
+    head, *lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return "\n".join([head, "|" + "---|" * len(columns), *lines, "", legend, ""])
 
 
 def _best(delivered: Document | None, document: Document) -> str:

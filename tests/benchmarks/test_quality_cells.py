@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import gc
 import json
 import shlex
 
@@ -89,6 +91,18 @@ def test_without_a_scenario_a_cell_only_trains(tmp_path, capsys):
     out = tmp_path / "none.json"
     assert cell.main(["--data-set", "toy", "--out", str(out)]) == 0
     assert not out.exists()
+
+
+def test_what_imports_made_is_set_aside_while_a_cell_runs():
+    counts = []
+
+    def run(_options):
+        counts.append(gc.get_freeze_count())
+        raise UcanError("no data")
+
+    assert cell.measure(argparse.Namespace(into=None, out=None), run) == 1
+    assert counts[0] > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_scenario_needs_a_file_and_a_share_of_users(tmp_path):
