@@ -21,8 +21,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.ucan-fast-installed
 WHEEL_VENV := build/wheel-venv
-# One thread per worker: several workers that each take all cores are slower.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+# One thread per worker: several workers that each take all cores are slower. The last tests are
+# shared out anew: a file of long ones would keep one worker alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install test demo bench bench-quick quality quality-quick report lint format wheel wheel-test clean distclean

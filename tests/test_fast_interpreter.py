@@ -85,6 +85,15 @@ def test_a_grid_may_launch_a_kernel_itself():
     assert y.tolist() == [2.0, 2.0, 2.0, 6.0, 0.0]
 
 
+def test_numpys_dtypes_are_the_interpreters_and_kept():
+    looked_up = interpreter._get_np_dtype
+    run(1)
+    assert "fp32" in looked_up.known
+    for dtype in (tl.float32, tl.bfloat16, tl.int1, tl.int64, tl.pointer_type(tl.bfloat16)):
+        for asked in (dtype, tl.block_type(dtype, [4])):
+            assert looked_up(asked) == looked_up.real(asked)
+
+
 def test_installing_twice_changes_nothing():
     installed = interpreter._patch_lang
     fast_interpreter.install()

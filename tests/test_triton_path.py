@@ -150,25 +150,35 @@ CUDA_ROUNDING = 4e-6
 SIDES = [(1, "left"), (2, "right")]
 
 
-@pytest.mark.parametrize("site", ["input", "rank", "output", "mlp"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_plan_is_the_references(site, dtype):
-    """The same neurons, and γ within rounding."""
-    model, forget, retain = model_and_batches(dtype)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def measured(request) -> tuple[nn.Module, dict[str, uf.ActivationStats]]:
+    """A model and its statistics by backend, which hold every site's neurons."""
+    torch.manual_seed(0)
+    model, forget, retain = model_and_batches(request.param)
     uf.accelerate(model)
+    stats = {}
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend):
+            bank = uf.collect(model, forget + retain)
+            stats[backend] = bank.with_forget(uf.collect(model, forget, group="forget"))
+    return model, stats
+
+
+@pytest.mark.parametrize("site", ["input", "rank", "output", "mlp"])
+def test_the_plan_is_the_references(site, measured):
+    """The same neurons, and γ within rounding."""
+    model, stats = measured
     config = uf.UcanConfig(site=site, strength=2.0, min_score=0.0)
     plans = {}
     for backend in ("reference", "triton"):
         with ops.use_backend(backend):
-            bank = uf.collect(model, forget + retain)
-            stats = bank.with_forget(uf.collect(model, forget, group="forget"))
-            plans[backend] = uf.make_plan(model, stats, config)
+            plans[backend] = uf.make_plan(model, stats[backend], config)
     expected, got = plans["reference"], plans["triton"]
     assert expected.attenuated
     margin = (expected.flat_score - expected.threshold).abs()
     differ = (got.flat_factors < 1) != (expected.flat_factors < 1)
     # In bf16 a rounding that falls the other way moves an activation by 2^-8.
-    slack = 1e-5 if dtype is torch.float32 else 2e-2
+    slack = 1e-5 if model.dtype is torch.float32 else 2e-2
     assert not (differ & (margin > slack)).any()
     torch.testing.assert_close(
         got.flat_score, expected.flat_score, rtol=0, atol=slack, check_dtype=True
@@ -182,9 +192,8 @@ def test_the_same_bits_twice_and_with_the_batch_alone(monkeypatch):
     uf.accelerate(model)
     bank = uf.collect(model, retain + forget)
     assert_same_stats(bank, uf.collect(model, retain + forget))
-    left = bank.with_forget(uf.collect(model, forget, group="forget"))
-    alone = uf.collect(model, retain) + uf.collect(model, forget, group="forget")
-    assert_same_stats(left, alone, 1e-9)
+    deleted = uf.collect(model, forget, group="forget")
+    assert_same_stats(bank.with_forget(deleted), uf.collect(model, retain) + deleted, 1e-9)
 
 
 def test_training_gradients_equal_pefts(launches):

@@ -181,6 +181,7 @@ def test_memcheck_runs_without_the_caching_allocator_and_without_graphs(tmp_path
     assert all("test_small_kernels_against_fp64[(512, " in name for name in more)
     for kernel in ("attenuate_equals", "small_kernels", "small_fused_linear", "small_scores"):
         assert f"::test_{kernel}" in memcheck
+    _tool(tmp_path / "cuda" / "bin" / "compute-sanitizer", "#!/bin/bash\n")
     assert "memcheck leaves out" not in _run(tmp_path, "racecheck", **limits).stdout
 
 
