@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -308,6 +309,18 @@ def test_a_configuration_with_a_byte_order_mark(project, out):
     assert_same_adapter(out, project / "done")
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no /dev/fd, as bash's <(...) uses it")
+def test_a_configuration_that_can_be_read_once(project, out):
+    reader, writer = os.pipe()
+    with open(writer, "w") as file:
+        file.write('{"strength": 2.0}')
+    try:
+        assert unlearn(project, out, "--no-evaluate", config=f"/dev/fd/{reader}")[0] == 0
+    finally:
+        os.close(reader)
+    assert_same_adapter(out, project / "done")
+
+
 def test_a_preset_is_where_options_start_from(project, out):
     code, *_ = unlearn(project, out, "--preset", "best", "--seed", "3")
     assert code == 0
@@ -348,7 +361,7 @@ def test_every_option_that_names_a_field_sets_it(name):
     arguments = cli._parser().parse_args(
         ["unlearn", *words, *needed.get(name, []), option, str(values[name])]
     )
-    assert getattr(cli._config(arguments), name) == values[name]
+    assert getattr(cli._config(arguments, cli._start(arguments)), name) == values[name]
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import helpers_models as hm
 import peft
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 from trained_model import assert_same_weights, forget_batches, retain_batches, trained, weights
 
 import ucan_fast as uf
-from ucan_fast.audit import audit
+from ucan_fast.accelerate import FusedLoraLinear
+from ucan_fast.audit import _Audited, audit
 from ucan_fast.batches import eval_mode
 from ucan_fast.factor_pass import trainable
 from ucan_fast.interrupts import finished
@@ -174,6 +177,49 @@ def test_an_audited_model_is_the_original_again(monkeypatch, tmp_path):
     assert model.active_adapter == "default"
     assert_same_weights(model, origin)
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_an_audit_goes_back_to_the_original_adapter_before(monkeypatch):
+    model = trained()
+    model.add_adapter("other", model.peft_config["default"])
+    real = peft.PeftModel.set_adapter
+
+    def interrupted(self, name):
+        if name == "default":
+            interrupt()
+        real(self, name)
+
+    monkeypatch.setattr(peft.PeftModel, "set_adapter", interrupted)
+    states = {"original": "default", "unlearned": "other"}
+    audited = _Audited(model, states, forget_batches(), progress=None)
+    with pytest.raises(KeyboardInterrupt), audited.active("unlearned"):
+        assert model.active_adapter == "other"
+    assert model.active_adapter == "default"
+
+
+def test_a_hook_of_one_call_is_removed(monkeypatch):
+    """Of a fused layer that one call leaves to PEFT: another adapter is mixed in."""
+    model = hm.lora(hm.llama(layers=1))
+    uf.accelerate(model)
+    layer = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
+    # The function of the package has the module's name.
+    module = sys.modules[FusedLoraLinear.__module__]
+    monkeypatch.setattr(module, "fusable_parts", lambda *_: None)
+    removed = []
+    real = RemovableHandle.remove
+
+    def interrupted(self):
+        if not removed:
+            removed.append(self)
+            interrupt()
+        real(self)
+
+    monkeypatch.setattr(RemovableHandle, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uf.collect(model, [hm.token_batch([7, 3])])
+    assert removed
+    assert not any(m._forward_hooks for m in model.modules())
+    assert "_ucan_recorders" not in layer.__dict__
 
 
 def test_an_earlier_plan_is_put_back_whenever_it_comes(monkeypatch):

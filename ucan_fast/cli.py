@@ -84,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
-    if unread := _unread(arguments):
+    start = _start(arguments)
+    if unread := _unread(arguments, start):
         return _usage("unlearn", unread)
-    config = _config(arguments)
+    config = _config(arguments, start)
     several = config.influence_steps > 1  # they run retain data, beside a bank too
     given = (arguments.retain is not None) + (arguments.bank is not None)
     if given == 0 or (given == 2 and not several):
@@ -652,9 +653,8 @@ def _read(
     )
 
 
-def _unread(arguments: argparse.Namespace) -> str:
+def _unread(arguments: argparse.Namespace, start: UcanConfig) -> str:
     """What is wrong with options that the chosen method does not read, or ""."""
-    start = _start(arguments)
     method = arguments.method or start.method
     for reader, names in _READ_BY.items():
         given = [f"--{_option(n)}" for n in names if getattr(arguments, n) is not None]
@@ -667,10 +667,10 @@ def _unread(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _config(arguments: argparse.Namespace) -> UcanConfig:
+def _config(arguments: argparse.Namespace, start: UcanConfig) -> UcanConfig:
     changes = {name: getattr(arguments, name) for name in (*FIELDS, "strength")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    return _start(arguments).replace(**changes)
+    return start.replace(**changes)
 
 
 def _start(arguments: argparse.Namespace) -> UcanConfig:
