@@ -468,11 +468,10 @@ def test_figures_of_every_adapter_are_those_of_the_library(attacked):
         ours, theirs = (findings.membership[s][name].value for s in ("unlearned", "retrained"))
         assert findings.privleak[name] == privleak(ours, theirs)
     assert findings.privleak["loss"] < -50
-    rounded = rounded_losses(STATES["unlearned"](), forget)
-    assert findings.rounding == {
-        **{s: group_loss(STATES[s](), forget, "forget").mean for s in ("original", "unlearned")},
-        **{precision: loss.mean for precision, loss in rounded.items()},
-    }
+    for state in ("original", "unlearned"):
+        whole = group_loss(STATES[state](), forget, "forget")
+        rounded = {"unrounded": whole, **rounded_losses(STATES[state](), forget)}
+        assert findings.rounding[state] == {name: loss.mean for name, loss in rounded.items()}
     # What an attack finds does not decide whether the adapter is what its plan says.
     assert findings.passed
     assert list(findings.checks) == ["adapters differ"]
@@ -504,7 +503,8 @@ def test_every_figure_comes_with_a_sentence(attacked):
         *("value", "low", "high", "members", "nonmembers"),
     }
     assert written["relearning"]["unlearned"]["steps"] == 2
-    assert written["rounding"]["int4"] == findings.rounding["int4"]
+    assert written["rounding"] == findings.rounding
+    assert set(findings.rounding) == {"original", "unlearned"}
     assert written["privleak"]["min-k"] == findings.privleak["min-k"]
 
 
@@ -523,27 +523,53 @@ def findings_of(rounding=None, relearning=None) -> Audit:
     ("known", "ours", "theirs", "words"),
     [
         (1.0, (3.0, 2.5), None, ["3 -> 2.5", "original 1", "25 % of the rise", "Without a retr"]),
-        (1.0, (3.0, 2.5), (3.0, 2.8), ["by 0.2 nats, this one's by 0.5", "hidden, not removed"]),
-        (1.0, (3.0, 2.8), (3.0, 2.5), ["by 0.5 nats, this one's by 0.2", "never known"]),
+        (
+            1.0,
+            (3.0, 2.5),
+            (3.0, 2.8),
+            ["3 -> 2.8", "fell by 0.5 ", "by 0.2:", "hidden, not removed"],
+        ),
+        (1.0, (3.0, 2.8), (3.0, 2.5), ["3 -> 2.5", "fell by 0.2 ", "by 0.5:", "never known"]),
+        # A hundredth of the NLL decides nothing.
+        (1.0, (3.0, 2.5), (3.0, 2.52), ["never known"]),
         (1.0, (3.0, 0.9), None, ["all of the rise is back"]),
-        (1.0, (3.0, 3.1), None, ["nothing of the rise is back"]),
-        (1.0, (1.0, 0.5), None, ["hardly better"]),
+        (1.0, (3.0, 3.0), None, ["nothing of the rise is back"]),
+        # The steps themselves did harm: no verdict, whatever the retrained adapter does.
+        (1.0, (3.0, 4.0), None, ["made them dearer"]),
+        (1.0, (3.0, 4.0), (3.0, 4.5), ["made them dearer", "did harm"]),
+        (1.0, (3.0, 4.0), (3.0, 2.5), ["made them dearer", "did harm"]),
+        (1.0, (3.0, 3.0), (3.0, 3.0), ["lowered neither"]),
+        # Nothing was forgotten: no reassurance.
+        (1.0, (1.001, 0.5), None, ["hardly more than the original"]),
+        (1.0, (1.5, 1.2), (3.0, 2.0), ["60 %", "not forgotten them as retraining does"]),
         (math.nan, (3.0, 2.0), None, ["not comparable"]),
+        (1.0, (3.0, 2.0), (math.inf, 2.0), ["not comparable"]),
     ],
 )
 def test_what_relearning_means(known, ours, theirs, words):
     text = findings_of(relearning=(known, ours, theirs)).meanings["relearning"]
     for word in words:
         assert word in text
+    assert ("never known" in text) == ("never known" in words)
 
 
 def test_what_rounding_means():
-    rounding = {"original": 1.0, "unlearned": 3.0, "fp16": 3.0, "bf16": 3.2, "int8": 2.0, "int4": 1}
-    found = findings_of(rounding=rounding).meanings
-    assert found["rounding/fp16"].endswith("nothing of the rise is back")
-    assert found["rounding/bf16"].endswith("nothing of the rise is back")
-    assert found["rounding/int8"] == "forget NLL 3 -> 2 nats (original 1); 50 % of the rise is back"
-    assert found["rounding/int4"].endswith("all of the rise is back")
+    """The original is rounded, too: int4 alone may cost as much as unlearning did."""
+    known = {"unrounded": 1.0, "fp16": 1.0, "bf16": 1.2, "int8": 2.0, "int4": 2.7}
+    ours = {"unrounded": 3.0, "fp16": 3.0, "bf16": 2.2, "int8": 5.0, "int4": 2.6}
+    found = findings_of(rounding={"original": known, "unlearned": ours}).meanings
+    assert found["rounding/fp16"].endswith("100 % is left of what lies between them")
+    assert found["rounding/bf16"] == (
+        "forget NLL 3 -> 2.2 nats, the original's 1 -> 1.2; 50 % is left of what lies between them"
+    )
+    assert found["rounding/int8"].endswith("150 % is left of what lies between them")
+    assert found["rounding/int4"].endswith("rounded, it is not unlearned")
+    same = findings_of(rounding={"original": known, "unlearned": known}).meanings
+    assert all(
+        "next to nothing that rounding could undo" in same[f"rounding/{p}"] for p in PRECISIONS
+    )
+    broken = findings_of(rounding={"original": known, "unlearned": {**ours, "int4": math.nan}})
+    assert broken.meanings["rounding/int4"].endswith("not comparable")
 
 
 def test_figures_that_are_missing_say_why(outputs):

@@ -28,6 +28,10 @@ from .recovery import PRECISIONS, Relearning, check_seed, relearn, rounded_losse
 from .report import DISCLAIMER, REPORT, json_values
 from .reversible import ReversiblePlan
 
+#: Of an NLL: what differs by less of it counts as the same.
+MARGIN = 0.01
+_HARDLY_DEARER = "they cost the unlearned adapter hardly more than the original"
+
 # The name in PEFT of every adapter but the original.
 _NAMES = {"unlearned": "ucan_fast_audited", "retrained": "ucan_fast_retrained"}
 
@@ -47,8 +51,8 @@ class Audit:
         privleak: attack -> %, the unlearned adapter's AUC against the retrained one's.
         relearning: state -> what a few steps on a part of the forget set bring back of the rest
             (``original``: 0 steps).
-        rounding: forget NLL (nats per token) of ``original`` and ``unlearned`` as they are, and of
-            the unlearned adapter rounded to each precision.
+        rounding: ``original`` and ``unlearned`` -> precision -> forget NLL (nats per token) with
+            A and B rounded to it; ``unrounded``: as they are.
         notes: figure -> why it is missing, or what to know about it.
     """
 
@@ -58,7 +62,7 @@ class Audit:
     membership: dict[str, dict[str, Auc]] = field(default_factory=dict)
     privleak: dict[str, float] = field(default_factory=dict)
     relearning: dict[str, Relearning] = field(default_factory=dict)
-    rounding: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -120,24 +124,26 @@ class Audit:
             return text + (
                 ". Without a retrained adapter nothing tells remembering from learning anew"
             )
-        fell, anew = (r.nll_before - r.nll_after for r in (ours, theirs))
         return text + (
-            f". The same steps lower the retrained adapter's by {anew:.4g} nats, this one's by "
-            f"{fell:.4g}: "
-            + (
-                "faster than there, a sign that knowledge was hidden, not removed"
-                if fell > anew
-                else "nothing returns faster than what was never known"
-            )
+            f". The retrained adapter's: {theirs.nll_before:.4g} -> {theirs.nll_after:.4g}; "
+            + _beside_retrained(ours, theirs)
         )
 
     def _rounding_meaning(self, precision: str) -> str:
-        known, before, after = (
-            self.rounding[name] for name in ("original", "unlearned", precision)
+        known, ours = self.rounding["original"], self.rounding["unlearned"]
+        text = (
+            f"forget NLL {ours['unrounded']:.4g} -> {ours[precision]:.4g} nats, the original's "
+            f"{known['unrounded']:.4g} -> {known[precision]:.4g}; "
         )
-        return f"forget NLL {before:.4g} -> {after:.4g} nats (original {known:.4g}); " + _returned(
-            known, before, after
-        )
+        gap, left = (ours[p] - known[p] for p in ("unrounded", precision))
+        if not (math.isfinite(gap) and math.isfinite(left)):
+            return text + "not comparable"
+        if gap < MARGIN * known["unrounded"]:
+            return text + f"{_HARDLY_DEARER}: there is next to nothing that rounding could undo"
+        share = 100 * left / gap
+        if share < 0.5:
+            return text + "nothing is left of what lies between them: rounded, it is not unlearned"
+        return text + f"{share:.0f} % is left of what lies between them"
 
 
 def audit(
@@ -338,23 +344,50 @@ class _Audited:
         if not before["original"].tokens:
             findings.notes["rounding"] = "not computed: no position of the forget set is scored"
             return
-        with self.active("unlearned"):
-            rounded = rounded_losses(self.model, self.forget, progress=self.progress)
-        losses = {state: before[state] for state in ("original", "unlearned")} | rounded
-        findings.rounding = {name: loss.mean for name, loss in losses.items()}
+        for state in ("original", "unlearned"):
+            with self.active(state):
+                rounded = rounded_losses(self.model, self.forget, progress=self.progress)
+            losses = {"unrounded": before[state], **rounded}
+            findings.rounding[state] = {name: loss.mean for name, loss in losses.items()}
 
 
 def _returned(known: float, before: float, after: float) -> str:
     """How much of the rise from ``known`` to ``before`` is gone again at ``after``."""
     if not all(map(math.isfinite, (known, before, after))):
         return "not comparable"
-    rise = before - known
-    if rise < 1e-3 * known:
-        return "the original knew them hardly better, so there is nothing to come back"
-    share = 100 * (before - after) / rise
+    if after > before + MARGIN * before:
+        return "the steps made them dearer, and so tell nothing of what is hidden: try fewer"
+    if before - known < MARGIN * known:
+        return f"{_HARDLY_DEARER}: there is next to nothing that could come back"
+    share = 100 * (before - after) / (before - known)
     if share >= 99.5:
         return "all of the rise is back"
     return f"{share:.0f} % of the rise is back" if share >= 0.5 else "nothing of the rise is back"
+
+
+def _beside_retrained(ours: Relearning, theirs: Relearning) -> str:
+    """What the same steps on both adapters say."""
+    figures = (ours.nll_before, ours.nll_after, theirs.nll_before, theirs.nll_after)
+    if not all(map(math.isfinite, figures)):
+        return "not comparable"
+    margin = MARGIN * theirs.nll_before
+    fell, anew = (r.nll_before - r.nll_after for r in (ours, theirs))
+    if ours.nll_before < theirs.nll_before - margin:
+        return (
+            "before any step the unlearned one knows them better than the retrained one, so it has "
+            "not forgotten them as retraining does"
+        )
+    if max(fell, anew) < margin or fell < -MARGIN * ours.nll_before:
+        return "the steps lowered neither or did harm, and so tell nothing of what is hidden"
+    if fell > anew + margin:
+        return (
+            f"the unlearned one's fell by {fell:.4g} nats, that one's by {anew:.4g}: faster than "
+            "there, a sign that knowledge was hidden, not removed"
+        )
+    return (
+        f"the unlearned one's fell by {fell:.4g} nats, that one's by {anew:.4g}: nothing returns "
+        "faster than what was never known"
+    )
 
 
 def _privleak_meaning(value: float, ours: Auc, theirs: Auc) -> str:
