@@ -385,6 +385,21 @@ def test_an_option_that_the_method_does_not_read_is_no_silent_wish(
     assert not out.exists()
 
 
+def test_a_budget_that_nothing_is_searched_in_is_no_silent_wish(project, out):
+    budget = ["--max-retain-loss-increase", "0.001"]
+    code, _, err = unlearn(project, out, "--strength", "8", *budget)
+    assert code == 2
+    assert "with --strength 8 nothing is searched" in err
+    config = out.parent / "config.json"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text('{"strength": 2.5}')
+    code, _, err = unlearn(project, out, *budget, config=config)
+    assert code == 2
+    assert "with --strength 2.5 nothing is searched" in err
+    assert not out.exists()
+    assert unlearn(project, out, *budget, "--strength", "auto", config=config)[0] == 0
+
+
 def test_no_evaluate(project, out):
     code, text, _ = unlearn(project, out, *STRENGTH, "--no-evaluate")
     assert code == 0

@@ -373,5 +373,5 @@ def test_more_than_half_of_the_gates_closed_is_no_warning(recwarn):
 def test_the_summary_says_what_it_is():
     _, plan = planned()
     for text in (plan.summary(), repr(plan)):
-        assert "input and output" in text
+        assert "in 28 matrices, site 'input and output'" in text
         assert "strength 0.5" in text

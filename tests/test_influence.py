@@ -13,6 +13,7 @@ from plan_helpers import assert_same_bits, snapshot
 from trained_model import forget_batches, retain_batches, trained
 
 import ucan_fast as uf
+from ucan_fast import influence
 from ucan_fast.factors import InfluenceFactors
 from ucan_fast.files import read_safetensors, write_safetensors
 from ucan_fast.influence import FORMAT, FORMAT_VERSION, InfluencePlan, make_influence_plan
@@ -89,6 +90,30 @@ def test_a_factor_between_the_scaling_and_b_moves_the_product_alike(variant):
     wanted, got = products(plans[0], 1.0), products(plans[1], times)
     for key, value in wanted.items():
         assert torch.allclose(got[key], value, rtol=1e-6, atol=1e-9 * float(value.abs().max())), key
+
+
+def test_every_factor_is_solved_for_once_and_freed_after_its_last_use(monkeypatch):
+    model = hm.lora(hm.llama(layers=3))
+    made, kept = [], []
+    real, drop = influence.solver, influence.Direction.drop
+
+    def counted(factor, *arguments):
+        made.append(factor)
+        return real(factor, *arguments)
+
+    def watched(self, solves):
+        kept.append(len(self._known))
+        drop(self, solves)
+        kept.append(len(self._known))
+
+    monkeypatch.setattr(influence, "solver", counted)
+    monkeypatch.setattr(influence.Direction, "drop", watched)
+    planned(model)
+    # Seven layers a block: S_z, S_h and C_z of each, C_x of q, k and v and of gate and up once.
+    assert len(made) == 3 * (3 * 7 + 4)
+    # The shared C_x, and those of the matrix at hand.
+    assert max(kept) <= 3
+    assert kept[-1] == 0
 
 
 def test_the_strength_is_the_first_order_rise_of_the_forget_loss():

@@ -376,6 +376,52 @@ def test_a_budget_of_everything_says_so():
     )
     assert result.plan.strength == pytest.approx(math.log(40))
     assert "the most that is tried, stays within the budget" in result.plan.note
+    # The rise that was predicted is ln V, the one that came is more.
+    after = mean_nll(model, forget_batches(), "forget")
+    assert after > math.log(40)
+    assert f"now costs {after:.2f} nats per token, more than blind guessing" in result.plan.note
+
+
+def test_a_step_that_ends_below_blind_guessing_says_nothing_of_it():
+    model = trained()
+    plan = uf.unlearn(
+        model, forget=forget_batches(), retain=retain_batches(), config=AUTO, evaluate=False
+    ).plan
+    assert mean_nll(model, forget_batches(), "forget") < math.log(40)
+    assert "blind guessing" not in plan.note
+
+
+def test_the_report_says_what_the_search_was_held_against():
+    data = {"forget": forget_batches(), "retain": retain_batches(), "evaluate": False}
+    held = {"config": AUTO, "holdout": 2.5, "calibration": lambda model: 1.0}
+    report = uf.unlearn(trained(), **data, **held).report
+    assert report.request["never_seen_nats"] == 2.5
+    assert report.request["budget_measured_on"] == "calibration function"
+    assert "measured on calibration function. Never-seen data cost 2.5 nats per token." in (
+        report.to_markdown()
+    )
+    held = {"config": AUTO, "calibration": retain_batches()}
+    report = uf.unlearn(trained(), **data, **held).report
+    assert report.request["never_seen_nats"] is None
+    assert report.request["budget_measured_on"] == "calibration batches"
+    for config, source in ((AUTO, "a sample of the retain data"), (FIXED, None)):
+        report = uf.unlearn(trained(), **data, config=config).report
+        assert report.request["budget_measured_on"] == source
+        assert ("retain budget is measured on" in report.to_markdown()) == (source is not None)
+
+
+def test_a_bank_of_another_rank_is_refused():
+    model, data = trained(), [*forget_batches(), *retain_batches()]
+    bank = uf.collect_factors(model, data, variant="eigenbasis", rank=2)
+    config = FIXED.replace(influence_variant="eigenbasis", influence_rank=4)
+    options = {"forget": forget_batches(), "bank": bank, "evaluate": False}
+    with pytest.raises(uf.UcanError, match=r"hold 2 eigenpairs .* influence_rank=4; set it to 2"):
+        uf.unlearn(model, **options, config=config)
+    assert not uf.unlearn(model, **options, config=config.replace(influence_rank=2)).plan.is_noop
+    # More than there are: all of them.
+    whole = uf.collect_factors(trained(), data, variant="eigenbasis", rank=1000)
+    options |= {"bank": whole, "config": config.replace(influence_rank=500)}
+    assert not uf.unlearn(trained(), **options).plan.is_noop
 
 
 # Requests in a row.

@@ -664,6 +664,12 @@ def _unread(arguments: argparse.Namespace, start: UcanConfig) -> str:
                 f"method {method!r}{chosen if arguments.preset else ''} does not read "
                 f"{', '.join(given)}, which is for method {reader!r}: leave it out"
             )
+    strength = start.strength if arguments.strength is None else arguments.strength
+    if arguments.max_retain_loss_increase is not None and strength != "auto":
+        return (
+            "--max-retain-loss-increase is the budget that --strength auto searches in; with "
+            f"--strength {strength:g} nothing is searched: leave one of them out"
+        )
     return ""
 
 

@@ -98,7 +98,8 @@ class UcanConfig:
         output_signal: for ``site="output"``: ``"delta"``, the adapter's own contribution, or
             ``"layer"``, the whole output of the layer.
         seed: for the random control, for drawing calibration batches, and for the labels that
-            the factors of an influence step are drawn with. An integer of 64 bits.
+            the factors of an influence step are drawn with (of a bank: with its own, which is kept
+            in it). An integer of 64 bits.
         influence_variant: which matrices an influence step moves, and what is kept of their
             Kronecker factors. ``"all"``: everything. ``"b-only"``: B alone. ``"last-blocks"``: A
             and B of the last ``influence_blocks`` blocks. ``"eigenbasis"``: the large factors as

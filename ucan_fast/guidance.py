@@ -92,7 +92,8 @@ class Guidance:
             ``"retrain"``: they do not, and the forget set is a large part of all data.
         text: why, in words.
         separability: see there.
-        forget_share: of all tokens.
+        forget_share: of the tokens in the statistics. Where D_r is a sample of the retained data
+            it is too large, and with it the advice to retrain: a bank holds all of them.
     """
 
     recommendation: str
@@ -134,7 +135,8 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
         name, advice = (
             "retrain",
             "activations hardly tell the two sets apart, and the forget set is "
-            f"{100 * share:.0f} % of all tokens: retrain, or use UcanConfig.preset('thorough'), "
-            "which came near retraining on small recommenders. 'best' forgets a part of it",
+            f"{100 * share:.0f} % of the tokens that were measured (of all, it is less where D_r "
+            "is a sample): retrain, or use UcanConfig.preset('thorough'), which came near "
+            "retraining on small recommenders. 'best' forgets a part of it",
         )
     return Guidance(name, f"{advice} ({seen}).", apart, share)

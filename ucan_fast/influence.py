@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -269,8 +269,11 @@ def make_influence_plan(
     adapter = resolve_adapter(model, adapter)
     direction, targets = direction_of(model, forget, retain, config, adapter)
     directions, rises = {}, {}
+    last = {solve: target.key for target in targets for solve in direction.solves(target)}
     for target in targets:
         directions[target.key], rises[target.key] = direction.of(target)
+        # A solve in fp64 is twice its factor; all of them at once would be most of the memory.
+        direction.drop(s for s in direction.solves(target) if last[s] == target.key)
     total = sum(rises.values())
     note = ""
     if not (total > 0 and math.isfinite(total)):
@@ -316,6 +319,10 @@ def direction_of(
     return Direction(forget, retain, config), targets
 
 
+#: The layers that a factor is of, and which factor.
+_Solve = tuple[tuple[str, ...], str]
+
+
 class Direction:
     """Solves for one matrix at a time; what several of them need is factorised once.
 
@@ -326,7 +333,7 @@ class Direction:
         self, forget: InfluenceFactors, retain: InfluenceFactors, config: UcanConfig
     ) -> None:
         self.forget, self.retain, self.config = forget, retain, config
-        self._known: dict[tuple, object] = {}
+        self._known: dict[_Solve, object] = {}
 
     def retain_gradients(self) -> dict[str, torch.Tensor]:
         """R, by the keys of the targets."""
@@ -350,16 +357,26 @@ class Direction:
         tokens = sum(self.retain.layers[name].tokens for name in target.layers)
         return solve_right(solve_left(gradient).T).T * (self.retain.positions / tokens)
 
+    def solves(self, target: Target) -> tuple[_Solve, _Solve]:
+        """What is solved for a matrix, from the left and from the right; others may share it."""
+        left, right = ("s_z", "c_x") if target.which == "A" else ("s_h", "c_z")
+        return self._solve_of(target, left), self._solve_of(target, right)
+
+    def drop(self, solves: Iterable[_Solve]) -> None:
+        """Free what no later matrix needs."""
+        for solve in solves:
+            self._known.pop(solve, None)
+
+    def _solve_of(self, target: Target, which: str) -> _Solve:
+        layers = self.retain.layers
+        return tuple(layers[n].owner if which == "c_x" else n for n in target.layers), which
+
     def _solver(self, target: Target, which: str):
-        owners = tuple(
-            self.retain.layers[name].owner if which == "c_x" else name for name in target.layers
-        )
-        if (owners, which) not in self._known:
+        solve = self._solve_of(target, which)
+        if solve not in self._known:
             tokens = sum(self.retain.layers[name].tokens for name in target.layers)
-            self._known[owners, which] = solver(
-                self._pooled(target, which), tokens, self.config.damping
-            )
-        return self._known[owners, which]
+            self._known[solve] = solver(self._pooled(target, which), tokens, self.config.damping)
+        return self._known[solve]
 
     def _pooled(self, target: Target, which: str) -> Factor:
         factors = [self.retain.factor(name, which) for name in target.layers]
@@ -406,6 +423,8 @@ def of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors
     same = retain.variant == wanted and (
         wanted != "last-blocks" or retain.blocks == config.influence_blocks
     )
+    if same and wanted == "eigenbasis":
+        _check_rank(retain, config.influence_rank)
     if same or (retain.variant == "all" and wanted in ("b-only", "last-blocks")):
         return retain
     if retain.variant == "all" and wanted == "diagonal":
@@ -424,6 +443,19 @@ def of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors
         f"{wanted!r}; collect them with variant={wanted!r}"
         f"{f' and blocks={config.influence_blocks}' if wanted == 'last-blocks' else ''}."
     )
+
+
+def _check_rank(retain: InfluenceFactors, rank: int) -> None:
+    for name, layer in retain.layers.items():
+        for factor in (layer.c_x, layer.s_h):
+            if factor is None:
+                continue
+            size, kept = factor.vectors.shape
+            if kept != min(rank, size):
+                raise UcanError(
+                    f"the retain factors hold {kept} eigenpairs ({name}), the configuration wants "
+                    f"influence_rank={rank}; set it to {kept}, or collect them with rank={rank}."
+                )
 
 
 def _check_sets(targets: list[Target], forget: InfluenceFactors, retain: InfluenceFactors) -> None:

@@ -140,7 +140,7 @@ def search_step(
     forget, earlier = request.forget, request.earlier_plan
     edit, trust = plan._edit(job.model, job.adapter), job.config.trust_region
     before = group_loss(job.model, forget, "forget")
-    ceiling = ceiling_of(job.model, request.holdout)
+    ceiling = job.ceiling = ceiling_of(job.model, request.holdout)
     if before.mean >= ceiling:
         note = (
             f"the forget set is no better known than never-seen data (NLL {before.mean:.4f} "
@@ -164,9 +164,11 @@ def search_step(
         with in_force(strength):
             return job.retain.measure()
 
+    costs = {}
+
     def guard(strength: float) -> str:
         with in_force(strength):
-            after = group_loss(job.model, forget, "forget").mean
+            after = costs[strength] = group_loss(job.model, forget, "forget").mean
         if not after <= ceiling:
             return (
                 f"stopped where the forget set costs as much as never-seen data "
@@ -182,7 +184,8 @@ def search_step(
         return ""
 
     # Beyond ln V a token is less likely than one drawn blindly: nothing is gained there.
-    high = min(job.config.max_strength, math.log(_vocabulary(job.model)))
+    blind = math.log(_vocabulary(job.model))
+    high = min(job.config.max_strength, blind)
     search = search_strength(
         loss_at, job.retain.before, job.config.max_retain_loss_increase, high, guard=guard
     )
@@ -193,6 +196,14 @@ def search_step(
             f"even a predicted rise of {high:.3g} nats, the most that is tried, stays within the "
             f"budget of {100 * search.budget:g} % retain loss."
         )
+    cost = costs.get(search.chosen, 0.0)
+    if cost > blind:
+        # The rise that is predicted is at most ln V, the rise that comes may be more.
+        beyond = (
+            f"The forget set now costs {cost:.2f} nats per token, more than blind guessing "
+            f"({blind:.2f}): it stands out as forgotten. Give holdout= or a smaller strength."
+        )
+        search.note = f"{search.note} {beyond}" if search.note else beyond
     chosen.note = search.note
     return chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ class Job:
         walked: retain batches that several steps run.
         steps: what several steps measured.
         overlap: sequences that both sets hold.
+        ceiling: nats per token that never-seen data cost; infinite where nothing is said of them.
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ class Job:
     notes: dict[str, str] = field(default_factory=dict)
     steps: list[Measured] = field(default_factory=list)
     overlap: Overlap = field(default_factory=Overlap)
+    ceiling: float = math.inf
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -59,7 +59,7 @@ class AttenuationPlan(ReversiblePlan):
     def __repr__(self) -> str:
         return (
             f"AttenuationPlan({self.attenuated} of {self.neurons} neurons attenuated in "
-            f"{len(self.sizes)} layers, site {self.config.effective_site!r}, "
+            f"{self._where}, "
             f"strength {self.strength:.4g}, "
             f"fingerprint {self.fingerprint[:12]})"
         )
@@ -127,12 +127,18 @@ class AttenuationPlan(ReversiblePlan):
         plan = self._derive(config=config, threshold=threshold, note=note)
         return plan.with_strength(self.strength)
 
+    @property
+    def _where(self) -> str:
+        # Gates are at the inputs of A and at the outputs of B.
+        parts = "matrices" if self.config.method == "gates" else "layers"
+        return f"{len(self.sizes)} {parts}, site {self.config.effective_site!r}"
+
     def summary(self) -> str:
         """A few lines for people."""
         share = 100 * self.attenuated / max(self.neurons, 1)
         lines = [
             f"{self.attenuated} of {self.neurons} neurons attenuated ({share:.1f} %) in "
-            f"{len(self.sizes)} layers, site {self.config.effective_site!r}",
+            f"{self._where}",
             f"score: largest {self._largest():.4g}, threshold {self.threshold:.4g}; "
             f"strength {self.strength:.4g}, smallest factor {self._smallest():.4g}",
         ]

@@ -122,7 +122,8 @@ class DeletionReport:
             "",
             f"Forget {request['forget_tokens']} tokens of adapter `{request['adapter']}`"
             + (" (earlier requests included)" if request["includes_previous_requests"] else "")
-            + f", keep {request['retain_tokens']} (statistics from {request['retain_from']}).",
+            + f", keep {request['retain_tokens']} (statistics from {request['retain_from']})."
+            + _bounds_text(request),
             "",
             "## What changed",
             "",
@@ -474,3 +475,11 @@ def _wrap(text: str) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, 44))
+
+
+def _bounds_text(request: dict[str, Any]) -> str:
+    source, ceiling = request.get("budget_measured_on"), request.get("never_seen_nats")
+    text = "" if source is None else f" The retain budget is measured on {source}."
+    return text + (
+        "" if ceiling is None else f" Never-seen data cost {ceiling:.4g} nats per token."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ def unlearn(
                     "forget_sequences": job.sequences["forget"],
                     "retain_from": "bank" if bank is not None else "batches",
                     "includes_previous_requests": previous is not None,
+                    "budget_measured_on": _measured_on(calibration, config),
+                    "never_seen_nats": job.ceiling if job.ceiling < math.inf else None,
                     "adapter": adapter,
                 },
                 config=config,
@@ -240,6 +243,15 @@ def _add_notes(job: Job, request: Request, measured: bool) -> None:
             "whatever they know of the forget set"
         )
         warn(job.notes["untouched"])
+
+
+def _measured_on(calibration: Any, config: UcanConfig) -> str | None:
+    """What the retain budget rests on; None where nothing is searched within one."""
+    if not config.auto_strength:
+        return None
+    if calibration is None:
+        return "a sample of the retain data"
+    return "calibration batches" if isinstance(calibration, Iterable) else "calibration function"
 
 
 def _advice(job: Job, stats: ActivationStats | InfluenceStats) -> Guidance | None:

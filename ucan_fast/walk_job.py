@@ -40,7 +40,8 @@ def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluenceP
         earlier = None
     before = job.retain.before
     search = StrengthSearch("steps", job.config.max_retain_loss_increase, before, loss_after=before)
-    bounds = _Bounds(job, request.forget, ceiling_of(job.model, request.holdout), search)
+    job.ceiling = ceiling_of(job.model, request.holdout)
+    bounds = _Bounds(job, request.forget, job.ceiling, search)
     walk = InfluenceWalk(
         job.model,
         request.forget,
