@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ucan_fast.config import PRESETS
+from ucan_fast.guidance import LARGE_SHARE
 
 from .summary import presets
 from .tables import Document, groups, key_of, mean
@@ -88,18 +89,25 @@ def _right(delivered: Sequence[Document], documents: Sequence[Document]) -> str:
     truth = _truth(documents)
     tested: dict[str, list[bool]] = {}
     chosen_on: list[bool] = []
+    by_size: list[bool] = []
     for document in delivered:
         borne = truth.get(key_of(document))
         if borne is not None:
             known = (document["data_set"], document["seed"]) == ("ml-100k", 0)
             right = chosen_on if known else tested.setdefault(document["data_set"], [])
             right.append(document["guidance"]["recommendation"] == borne)
+            if not known:
+                large = document["guidance"]["forget_share"] > LARGE_SHARE
+                by_size.append(borne == ("retrain" if large else "attenuate"))
+    others = [one for found in tested.values() for one in found]
     return (
         "The advice was right in "
         + ", ".join(f"{_count(right)} cases of {name}" for name, right in tested.items())
         + f", and in {_count(chosen_on)} that its two thresholds were chosen on (ml-100k, seed 0; "
-        "other seeds of it are other users and weights, but the same films). It is held against "
-        "the curves: "
+        "other seeds of it are other users and weights, but the same films). Of the cases that "
+        f"nothing was chosen on the advice was right in {_count(others)}, size "
+        f"alone (*retrain* beyond {100 * LARGE_SHARE:g} % of the tokens, else *attenuate*) in "
+        f"{_count(by_size)}. Both are held against the curves: "
         f"*attenuate* where U-CAN (input or mlp) forgets at least {WORTH:g} times what shrinking "
         f"the adapter does at 5 %, else *influence* where that step forgets at least {ENOUGH:g} %, "
         "else *retrain*. *attenuate* says that U-CAN beats shrinking anything, not that it is the "

@@ -71,6 +71,7 @@ def section(results: Results) -> str:
         f"**All {len(documents)} cells** (a data set, a request and a seed each: "
         f"{_cells(documents)})\n",
         summary.over_all(documents),
+        "Cells: those with a state within 5 % on calibration users. "
         "First: nothing but retraining forgets more at that drop on retained interactions, as far "
         "as its curve goes (the two rows of several steps do not count against each other). The "
         "other columns belong to the strongest state that is within 5 % on calibration users, as "
@@ -78,13 +79,14 @@ def section(results: Results) -> str:
         "deleted interactions in %, less that of the adapter retrained there; seconds on one "
         "thread, sums of a bank at hand; AUC of the loss attack (0.5: cannot be told apart).\n",
         summary.judged_only(documents),
+        summary.asides(documents),
         "**By request**\n",
         summary.by_request(documents, lambda d: f"{d['data_set']}, {d['scenario']}"),
         summary.by_request(results.texts, lambda d: f"{d['model']}, {d['scenario']}")
         if results.texts
         else "",
         "A cell: drop of Recall@10 on deleted training interactions, in %, at a drop of 1 % / 5 % "
-        "on retained ones of users that nothing was tuned on; the mean over the seeds (≥: the "
+        "on retained ones of users that no setting was tuned on; the mean over the seeds (≥: the "
         "curve ends before; in brackets: the first state is beyond it). Bold: the most at 5 % in "
         "the row, retraining aside. Time, medians over the seeds: several steps / the best "
         "baseline / retraining.\n",
@@ -125,12 +127,12 @@ def overviews(documents: Sequence[Document]) -> str:
         parts.append(overview(data_set, together))
     parts.append(
         "A cell: drop of Recall@10 on deleted training interactions, in %, at a drop of 1 % / 5 % "
-        "on retained ones of users that nothing was tuned on; the mean over the seeds. Bold: the "
-        "most at 5 %, retraining aside. Times, medians over the seeds, are those to the strongest "
-        "state within 5 % on calibration users, one thread, sums of a bank at hand. In the step's "
-        "(the steps') time: what it forgets in the state within 5 %, and what the best baseline "
-        "that trains has forgotten after as many seconds, between its states, within 5 % as "
-        "well.\n"
+        "on retained ones of users that no setting was tuned on; the mean over the seeds. Bold: "
+        "the most at 5 %, retraining aside. Times, medians over the seeds, are those to the "
+        "strongest state within 5 % on calibration users, one thread, sums of a bank at hand. In "
+        "the step's (the steps') time: what it forgets in the state within 5 %, and what the best "
+        "baseline that trains has forgotten after as many seconds, between its states, within 5 % "
+        "as well.\n"
     )
     return "\n".join(parts)
 

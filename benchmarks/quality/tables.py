@@ -201,7 +201,7 @@ def heading(documents: Sequence[Document]) -> str:
 
 LEGEND = (
     "f@b: drop of Recall@10 (text prompts: MRR@10) on deleted training interactions (%) where the "
-    "method's curve reaches a drop of b % on retained ones, of users that nothing was tuned on; "
+    "method's curve reaches a drop of b % on retained ones, of users that no setting was tuned on; "
     "in brackets where the "
     "method's first state is beyond it already (a straight line from the original), with ≥ where "
     "the curve ends before. The other columns belong to the strongest state whose drop on "

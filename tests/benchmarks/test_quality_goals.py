@@ -52,6 +52,7 @@ def test_reached_and_missed():
         "**missed:** 1.95 (3.9 / 2.0 %)",
         "10.00 (20.0 / 2.0 %)",
         "0.50 s / 0.58 s",
+        "not run",
         "**missed:** 1 %",
         "0.50 s",
         "90 %",
@@ -71,6 +72,18 @@ def test_presets_are_held_to_what_they_did_with_their_search():
         "**missed:** 0.6 %",
         "**missed:** 1.6 s",
     ]
+
+
+def test_the_genre_as_delivered_is_held_against_gradient_descent_too():
+    """Its search included; of a request without curves there is nothing to hold it against."""
+    delivered = [
+        {**preset(31.0, seconds=seconds, seed=seed), "scenario": "genre"}
+        for seed, seconds in ((0, 0.5), (1, 0.7), (2, 9.0))
+    ]
+    (found,) = cells([case(), case(seed=1)], delivered)[4]
+    assert found == "**missed:** 0.5 s / 0.6 s; 0.7 s / 0.6 s"
+    assert cells([case()], delivered)[4] == ["0.5 s / 0.6 s"]
+    assert cells([case()], delivered[2:])[4] == ["not run"]
 
 
 def test_ratios_are_of_the_means_over_seeds():
@@ -111,7 +124,7 @@ def test_what_was_not_run_says_so():
     bare = case(data_set="bare")
     del bare["methods"][goals.DESCENT], bare["methods"]["U-CAN, mlp"]
     found = cells([case(), case("users", "pantry"), bare])
-    assert [row[1] for row in found] == ["not run"] * 9
+    assert [row[1] for row in found] == ["not run"] * 10
     missing = [row[2] == "not run" for row in found]
-    assert missing == [False, True, False, *[True] * 6]
+    assert missing == [False, True, False, *[True] * 7]
     assert goals.section([]) == ""

@@ -190,8 +190,11 @@ def test_all_cells_in_one_table(documents):
     assert not any(line.startswith("| SSD") for line in lines)  # failed everywhere
     at(documents[0], "NPO", 1.0, 50.0)
     text = summary.judged_only(documents)
-    # Several steps are first in all four; in one the best baseline's curve ended before.
-    assert text.startswith("In 1 of the 4 cells where several steps are first at 5 %")
+    # Several steps are first at 5 % in all four; in one the best baseline's curve ended before.
+    assert "(at 1 % in 0 of 0, at 5 % in 1 of 4): it might forget more" in text
+    for known, bound in (("between", 0), ("end", 1), ("first", 1)):
+        documents[0]["methods"]["NPO"]["at_budget"]["5"][1] = known
+        assert f"at 5 % in {bound} of 4)" in summary.judged_only(documents)
     # Only the second file has another seed than 0; the fifth is not there to be passed.
     assert "of the 1 other cells they are first in 0 at 1 % and in 1 at 5 %" in (
         summary.judged_only(documents)
@@ -201,6 +204,29 @@ def test_all_cells_in_one_table(documents):
     assert "of the 1 other cells" in summary.judged_only(chosen_on)
     assert summary.judged_only(documents[2:]) == ""
     assert set(summary.ROWS) | set(summary.BASELINES) <= {m.name for m in METHODS}
+
+
+def test_what_the_table_does_not_show_is_said(documents):
+    rivals = ("gradient ascent", "one plain gradient step", "influence, diagonals")
+    for found, steps in zip(documents, (3.0, 1.0, 5.0, 2.0), strict=True):
+        found["methods"]["retraining"] = row(80.0, 2.0)
+        found["methods"]["retraining"]["seconds"] = 2.0
+        found["methods"][STEPS]["seconds"] = steps
+        found["methods"] |= {name: row(1.0, 1.0) for name in ("gates", *rivals)}
+        for name, at_5 in zip(("gates", *rivals), (20.0, 10.0, 20.0, 30.0), strict=True):
+            at(found, name, 0.0, at_5)
+    documents[2]["scenario"] = documents[3]["scenario"] = "taste"
+    at(documents[3], "gates", 0.0, 40.0)
+    kinds = [found["scenario"] for found in documents]
+    text = summary.asides(documents)
+    assert f"1 of 2 cells of {kinds[0]} (up to 1.5 times), 1 of 2 cells of taste (up to 2.5" in text
+    assert "ascent in 4 of 4 cells, than one plain gradient step in 1 of 4 cells, than" in text
+    assert "diagonals in 1 of 4 cells" in text
+    for found in documents:
+        found["methods"][STEPS]["seconds"] = 1.0
+    assert "longer than retraining in no cell" in summary.asides(documents)
+    del documents[0]["methods"][STEPS], documents[1]["methods"]["gates"]
+    assert "diagonals in 1 of 3 cells" in summary.asides(documents)
 
 
 def test_a_row_per_request(documents):
@@ -399,7 +425,7 @@ def test_presets_as_delivered_and_the_count_of_right_advice(documents):
                 "best": {**row, "seconds": 2.0},
                 "thorough": {**row, "drops": {"forget": 70.0, "retain": -3.0}, "seconds": 40.0},
             },
-            "guidance": {"recommendation": advice},
+            "guidance": {"recommendation": advice, "forget_share": 0.1},
         }
 
     results = Results(
@@ -414,3 +440,9 @@ def test_presets_as_delivered_and_the_count_of_right_advice(documents):
     assert '| `"thorough"` | 3 | 70 [70, 70] |' in section(results)
     assert "| influence | - |" in text  # nothing to hold it against
     assert "right in 0 of 1 cases of ml-100k, and in 1 of 1 that" in text
+    # Of the one case that nothing was chosen on: a tenth of the tokens is not beyond a tenth.
+    assert "chosen on the advice was right in 0 of 1, size alone" in text
+    assert "else *attenuate*) in 1 of 1." in text
+    larger = delivered(1, "retrain")
+    larger["guidance"]["forget_share"] = 0.101
+    assert "else *attenuate*) in 0 of 1." in page(Results(documents, [larger]))
