@@ -345,6 +345,8 @@ def test_every_option_that_names_a_field_sets_it(name):
         "influence_variant": "diagonal",
         "influence_steps": 3,
         "influence_batches": 2,
+        "influence_rank": 8,
+        "influence_blocks": 1,
         "site": "mlp",
         "contrast": "none",
         "decay": "linear",
@@ -1601,6 +1603,27 @@ def test_a_bank_of_factors_a_holdout_and_a_second_request(project, out):
     )
     assert code == 1
     assert "is an unlearned adapter already" in err
+
+
+@pytest.mark.parametrize(
+    ("variant", "option", "value"), [("eigenbasis", "rank", "2"), ("last-blocks", "blocks", "1")]
+)
+def test_a_bank_of_another_size_than_the_default(project, out, variant, option, value):
+    bank = out.parent / "bank.safetensors"
+    size = ["--factors", variant, f"--{option}", value]
+    assert run(project, "collect", *size, data="all.jsonl", out=bank)[0] == 0
+    flags = ["--method", "influence", "--influence-variant", variant, "--strength", "0.1"]
+    paths = {"retain": None, "bank": bank}
+    code, _, err = unlearn(project, out, *flags, "--no-evaluate", **paths)
+    assert code == 1
+    assert f"{option}=" in err
+    flags += ["--no-evaluate", f"--influence-{option}", value]
+    assert unlearn(project, out, *flags, **paths)[0] == 0
+    other = ["--factors", "diagonal", f"--{option}", value]
+    code, _, err = run(project, "collect", *other, "--overwrite", data="all.jsonl", out=bank)
+    assert code == 2
+    assert f"--{option} is for --factors {variant}" in err
+    assert run(project, "collect", f"--{option}", value, data="all.jsonl", out=bank)[0] == 2
 
 
 def test_a_bank_of_the_other_kind_is_refused(project, out):

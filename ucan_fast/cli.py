@@ -28,6 +28,8 @@ FIELDS = {
     "influence_variant": str,
     "influence_steps": int,
     "influence_batches": int,
+    "influence_rank": int,
+    "influence_blocks": int,
     "site": str,
     "contrast": str,
     "decay": str,
@@ -38,7 +40,10 @@ FIELDS = {
 #: Of these, what one method alone reads.
 _READ_BY = {
     "attenuate": ("site", "contrast", "decay", "fraction"),
-    "influence": ("influence_variant", "influence_steps", "influence_batches"),
+    "influence": (
+        *("influence_variant", "influence_steps", "influence_batches"),
+        *("influence_rank", "influence_blocks"),
+    ),
 }
 # The options that name what a command reads.
 _INPUTS = (
@@ -191,6 +196,10 @@ def _collect(arguments: argparse.Namespace) -> int:
         return _usage(
             "collect", "--sites are of activation statistics; leave it out with --factors"
         )
+    sizes = {"rank": ("eigenbasis", arguments.rank), "blocks": ("last-blocks", arguments.blocks)}
+    for option, (variant, value) in sizes.items():
+        if value is not None and arguments.factors != variant:
+            return _usage("collect", f"--{option} is for --factors {variant}: leave it out")
     from .collect import collect
     from .factor_pass import collect_factors
 
@@ -200,6 +209,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     data = _read(arguments, arguments.data, model, tokenizer)
     options = {"group": arguments.group, "progress": _progress(arguments)}
     if arguments.factors is not None:
+        options |= {name: value for name, (_, value) in sizes.items() if value is not None}
         factors = collect_factors(model, data, variant=arguments.factors, **options)
         factors.save(out)
         print(
@@ -457,6 +467,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VARIANT",
         help="measure gradients and Kronecker factors instead, for unlearn --method influence: "
         "all (default), b-only, last-blocks, eigenbasis or diagonal; for --method gates: diagonal",
+    )
+    collect.add_argument(
+        "--rank", type=_positive, help="eigenpairs kept of --factors eigenbasis (default: 32)"
+    )
+    collect.add_argument(
+        "--blocks", type=_positive, help="blocks that --factors last-blocks takes (default: 2)"
     )
     collect.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     collect.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
