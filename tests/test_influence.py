@@ -85,7 +85,8 @@ def test_a_factor_between_the_scaling_and_b_moves_the_product_alike(variant):
             layer.scaling["default"] *= times
             layer.lora_B["default"].weight /= times
     plans = [
-        make_influence_plan(each, *sets(each, variant=collected), config) for each in (model, other)
+        make_influence_plan(each, *sets(each, variant=collected, rank=8), config)
+        for each in (model, other)
     ]
     wanted, got = products(plans[0], 1.0), products(plans[1], times)
     for key, value in wanted.items():
