@@ -523,24 +523,25 @@ def findings_of(rounding=None, relearning=None) -> Audit:
     ("known", "ours", "theirs", "words"),
     [
         (1.0, (3.0, 2.5), None, ["3 -> 2.5", "original 1", "25 % of the rise", "Without a retr"]),
-        (
-            1.0,
-            (3.0, 2.5),
-            (3.0, 2.8),
-            ["3 -> 2.8", "fell by 0.5 ", "by 0.2:", "hidden, not removed"],
-        ),
-        (1.0, (3.0, 2.8), (3.0, 2.5), ["3 -> 2.5", "fell by 0.2 ", "by 0.5:", "never known"]),
+        (1.0, (3.0, 2.5), (3.0, 2.8), ["retrained adapter's: 3 -> 2.8", "was hidden"]),
+        (1.0, (3.0, 2.8), (3.0, 2.5), ["retrained adapter's: 3 -> 2.5", "never knew them"]),
         # A hundredth of the NLL decides nothing.
-        (1.0, (3.0, 2.5), (3.0, 2.52), ["never known"]),
+        (1.0, (3.0, 2.5), (3.0, 2.52), ["never knew them"]),
+        # Driven far beyond, it falls fast, and is no better known for that.
+        (1.0, (20.0, 6.0), (3.0, 2.5), ["74 %", "never knew them"]),
+        (1.0, (20.0, 2.0), (3.0, 2.5), ["was hidden"]),
         (1.0, (3.0, 0.9), None, ["all of the rise is back"]),
         (1.0, (3.0, 3.0), None, ["nothing of the rise is back"]),
         # The steps themselves did harm: no verdict, whatever the retrained adapter does.
         (1.0, (3.0, 4.0), None, ["made them dearer"]),
         (1.0, (3.0, 4.0), (3.0, 4.5), ["made them dearer", "did harm"]),
         (1.0, (3.0, 4.0), (3.0, 2.5), ["made them dearer", "did harm"]),
-        (1.0, (3.0, 3.0), (3.0, 3.0), ["lowered neither"]),
+        (1.0, (3.0, 2.5), (3.0, 8.0), ["did harm"]),
+        (1.0, (3.0, 3.0), (3.0, 3.0), ["hardly moved"]),
+        (1.0, (12.0, 12.1), (3.0, 2.0), ["hardly moved"]),
+        (0.0, (0.0, 0.0), None, ["no more than the original"]),
         # Nothing was forgotten: no reassurance.
-        (1.0, (1.001, 0.5), None, ["hardly more than the original"]),
+        (1.0, (1.001, 0.5), None, ["no more than the original, or hardly more"]),
         (1.0, (1.5, 1.2), (3.0, 2.0), ["60 %", "not forgotten them as retraining does"]),
         (math.nan, (3.0, 2.0), None, ["not comparable"]),
         (1.0, (3.0, 2.0), (math.inf, 2.0), ["not comparable"]),
@@ -550,20 +551,28 @@ def test_what_relearning_means(known, ours, theirs, words):
     text = findings_of(relearning=(known, ours, theirs)).meanings["relearning"]
     for word in words:
         assert word in text
-    assert ("never known" in text) == ("never known" in words)
+    for verdict in ("never knew them", "was hidden"):
+        assert (verdict in text) == (verdict in words)
 
 
 def test_what_rounding_means():
     """The original is rounded, too: int4 alone may cost as much as unlearning did."""
-    known = {"unrounded": 1.0, "fp16": 1.0, "bf16": 1.2, "int8": 2.0, "int4": 2.7}
-    ours = {"unrounded": 3.0, "fp16": 3.0, "bf16": 2.2, "int8": 5.0, "int4": 2.6}
+    known = {"unrounded": 1.0, "fp16": 1.0, "bf16": 1.2, "int8": 1.5, "int4": 2.7}
+    ours = {"unrounded": 3.0, "fp16": 3.0, "bf16": 2.2, "int8": 1.4, "int4": 2.6}
     found = findings_of(rounding={"original": known, "unlearned": ours}).meanings
     assert found["rounding/fp16"].endswith("100 % is left of what lies between them")
     assert found["rounding/bf16"] == (
         "forget NLL 3 -> 2.2 nats, the original's 1 -> 1.2; 50 % is left of what lies between them"
     )
-    assert found["rounding/int8"].endswith("150 % is left of what lies between them")
-    assert found["rounding/int4"].endswith("rounded, it is not unlearned")
+    assert found["rounding/int8"].endswith("rounded, it is not unlearned")
+    assert found["rounding/int4"].endswith(
+        "rounding costs the original 1.7 nats itself, unlearning 2: nothing tells what is left"
+    )
+    further = findings_of(rounding={"original": known, "unlearned": {**ours, "fp16": 3.2}})
+    assert further.meanings["rounding/fp16"].endswith("more lies between them than before")
+    nothing = dict.fromkeys(known, 0.0)
+    text = findings_of(rounding={"original": nothing, "unlearned": nothing}).meanings
+    assert "nothing that rounding could undo" in text["rounding/int8"]
     same = findings_of(rounding={"original": known, "unlearned": known}).meanings
     assert all(
         "next to nothing that rounding could undo" in same[f"rounding/{p}"] for p in PRECISIONS

@@ -391,13 +391,13 @@ def test_a_budget_that_nothing_is_searched_in_is_no_silent_wish(project, out):
     budget = ["--max-retain-loss-increase", "0.001"]
     code, _, err = unlearn(project, out, "--strength", "8", *budget)
     assert code == 2
-    assert "with --strength 8 nothing is searched" in err
+    assert "with a strength of 8 nothing is searched" in err
     config = out.parent / "config.json"
     config.parent.mkdir(exist_ok=True)
     config.write_text('{"strength": 2.5}')
     code, _, err = unlearn(project, out, *budget, config=config)
     assert code == 2
-    assert "with --strength 2.5 nothing is searched" in err
+    assert "with a strength of 2.5 nothing is searched" in err
     assert not out.exists()
     assert unlearn(project, out, *budget, "--strength", "auto", config=config)[0] == 0
 

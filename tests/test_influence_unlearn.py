@@ -384,10 +384,19 @@ def test_a_budget_of_everything_says_so():
 
 def test_a_step_that_ends_below_blind_guessing_says_nothing_of_it():
     model = trained()
-    plan = uf.unlearn(
-        model, forget=forget_batches(), retain=retain_batches(), config=AUTO, evaluate=False
-    ).plan
+    data = {"retain": retain_batches(), "evaluate": False}
+    plan = uf.unlearn(model, forget=forget_batches(), **data, config=AUTO).plan
     assert mean_nll(model, forget_batches(), "forget") < math.log(40)
+    assert "blind guessing" not in plan.note
+    # Nor what was beyond it before, nor where never-seen data say what is too much.
+    unknown = random_batches(3, count=8)
+    assert mean_nll(trained(), unknown, "forget") > math.log(40)
+    plan = uf.unlearn(trained(), forget=unknown, **data, config=AUTO).plan
+    assert "blind guessing" not in plan.note
+    config = AUTO.replace(max_retain_loss_increase=1e6, trust_region=1e6)
+    model = trained()
+    plan = uf.unlearn(model, forget=forget_batches(), **data, config=config, holdout=50.0).plan
+    assert mean_nll(model, forget_batches(), "forget") > math.log(40)
     assert "blind guessing" not in plan.note
 
 
@@ -404,6 +413,10 @@ def test_the_report_says_what_the_search_was_held_against():
     report = uf.unlearn(trained(), **data, **held).report
     assert report.request["never_seen_nats"] is None
     assert report.request["budget_measured_on"] == "calibration batches"
+    # A bank alone: nothing to measure a budget on, so nothing was searched in one.
+    bank = uf.collect(trained(), [*forget_batches(), *retain_batches()])
+    report = uf.unlearn(trained(), forget=forget_batches(), bank=bank, evaluate=False).report
+    assert report.request["budget_measured_on"] is None
     for config, source in ((AUTO, "a sample of the retain data"), (FIXED, None)):
         report = uf.unlearn(trained(), **data, config=config).report
         assert report.request["budget_measured_on"] == source
@@ -415,7 +428,7 @@ def test_a_bank_of_another_rank_is_refused():
     bank = uf.collect_factors(model, data, variant="eigenbasis", rank=2)
     config = FIXED.replace(influence_variant="eigenbasis", influence_rank=4)
     options = {"forget": forget_batches(), "bank": bank, "evaluate": False}
-    with pytest.raises(uf.UcanError, match=r"hold 2 eigenpairs .* influence_rank=4; set it to 2"):
+    with pytest.raises(uf.UcanError, match=r"hold 2 eigenpairs each.*_rank=4; set it to 2"):
         uf.unlearn(model, **options, config=config)
     assert not uf.unlearn(model, **options, config=config.replace(influence_rank=2)).plan.is_noop
     # More than there are: all of them.

@@ -30,7 +30,7 @@ from .reversible import ReversiblePlan
 
 #: Of an NLL: what differs by less of it counts as the same.
 MARGIN = 0.01
-_HARDLY_DEARER = "they cost the unlearned adapter hardly more than the original"
+_HARDLY_DEARER = "they cost the unlearned adapter no more than the original, or hardly more"
 
 # The name in PEFT of every adapter but the original.
 _NAMES = {"unlearned": "ucan_fast_audited", "retrained": "ucan_fast_retrained"}
@@ -138,11 +138,19 @@ class Audit:
         gap, left = (ours[p] - known[p] for p in ("unrounded", precision))
         if not (math.isfinite(gap) and math.isfinite(left)):
             return text + "not comparable"
-        if gap < MARGIN * known["unrounded"]:
+        if gap <= MARGIN * known["unrounded"]:
             return text + f"{_HARDLY_DEARER}: there is next to nothing that rounding could undo"
+        cost = known[precision] - known["unrounded"]
+        if cost > gap / 2:
+            return text + (
+                f"rounding costs the original {cost:.4g} nats itself, unlearning {gap:.4g}: "
+                "nothing tells what is left"
+            )
         share = 100 * left / gap
         if share < 0.5:
             return text + "nothing is left of what lies between them: rounded, it is not unlearned"
+        if share > 105:
+            return text + "more lies between them than before"
         return text + f"{share:.0f} % is left of what lies between them"
 
 
@@ -357,7 +365,7 @@ def _returned(known: float, before: float, after: float) -> str:
         return "not comparable"
     if after > before + MARGIN * before:
         return "the steps made them dearer, and so tell nothing of what is hidden: try fewer"
-    if before - known < MARGIN * known:
+    if before - known <= MARGIN * known:
         return f"{_HARDLY_DEARER}: there is next to nothing that could come back"
     share = 100 * (before - after) / (before - known)
     if share >= 99.5:
@@ -366,27 +374,32 @@ def _returned(known: float, before: float, after: float) -> str:
 
 
 def _beside_retrained(ours: Relearning, theirs: Relearning) -> str:
-    """What the same steps on both adapters say."""
+    """What the same steps on both adapters say.
+
+    By the levels, not by how far they fell: what was driven far beyond the retrained adapter's
+    falls fast, and may still be known no better than there.
+    """
     figures = (ours.nll_before, ours.nll_after, theirs.nll_before, theirs.nll_after)
     if not all(map(math.isfinite, figures)):
         return "not comparable"
     margin = MARGIN * theirs.nll_before
-    fell, anew = (r.nll_before - r.nll_after for r in (ours, theirs))
     if ours.nll_before < theirs.nll_before - margin:
         return (
             "before any step the unlearned one knows them better than the retrained one, so it has "
             "not forgotten them as retraining does"
         )
-    if max(fell, anew) < margin or fell < -MARGIN * ours.nll_before:
-        return "the steps lowered neither or did harm, and so tell nothing of what is hidden"
-    if fell > anew + margin:
+    if any(r.nll_after > r.nll_before + MARGIN * r.nll_before for r in (ours, theirs)):
+        return "the steps did harm, and so tell nothing of what is hidden"
+    if ours.nll_after > ours.nll_before - MARGIN * ours.nll_before:
+        return "the steps hardly moved the unlearned one, and so tell nothing of what is hidden"
+    if ours.nll_after < theirs.nll_after - margin:
         return (
-            f"the unlearned one's fell by {fell:.4g} nats, that one's by {anew:.4g}: faster than "
-            "there, a sign that knowledge was hidden, not removed"
+            "after the same steps the unlearned one knows them better than the retrained one, a "
+            "sign that knowledge was hidden, not removed"
         )
     return (
-        f"the unlearned one's fell by {fell:.4g} nats, that one's by {anew:.4g}: nothing returns "
-        "faster than what was never known"
+        "after the same steps the unlearned one knows them no better than the retrained one, which "
+        "never knew them"
     )
 
 

@@ -683,8 +683,8 @@ def _unread(arguments: argparse.Namespace, start: UcanConfig) -> str:
     strength = start.strength if arguments.strength is None else arguments.strength
     if arguments.max_retain_loss_increase is not None and strength != "auto":
         return (
-            "--max-retain-loss-increase is the budget that --strength auto searches in; with "
-            f"--strength {strength:g} nothing is searched: leave one of them out"
+            "--max-retain-loss-increase is the budget that --strength auto searches in; with a "
+            f"strength of {strength:g} nothing is searched: leave one out, or give --strength auto"
         )
     return ""
 

@@ -185,10 +185,10 @@ def factor_memory(
 ) -> dict[str, int]:
     """Bytes that the factors of every variant take for one set of tokens; nothing is run.
 
-    A request beside a bank holds three sets: the bank's, the forget set's and what is left. Not
-    counted: fp64 gradients, 8 bytes per weight of A and B a set, and what a solve takes for a
-    while, 16 bytes per element of the largest factor. An eigenbasis is made from full factors: its
-    peak is that of ``"all"``.
+    A request beside a bank holds three sets: the bank's, the forget set's and what is left (of an
+    eigenbasis, from which nothing is subtracted, the bank's alone). Not counted: fp64 gradients, 8
+    bytes per weight of A and B a set, and what a solve takes for a while, 16 bytes per element of
+    the largest factor. An eigenbasis is made from full factors: its peak is that of ``"all"``.
 
     C_x is counted once for layers that are known by their names to read the same tensor.
     """

@@ -446,16 +446,18 @@ def of_variant(retain: InfluenceFactors, config: UcanConfig) -> InfluenceFactors
 
 
 def _check_rank(retain: InfluenceFactors, rank: int) -> None:
-    for name, layer in retain.layers.items():
-        for factor in (layer.c_x, layer.s_h):
-            if factor is None:
-                continue
-            size, kept = factor.vectors.shape
-            if kept != min(rank, size):
-                raise UcanError(
-                    f"the retain factors hold {kept} eigenpairs ({name}), the configuration wants "
-                    f"influence_rank={rank}; set it to {kept}, or collect them with rank={rank}."
-                )
+    shapes = [
+        factor.vectors.shape
+        for layer in retain.layers.values()
+        for factor in (layer.c_x, layer.s_h)
+        if factor is not None
+    ]
+    if any(kept != min(rank, size) for size, kept in shapes):
+        most = max(kept for _, kept in shapes)
+        raise UcanError(
+            f"the retain factors hold {most} eigenpairs each, the configuration wants "
+            f"influence_rank={rank}; set it to {most}, or collect them with rank={rank}."
+        )
 
 
 def _check_sets(targets: list[Target], forget: InfluenceFactors, retain: InfluenceFactors) -> None:

@@ -197,7 +197,7 @@ def search_step(
             f"budget of {100 * search.budget:g} % retain loss."
         )
     cost = costs.get(search.chosen, 0.0)
-    if cost > blind:
+    if before.mean <= blind < cost and ceiling == math.inf:
         # The rise that is predicted is at most ln V, the rise that comes may be more.
         beyond = (
             f"The forget set now costs {cost:.2f} nats per token, more than blind guessing "

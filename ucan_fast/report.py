@@ -226,7 +226,8 @@ class DeletionReport:
                 f"{change['matrices']} matrices ({change['parameters']} parameters) moved by "
                 f"{self._steps_text}{self._from_text}, variant `{change['variant']}`, whose "
                 f"{self._rise_text} of the forget NLL is {change['strength']:.4g} nats per token. "
-                "Factors of one set of tokens (a request beside a bank holds three): "
+                "Factors of one set of tokens (a request beside a bank holds three, of an "
+                "eigenbasis one): "
                 + ", ".join(f"`{name}` {size / 2**20:.3g} MiB" for name, size in memory.items())
                 + "."
             )

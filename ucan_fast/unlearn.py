@@ -157,7 +157,7 @@ def unlearn(
                     "forget_sequences": job.sequences["forget"],
                     "retain_from": "bank" if bank is not None else "batches",
                     "includes_previous_requests": previous is not None,
-                    "budget_measured_on": _measured_on(calibration, config),
+                    "budget_measured_on": _measured_on(job, calibration),
                     "never_seen_nats": job.ceiling if job.ceiling < math.inf else None,
                     "adapter": adapter,
                 },
@@ -245,9 +245,9 @@ def _add_notes(job: Job, request: Request, measured: bool) -> None:
         warn(job.notes["untouched"])
 
 
-def _measured_on(calibration: Any, config: UcanConfig) -> str | None:
-    """What the retain budget rests on; None where nothing is searched within one."""
-    if not config.auto_strength:
+def _measured_on(job: Job, calibration: Any) -> str | None:
+    """What the retain budget rests on; None where nothing was searched within one."""
+    if job.search is None:
         return None
     if calibration is None:
         return "a sample of the retain data"
