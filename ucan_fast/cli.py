@@ -670,7 +670,7 @@ def _read(
 
 
 def _unread(arguments: argparse.Namespace, start: UcanConfig) -> str:
-    """What is wrong with options that the chosen method does not read, or ""."""
+    """What is wrong with options that the chosen method, or its fixed strength, does not read."""
     method = arguments.method or start.method
     for reader, names in _READ_BY.items():
         given = [f"--{_option(n)}" for n in names if getattr(arguments, n) is not None]

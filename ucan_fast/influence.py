@@ -349,8 +349,7 @@ class Direction:
 
     def solve(self, target: Target, gradient: torch.Tensor) -> torch.Tensor:
         """F⁻¹ of one matrix's gradient, fp64."""
-        left, right = ("s_z", "c_x") if target.which == "A" else ("s_h", "c_z")
-        solve_left, solve_right = self._solver(target, left), self._solver(target, right)
+        solve_left, solve_right = (self._solver(target, which) for which in _sides(target))
         # Where the retain set has no curvature at all there is nothing to measure a step by.
         if solve_left is None or solve_right is None:
             return torch.zeros_like(gradient)
@@ -359,7 +358,7 @@ class Direction:
 
     def solves(self, target: Target) -> tuple[_Solve, _Solve]:
         """What is solved for a matrix, from the left and from the right; others may share it."""
-        left, right = ("s_z", "c_x") if target.which == "A" else ("s_h", "c_z")
+        left, right = _sides(target)
         return self._solve_of(target, left), self._solve_of(target, right)
 
     def drop(self, solves: Iterable[_Solve]) -> None:
@@ -386,6 +385,10 @@ class Direction:
                 "use another influence_variant."
             )
         return factors[0] if len(factors) == 1 else sum(factors[1:], start=factors[0])
+
+
+def _sides(target: Target) -> tuple[str, str]:
+    return ("s_z", "c_x") if target.which == "A" else ("s_h", "c_z")
 
 
 def targets_of(model: nn.Module, adapter: str, config: UcanConfig) -> list[Target]:
