@@ -31,7 +31,7 @@ import importlib.util
 import os
 import sys
 
-__all__ = ["SHIPPED", "TMA_CAPABILITY", "availability", "fused_linear_wins", "obstacle"]
+__all__ = ["SHIPPED", "TMA_CAPABILITY", "availability", "obstacle"]
 
 #: The kernels' files.
 SHIPPED: tuple[str, ...] = ("moments", "shrink", "expand", "fused_linear", "scores", "attenuate")
@@ -61,19 +61,6 @@ def obstacle(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"the kernels have not been written for {device_type} tensors"
     return None
-
-
-def fused_linear_wins(device: object, dtype: object, n: int, k: int) -> bool:
-    """Whether a committed measurement says that ``fused_linear`` beats cuBLAS and ``expand``.
-
-    Args:
-        device: the ``torch.device`` of x.
-        dtype: of x and the base weight ``[n, k]``.
-    """
-    from .tuning import FUSED_LINEAR_WINS, gpu_of
-
-    # Asked at every call of a layer: the name of the GPU only where it can matter.
-    return bool(FUSED_LINEAR_WINS) and (gpu_of(device), dtype, n, k) in FUSED_LINEAR_WINS
 
 
 def availability() -> dict[str, object]:

@@ -194,6 +194,17 @@ def rows(kernel: str) -> Iterator[tuple[str, Hashable, Config, tuple[int, ...]]]
         yield gpu, key, dict(row), CAPABILITIES if gpu == "default" else (GPUS[gpu][1],)
 
 
+def fused_linear_wins(device: torch.device, dtype: torch.dtype, n: int, k: int) -> bool:
+    """Whether a committed measurement says that ``fused_linear`` beats cuBLAS and ``expand``.
+
+    Args:
+        device: of x.
+        dtype: of x and the base weight ``[n, k]``.
+    """
+    # Asked at every call of a layer: the name of the GPU only where it can matter.
+    return bool(FUSED_LINEAR_WINS) and (gpu_of(device), dtype, n, k) in FUSED_LINEAR_WINS
+
+
 def gpu_of(device: torch.device | None) -> str:
     """``"h100"``, ...; ``"default"`` for an unknown GPU and for anything that is none."""
     if device is None or device.type != "cuda":

@@ -1217,8 +1217,8 @@ MUTATIONS: list[Mutation] = [
         ),
         (
             "always wanted",
-            'switch == "auto" and not kernels.fused_linear_wins',
-            'switch == "never" and not kernels.fused_linear_wins',
+            'switch == "auto" and not tuning.fused_linear_wins',
+            'switch == "never" and not tuning.fused_linear_wins',
         ),
     ),
     *_mutations(

@@ -262,7 +262,9 @@ def _launches_decide(layer: nn.Module, x: Any) -> bool:
 def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # PEFT casts x to the adapter's dtype. Widening is exact, so the product may do it on the fly;
     # narrowing is not, and what the statistics describe is the narrowed x.
-    return x if torch.promote_types(x.dtype, dtype) == dtype else x.to(dtype)
+    if x.dtype == dtype or torch.promote_types(x.dtype, dtype) == dtype:
+        return x
+    return x.to(dtype)
 
 
 def _product_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

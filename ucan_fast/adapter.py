@@ -102,6 +102,8 @@ class _Walk:
     layers: dict[str, list[LoraLayer]]
     # As in _kept.
     hashed: dict[str, tuple[bytes, str]]
+    # What fingerprint says of values, per adapter, and all that it depends on.
+    labels: dict[str, tuple[list, list[str]]]
 
 
 # What fingerprint hashed last, per model and adapter, and the digest.
@@ -132,7 +134,7 @@ def one_walk(model: nn.Module) -> Iterator[None]:
         yield
         return
     found = _walk(model)
-    token = _walked.set(_Walk(model, found, _with_lora(found), {}, {}))
+    token = _walked.set(_Walk(model, found, _with_lora(found), {}, {}, {}))
     try:
         yield
     finally:
@@ -414,22 +416,9 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
     """
     model = unwrap(model)
     layers = [(name, m) for name, m in tuner_layers(model) if adapter in _adapters_of(m)]
-    weights = [_weights_of(module, adapter) for _, module in layers]
-    for (name, _), named in zip(layers, weights, strict=True):
-        for key, weight in named:
-            if weight.is_meta:
-                raise UcanError(
-                    f"{name} ({key}): its weights are on the meta device (offloaded); load the "
-                    "adapter's values onto a real device first."
-                )
-    values = [weight for named in weights for _, weight in named]
-    text, labels = json.dumps(_base_identity(model), sort_keys=True), []
-    for (name, module), named in zip(layers, weights, strict=True):
-        text += f"{name}|{float(module.scaling.get(adapter, 1.0))!r}"
-        for key, weight in named:
-            labels.append(f"{text}|{key}{tuple(weight.shape)}")
-            text = ""
-    labels.append(text)
+    named = [_weights_of(module, adapter) for _, module in layers]
+    values = [weight for weights in named for _, weight in weights]
+    labels = _labels(model, adapter, layers, named)
     # Taken out: what no longer fits leaves the GPU before anything new comes.
     last = _kept_on_device.pop(model, None)
     size = sum(value.nbytes for value in values)
@@ -443,6 +432,36 @@ def fingerprint(model: nn.Module, adapter: str) -> str:
         last = adapter, layout, copies, _digest(model, adapter, labels, values)
     _kept_on_device[model] = last
     return last[3]
+
+
+def _labels(
+    model: nn.Module,
+    adapter: str,
+    layers: _Named,
+    named: list[list[tuple[str, torch.Tensor]]],
+) -> list[str]:
+    """What is hashed before each value, and what after the last one."""
+    known = _walk_of(model)
+    memory = {} if known is None else known.labels
+    scalings = [(name, float(module.scaling.get(adapter, 1.0))) for name, module in layers]
+    # All that the labels say, and whether each weight has a value.
+    says = [scalings, [(key, w.shape, w.is_meta) for weights in named for key, w in weights]]
+    if adapter in memory and memory[adapter][0] == says:
+        return memory[adapter][1]
+    text, labels = json.dumps(_base_identity(model), sort_keys=True), []
+    for (name, scaling), weights in zip(scalings, named, strict=True):
+        text += f"{name}|{scaling!r}"
+        for key, weight in weights:
+            if weight.is_meta:
+                raise UcanError(
+                    f"{name} ({key}): its weights are on the meta device (offloaded); load the "
+                    "adapter's values onto a real device first."
+                )
+            labels.append(f"{text}|{key}{tuple(weight.shape)}")
+            text = ""
+    labels.append(text)
+    memory[adapter] = says, labels
+    return labels
 
 
 def _digest(model: nn.Module, adapter: str, labels: list[str], weights: list[torch.Tensor]) -> str:
@@ -621,7 +640,9 @@ def _weights_of(module: nn.Module, adapter: str) -> list[tuple[str, torch.Tensor
             own = holders[attribute]._modules[adapter]
             # named_parameters, where there are modules inside, takes ten times as long.
             named = own.named_parameters() if own._modules else own._parameters.items()
-            found += [(f"{attribute}.{k}", v) for k, v in named if v is not None]
+            for key, weight in named:
+                if weight is not None:
+                    found.append((f"{attribute}.{key}", weight))
     for attribute in ("lora_embedding_A", "lora_embedding_B"):
         if attribute in holders and adapter in holders[attribute]:
             found.append((attribute, holders[attribute][adapter]))

@@ -300,57 +300,57 @@ class _Recorder:
         self, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """z and its moments, for the fused forward, and what its expand has to record."""
-        groups = self._begin_call(x)
+        groups, only_group = self._begin_call(x)
         shared = self._shared_input(x)
         if shared is None or not shared.holds(self.layer.name, dtype):
-            shared = self._shrink_together(x, a, groups, dtype, shared)
+            shared = self._shrink_together(x, a, groups, only_group, dtype, shared)
         z, rank_moments = shared.ready.pop(self.layer.name)
         if shared.moments is not None:
-            self.totals["input"] += shared.moments
+            self.totals["input"].add_(shared.moments)
         if rank_moments is not None:
-            self.totals["rank"] += rank_moments
-        if "output" not in self.totals:
+            self.totals["rank"].add_(rank_moments)
+        delta_moments = self.totals.get("output")
+        if delta_moments is None:
             return z, {}
-        return z, {
-            "groups": groups,
-            "only_group": self.pass_.tokens[self.role].only_group,
-            "delta_moments": self.totals["output"],
-        }
+        return z, {"groups": groups, "only_group": only_group, "delta_moments": delta_moments}
 
     def _shrink_together(
         self,
         x: torch.Tensor,
         a: torch.Tensor,
         groups: torch.Tensor,
+        only_group: int | None,
         dtype: torch.dtype,
         shared: _SharedInput | None,
     ) -> _SharedInput:
         """One shrink for this layer and its companions, and x's moments unless they are known."""
         # An input that can change unnoticed is used for one layer only.
         alone = shared is not None or x.is_inference()
-        together = [self] if alone else [self, *self.companions]
-        stacked = [a, *(recorder.layer.a for recorder in together[1:])]
+        together = [] if alone else self.companions
+        stacked = [a, *(recorder.layer.a for recorder in together)]
+        ranks = [len(each) for each in stacked]
         fresh = shared is None and "input" in self.totals
         moments = torch.zeros_like(self.totals["input"]) if fresh else None
-        ranks = [a.shape[0] for a in stacked]
         rank_moments = None
         if "rank" in self.totals:
             rank_moments = self.totals["rank"].new_zeros(2, 2, sum(ranks))
         z = ops.shrink(
             x,
-            stacked[0] if len(stacked) == 1 else torch.cat(stacked),
+            torch.cat(stacked) if together else a,
             dtype=dtype,
             groups=groups,
-            only_group=self.pass_.tokens[self.role].only_group,
+            only_group=only_group,
             input_moments=moments,
             rank_moments=rank_moments,
         )
         if shared is None:
-            shared = _SharedInput(x, self.role, moments)
-            self.pass_.shared = shared
+            self.pass_.shared = shared = _SharedInput(x, self.role, moments)
+        if not together:
+            shared.ready[self.layer.name] = (z, rank_moments)
+            return shared
         parts = z.split(ranks, -1)
         sums = [None] * len(ranks) if rank_moments is None else rank_moments.split(ranks, -1)
-        for recorder, part, total in zip(together, parts, sums, strict=True):
+        for recorder, part, total in zip((self, *together), parts, sums, strict=True):
             shared.ready[recorder.layer.name] = (part, total)
         return shared
 
@@ -405,7 +405,7 @@ class _Recorder:
             self._plain_step(x, z)
 
     def _plain_step(self, x: torch.Tensor, z: torch.Tensor) -> None:
-        groups = self._begin_call(x)
+        groups, _ = self._begin_call(x)
         if "input" in self.totals:
             shared = self._shared_input(x)
             if shared is None:
@@ -423,14 +423,16 @@ class _Recorder:
         only = self.pass_.tokens[self.role].only_group
         ops.accumulate_moments(h, groups, total, only_group=only)
 
-    def _begin_call(self, x: torch.Tensor) -> torch.Tensor:
+    def _begin_call(self, x: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """Count the call; the groups of its tokens, and the only one of them if it is but one."""
         groups = self._flat_groups(x)
         self.calls += 1
         self.last_batch = self.pass_.batches
-        forget, retain = self.pass_.tokens[self.role].count
+        tokens = self.pass_.tokens[self.role]
+        forget, retain = tokens.count
         self.count[0] += forget
         self.count[1] += retain
-        return groups
+        return groups, tokens.only_group
 
     def _flat_groups(self, h: torch.Tensor) -> torch.Tensor:
         tokens, shape = self.pass_.tokens[self.role], h.shape[:-1]

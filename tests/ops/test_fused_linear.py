@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 import ucan_fast as uf
 from ucan_fast import UcanError, kernels, ops
+from ucan_fast.kernels import tuning
 
 S = 1.25
 
@@ -236,7 +237,7 @@ def test_nobody_unless_measured_or_asked_for(monkeypatch, calls):
     assert not ops.fused_linear_wanted(x, weight)
     with ops.use_backend("triton"):
         assert not ops.fused_linear_wanted(x, weight), "nobody measured that it wins"
-    monkeypatch.setattr(kernels, "fused_linear_wins", lambda *args: True)
+    monkeypatch.setattr(tuning, "fused_linear_wins", lambda *args: True)
     assert not ops.fused_linear_wanted(x, weight), "the interpreter is never taken by itself"
     with ops.use_backend("triton"):
         assert ops.fused_linear_wanted(x, weight)
@@ -254,16 +255,14 @@ def test_nobody_unless_measured_or_asked_for(monkeypatch, calls):
 
 
 def test_the_table_of_wins_names_gpu_dtype_and_shape(monkeypatch):
-    from ucan_fast.kernels import tuning
-
     cuda = torch.device("cuda")
-    assert not kernels.fused_linear_wins(cuda, torch.bfloat16, 4096, 4096)
+    assert not tuning.fused_linear_wins(cuda, torch.bfloat16, 4096, 4096)
     monkeypatch.setattr(tuning, "gpu_of", lambda device: "h100")
     wins = frozenset({("h100", torch.bfloat16, 4096, 2048)})
     monkeypatch.setattr(tuning, "FUSED_LINEAR_WINS", wins)
-    assert kernels.fused_linear_wins(cuda, torch.bfloat16, 4096, 2048)
-    assert not kernels.fused_linear_wins(cuda, torch.bfloat16, 2048, 4096)
-    assert not kernels.fused_linear_wins(cuda, torch.float16, 4096, 2048)
+    assert tuning.fused_linear_wins(cuda, torch.bfloat16, 4096, 2048)
+    assert not tuning.fused_linear_wins(cuda, torch.bfloat16, 2048, 4096)
+    assert not tuning.fused_linear_wins(cuda, torch.float16, 4096, 2048)
 
 
 @pytest.mark.skipif(kernels.obstacle("cpu") is not None, reason=str(kernels.obstacle("cpu")))

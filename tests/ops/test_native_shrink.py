@@ -18,7 +18,7 @@ from native_helpers import (
 )
 
 from ucan_fast import native, ops
-from ucan_fast.ops.shrink import shrink_reference
+from ucan_fast.ops.shrink import NATIVE_ROWS, shrink_reference
 
 pytestmark = pytest.mark.skipif(
     native.status()["_C"] != "available", reason=f"_C: {native.status()['_C']}"
@@ -214,7 +214,7 @@ def native_calls(monkeypatch) -> list[torch.dtype]:
 
 
 @pytest.mark.parametrize("with_moments", [False, True])
-@pytest.mark.parametrize("rows", [1, 95, 96])
+@pytest.mark.parametrize("rows", [1, NATIVE_ROWS - 1, NATIVE_ROWS])
 def test_native_by_name_takes_every_call_that_it_can(native_calls, rows, with_moments):
     """As backend.py says; the others are part of the definition and keep its bits."""
 
@@ -225,7 +225,7 @@ def test_native_by_name_takes_every_call_that_it_can(native_calls, rows, with_mo
         return ops.shrink(x, a, dtype=dtype, groups=random_groups(rows), **more)
 
     x, a = torch.randn(rows, 24), torch.randn(5, 24)
-    for name, wanted in (("native", 1), ("auto", int(rows >= 96)), ("reference", 0)):
+    for name, wanted in (("native", 1), ("auto", int(rows >= NATIVE_ROWS)), ("reference", 0)):
         native_calls.clear()
         with ops.use_backend(name):
             z = call(x, a, torch.float32)
@@ -250,7 +250,7 @@ def test_native_by_name_takes_every_call_that_it_can(native_calls, rows, with_mo
 
 
 def test_the_same_bits_with_and_without_moments():
-    for rows in (1, 95, 96, 300):
+    for rows in (1, NATIVE_ROWS - 1, NATIVE_ROWS, 300):
         x, a = torch.randn(rows, 70), torch.randn(16, 70)
         more = {"input_moments": totals(70), "rank_moments": totals(16)}
         counted = ops.shrink(x, a, groups=random_groups(rows), **more)
@@ -282,10 +282,10 @@ def test_gradients_both_ways_and_transforms_go_through_the_reference(native_call
 def test_shapes_and_layouts(native_calls):
     a = torch.randn(5, 24)
     for x in (
-        torch.randn(2, 60, 24),
-        torch.randn(24, 120).t(),
-        torch.randn(120, 2, 48)[:, 0, ::2],
-        torch.randn(3, 2, 40, 24).transpose(0, 2),
+        torch.randn(2, 70, 24),
+        torch.randn(24, 140).t(),
+        torch.randn(140, 2, 48)[:, 0, ::2],
+        torch.randn(3, 2, 50, 24).transpose(0, 2),
     ):
         z = ops.shrink(x, a)
         assert z.shape == (*x.shape[:-1], 5)
@@ -293,6 +293,6 @@ def test_shapes_and_layouts(native_calls):
         torch.testing.assert_close(z, shrink_reference(x, a, torch.float32))
     assert len(native_calls) == 4
     assert ops.shrink(torch.randn(0, 24), a).shape == (0, 5)
-    assert ops.shrink(torch.randn(120, 0), a[:, :0]).tolist() == [[0.0] * 5] * 120
-    assert ops.shrink(torch.randn(120, 24), a[:0]).shape == (120, 0)
+    assert ops.shrink(torch.randn(140, 0), a[:, :0]).tolist() == [[0.0] * 5] * 140
+    assert ops.shrink(torch.randn(140, 24), a[:0]).shape == (140, 0)
     assert len(native_calls) == 4

@@ -14,6 +14,8 @@ from .backend import is_transformed
 
 #: What activations, weights and products may be.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: The dtypes of sums: those in which a product is not rounded before it is added.
+WIDE = (torch.float32, torch.float64)
 
 
 def check_dtypes(operator: str, **dtypes: torch.dtype | None) -> None:

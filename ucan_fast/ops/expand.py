@@ -16,7 +16,7 @@ from .backend import (
     runs_directly,
     without_autocast,
 )
-from .checks import FLOATING, check_device, check_dtypes, check_not_recorded
+from .checks import FLOATING, WIDE, check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_moments
 
 # From this many rows on C++ is faster without moments too: it brings B into another order first.
@@ -79,10 +79,10 @@ def expand(
         return torch.ops.ucan_fast.expand(base_out, z, b, scaling, bias)
     if groups is None:
         raise UcanError("expand: moments need groups, one integer per token.")
-    check_not_recorded("expand", base_out=base_out, z=z, B=b, bias=bias)
     sums = (groups, only_group, delta_moments)
     if eager and runs_directly("triton", base_out, z, b, bias, groups, delta_moments):
         return _expand_moments(base_out, z, b, scaling, bias, *sums, overwrite)
+    check_not_recorded("expand", base_out=base_out, z=z, B=b, bias=bias)
     return torch.ops.ucan_fast.expand.moments(base_out, z, b, scaling, bias, *sums)
 
 
@@ -200,9 +200,13 @@ def run_expand_moments(
 
 def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bool:
     # Narrow products are rounded before they are added; the C++ code never rounds them.
-    wide = torch.promote_types(base_out.dtype, delta_dtype(z, b))
     n, r = b.shape
-    if z.dtype != wide or n == 0 or r == 0:
+    alike = base_out.dtype == z.dtype == b.dtype and z.dtype in WIDE
+    if (
+        n == 0
+        or r == 0
+        or not (alike or z.dtype == torch.promote_types(base_out.dtype, delta_dtype(z, b)))
+    ):
         return False
     return z.numel() >= _NATIVE_ROWS * r or requested_backend() == "native"
 

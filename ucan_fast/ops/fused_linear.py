@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .. import kernels
 from ..errors import UcanError
+from ..kernels import tuning
 from .backend import LIBRARY, choose, is_transformed, setting
 from .checks import check_device, check_dtypes, check_not_recorded
 from .expand import expand_reference, lora_gradients, run_expand, run_expand_moments
@@ -32,7 +32,7 @@ def fused_linear_wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
     switch = fused_linear_switch()
     if switch == "0" or x.dtype != weight.dtype:
         return False
-    if switch == "auto" and not kernels.fused_linear_wins(x.device, x.dtype, *weight.shape):
+    if switch == "auto" and not tuning.fused_linear_wins(x.device, x.dtype, *weight.shape):
         return False
     return _has_kernel(x.device, x.dtype)
 

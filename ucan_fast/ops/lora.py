@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from .backend import PLAIN, is_unobserved, requested_backend
+from .checks import WIDE
 from .expand import expand
 from .shrink import NATIVE_ROWS, shrink
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def add_lora(
@@ -57,7 +56,7 @@ def _is_plain(
         type(x) in PLAIN
         and x.is_cpu
         and base_out.dtype == x.dtype == a.dtype == b.dtype == dtype
-        and dtype in _WIDE
+        and dtype in WIDE
         and base_out.is_contiguous()
         and base_out.numel() > 0
         # What does not fit is refused by shrink and expand, in their words.

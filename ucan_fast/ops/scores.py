@@ -13,7 +13,7 @@ import math
 import torch
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose
+from .backend import LIBRARY, choose, is_transformed, runs_directly
 from .checks import check_device
 
 #: Keeps the ratio contrast finite where a neuron never fires on the retain set.
@@ -57,17 +57,9 @@ def contrastive_scores(
         UcanError: shapes, dtypes or devices that do not fit together, offsets that describe no
             layers, a count that is not positive, an unknown choice or a weight below 0.
     """
-    return torch.ops.ucan_fast.contrastive_scores(
-        moments,
-        counts,
-        weight_norms,
-        offsets,
-        statistic,
-        contrast,
-        normalization,
-        fusion,
-        utility_weight,
-    )
+    tensors = (moments, counts, weight_norms, offsets)
+    run = _scores if _runs_directly(*tensors) else torch.ops.ucan_fast.contrastive_scores
+    return run(*tensors, statistic, contrast, normalization, fusion, utility_weight)
 
 
 def attenuation_factors(
@@ -90,7 +82,17 @@ def attenuation_factors(
         UcanError: a score of another dtype or shape or one that is not finite (not asked while a
             CUDA graph is captured), an unknown decay, or a number out of range.
     """
-    return torch.ops.ucan_fast.attenuation_factors(score, threshold, decay, strength, floor)
+    run = _factors if _runs_directly(score) else torch.ops.ucan_fast.attenuation_factors
+    return run(score, threshold, decay, strength, floor)
+
+
+def _runs_directly(*tensors: torch.Tensor) -> bool:
+    # The kernels have no derivative, whichever backend is chosen.
+    return (
+        not torch.compiler.is_compiling()
+        and runs_directly("triton", *tensors)
+        and not is_transformed(*tensors)
+    )
 
 
 def _check_choices(**given: str) -> None:

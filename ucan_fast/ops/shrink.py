@@ -18,14 +18,13 @@ from .backend import (
     runs_directly,
     without_autocast,
 )
-from .checks import FLOATING, check_device, check_dtypes, check_not_recorded
+from .checks import FLOATING, WIDE, check_device, check_dtypes, check_not_recorded
 from .moments import add_moments_, check_totals
 
 # From this many rows on C++ is faster: it brings A into another order first. Fewer go there only
 # where it was asked for by name. With moments the rule is the same, so that z has the same bits
 # whatever is measured.
-NATIVE_ROWS = 96
-_WIDE = (torch.float32, torch.float64)
+NATIVE_ROWS = 128
 
 
 def shrink(
@@ -75,11 +74,12 @@ def shrink(
         return torch.ops.ucan_fast.shrink(x, a, dtype)
     if groups is None:
         raise UcanError("shrink: moments need groups, one integer per token.")
+    sums = (groups, only_group, input_moments, rank_moments)
+    eager = not torch.compiler.is_compiling()
+    if eager and runs_directly("triton", x, a, groups, input_moments, rank_moments):
+        return _shrink_moments(x, a, dtype, *sums)
     check_not_recorded("shrink", x=x, A=a)
-    tensors = (x, a, groups, input_moments, rank_moments)
-    direct = not torch.compiler.is_compiling() and runs_directly("triton", *tensors)
-    run = _shrink_moments if direct else torch.ops.ucan_fast.shrink.moments
-    return run(x, a, dtype, groups, only_group, input_moments, rank_moments)
+    return torch.ops.ucan_fast.shrink.moments(x, a, dtype, *sums)
 
 
 def _check(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> None:
@@ -150,7 +150,7 @@ def run_native(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
 def _fits_native(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> bool:
     # Narrow products are rounded, and wide values narrowed before them; the C++ code does neither.
-    if dtype not in _WIDE or torch.promote_types(x.dtype, dtype) != dtype:
+    if dtype not in WIDE or (x.dtype != dtype and torch.promote_types(x.dtype, dtype) != dtype):
         return False
     if x.numel() == 0 or a.numel() == 0:
         return False
