@@ -1009,7 +1009,7 @@ MUTATIONS: list[Mutation] = [
         ("the bias is left out", "bias is None and _is_plain", "_is_plain"),
         ("not scaled", ", alpha=scaling", ""),
         ("a product of another dtype", "b.dtype == dtype\n", "b.dtype\n"),
-        ("narrow sums in place", "and dtype in _WIDE", ""),
+        ("narrow sums in place", "and dtype in WIDE", ""),
         ("a strided base", "and base_out.is_contiguous()", ""),
         ("empty outputs", "and base_out.numel() > 0", ""),
         ("other tokens than the base's", "and base_out.shape[:-1] == x.shape[:-1]", ""),
@@ -1044,6 +1044,25 @@ MUTATIONS: list[Mutation] = [
         ),
         ("meta tensors", "or x.is_meta:", "or False:"),
         ("a scaling of True", "float(scaling)))", "scaling))"),
+    ),
+    *_mutations(
+        "ucan_fast/adapter.py",
+        "tests/test_stats.py",
+        (
+            "labels of another scaling",
+            "says = [scalings, [(key,",
+            "says = [0, [(key,",
+        ),
+        (
+            "labels of another shape",
+            "says = [scalings, [(key, w.shape, w.is_meta)",
+            "says = [scalings, [(key, w.is_meta)",
+        ),
+        (
+            "one adapter's labels for all",
+            "memory[adapter] = says, labels",
+            'memory["x"] = says, labels',
+        ),
     ),
     *_mutations(
         "ucan_fast/collect.py",
@@ -1085,7 +1104,7 @@ MUTATIONS: list[Mutation] = [
             "is_transformed(base_out, z, b, bias)",
             "is_transformed(base_out, z, b)",
         ),
-        ("narrow products in one pass", "if z.dtype != wide or n == 0", "if n == 0"),
+        ("narrow products in one pass", "if not wide or n == 0", "if n == 0"),
         (
             "native by name for many rows alone",
             ' or requested_backend() == "native"',

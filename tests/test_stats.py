@@ -551,8 +551,24 @@ def check_every_value_and_the_scaling(model: nn.Module, origin: str) -> None:
         parameter.data[index] = kept
     assert fingerprint(model, "default") == origin
     layer = model.base_model.model.model.layers[0].mlp.down_proj
+    b = layer.lora_B["default"].weight
+    kept = b.data
+    b.data = kept.reshape(kept.shape[1], kept.shape[0])  # the same bytes
+    assert fingerprint(model, "default") not in seen
+    b.data = kept
+    assert fingerprint(model, "default") == origin
     layer.scaling["default"] *= 1.0001
     assert fingerprint(model, "default") not in seen
+
+
+def test_fingerprint_sees_weights_leave_within_one_walk():
+    model = hm.lora(hm.llama(layers=1))
+    down = model.base_model.model.model.layers[0].mlp.down_proj
+    with adapter.one_walk(model):
+        fingerprint(model, "default")
+        down.lora_B["default"].to("meta")
+        with pytest.raises(uf.UcanError, match=r"down_proj \(lora_B.weight\): .* meta device"):
+            fingerprint(model, "default")
 
 
 @pytest.mark.parametrize(

@@ -200,13 +200,11 @@ def run_expand_moments(
 
 def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bool:
     # Narrow products are rounded before they are added; the C++ code never rounds them.
-    n, r = b.shape
-    alike = base_out.dtype == z.dtype == b.dtype and z.dtype in WIDE
-    if (
-        n == 0
-        or r == 0
-        or not (alike or z.dtype == torch.promote_types(base_out.dtype, delta_dtype(z, b)))
-    ):
+    (n, r), dtype = b.shape, z.dtype
+    # All alike is the usual case, and cheaper to see.
+    wide = base_out.dtype == dtype == b.dtype and dtype in WIDE
+    wide = wide or dtype == torch.promote_types(base_out.dtype, delta_dtype(z, b))
+    if not wide or n == 0 or r == 0:
         return False
     return z.numel() >= _NATIVE_ROWS * r or requested_backend() == "native"
 
