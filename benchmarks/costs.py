@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ucan_fast.ops.shrink import NATIVE_ROWS
+
 #: Bytes of fp64 totals ``[2, 2]`` per column, read and written once.
 TOTALS = 2 * 4 * 8
 #: Bytes of the fp32 partial sums per column that one slot of a kernel holds.
@@ -237,7 +239,7 @@ class LoraCost:
         if self.device == "cpu":
             one = Pass("shrink", x + a + z, self._small_flops(self.k), self.adapter)
             # Narrow products and few rows are torch's.
-            product = [one] if self.adapter in _WIDE and self.m >= 96 else self._peft_a()
+            product = [one] if self.adapter in _WIDE and self.m >= NATIVE_ROWS else self._peft_a()
             sums = Pass("moments of x", x + TOTALS * self.k, 4 * self.m * self.k)
             return [*product, *([sums] if moments else [])]
         blocks = -(-self.m // 128)

@@ -1048,21 +1048,9 @@ MUTATIONS: list[Mutation] = [
     *_mutations(
         "ucan_fast/adapter.py",
         "tests/test_stats.py",
-        (
-            "labels of another scaling",
-            "says = [scalings, [(key,",
-            "says = [0, [(key,",
-        ),
-        (
-            "labels of another shape",
-            "says = [scalings, [(key, w.shape, w.is_meta)",
-            "says = [scalings, [(key, w.is_meta)",
-        ),
-        (
-            "one adapter's labels for all",
-            "memory[adapter] = says, labels",
-            'memory["x"] = says, labels',
-        ),
+        ("labels of another scaling", "[identity, scalings, weights]", "[identity, weights]"),
+        ("labels of another shape", "[identity, scalings, weights]", "[identity, scalings]"),
+        ("labels of another base", "[identity, scalings, weights]", "[scalings, weights]"),
     ),
     *_mutations(
         "ucan_fast/collect.py",
@@ -1104,7 +1092,7 @@ MUTATIONS: list[Mutation] = [
             "is_transformed(base_out, z, b, bias)",
             "is_transformed(base_out, z, b)",
         ),
-        ("narrow products in one pass", "if not wide or n == 0", "if n == 0"),
+        ("narrow products in one pass", "if not fits or n == 0", "if n == 0"),
         (
             "native by name for many rows alone",
             ' or requested_backend() == "native"',
@@ -1172,6 +1160,12 @@ MUTATIONS: list[Mutation] = [
             "no check of the choices",
             "        if choice not in _CHOICES[name]:",
             "        if False:",
+        ),
+        ("past whoever records calls", "        and is_unobserved(*tensors)\n", ""),
+        (
+            "meta tensors are checked for their values",
+            "        and not any(tensor.is_meta for tensor in tensors)\n",
+            "",
         ),
         (
             "the reference instead of the kernel",

@@ -557,6 +557,11 @@ def check_every_value_and_the_scaling(model: nn.Module, origin: str) -> None:
     assert fingerprint(model, "default") not in seen
     b.data = kept
     assert fingerprint(model, "default") == origin
+    config = adapter.base_config(model)
+    config.vocab_size += 1
+    assert fingerprint(model, "default") not in seen
+    config.vocab_size -= 1
+    assert fingerprint(model, "default") == origin
     layer.scaling["default"] *= 1.0001
     assert fingerprint(model, "default") not in seen
 

@@ -443,21 +443,23 @@ def _labels(
     """What is hashed before each value, and what after the last one."""
     known = _walk_of(model)
     memory = {} if known is None else known.labels
-    scalings = [(name, float(module.scaling.get(adapter, 1.0))) for name, module in layers]
+    identity = _base_identity(model)
+    scalings = [(name, repr(float(module.scaling.get(adapter, 1.0)))) for name, module in layers]
     # All that the labels say, and whether each weight has a value.
-    says = [scalings, [(key, w.shape, w.is_meta) for weights in named for key, w in weights]]
+    weights = [[(key, w.shape, w.is_meta) for key, w in weights] for weights in named]
+    says = [identity, scalings, weights]
     if adapter in memory and memory[adapter][0] == says:
         return memory[adapter][1]
-    text, labels = json.dumps(_base_identity(model), sort_keys=True), []
-    for (name, scaling), weights in zip(scalings, named, strict=True):
-        text += f"{name}|{scaling!r}"
-        for key, weight in weights:
-            if weight.is_meta:
+    text, labels = json.dumps(identity, sort_keys=True), []
+    for (name, scaling), some in zip(scalings, weights, strict=True):
+        text += f"{name}|{scaling}"
+        for key, shape, is_meta in some:
+            if is_meta:
                 raise UcanError(
                     f"{name} ({key}): its weights are on the meta device (offloaded); load the "
                     "adapter's values onto a real device first."
                 )
-            labels.append(f"{text}|{key}{tuple(weight.shape)}")
+            labels.append(f"{text}|{key}{tuple(shape)}")
             text = ""
     labels.append(text)
     memory[adapter] = says, labels

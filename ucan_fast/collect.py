@@ -268,6 +268,10 @@ class _Recorder:
             for site in pass_.sites
         }
 
+    @property
+    def _tokens(self) -> _Tokens:
+        return self.pass_.tokens[self.role]
+
     def fits_with(self, other: _Recorder) -> bool:
         """Whether one product could serve both layers."""
         mine, theirs = self.layer.a, other.layer.a
@@ -300,7 +304,7 @@ class _Recorder:
         self, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """z and its moments, for the fused forward, and what its expand has to record."""
-        groups, only_group = self._begin_call(x)
+        groups, only_group = self._begin_call(x), self._tokens.only_group
         shared = self._shared_input(x)
         if shared is None or not shared.holds(self.layer.name, dtype):
             shared = self._shrink_together(x, a, groups, only_group, dtype, shared)
@@ -326,8 +330,8 @@ class _Recorder:
         """One shrink for this layer and its companions, and x's moments unless they are known."""
         # An input that can change unnoticed is used for one layer only.
         alone = shared is not None or x.is_inference()
-        together = [] if alone else self.companions
-        stacked = [a, *(recorder.layer.a for recorder in together)]
+        others = [] if alone else self.companions
+        stacked = [a, *(recorder.layer.a for recorder in others)]
         ranks = [len(each) for each in stacked]
         fresh = shared is None and "input" in self.totals
         moments = torch.zeros_like(self.totals["input"]) if fresh else None
@@ -336,7 +340,7 @@ class _Recorder:
             rank_moments = self.totals["rank"].new_zeros(2, 2, sum(ranks))
         z = ops.shrink(
             x,
-            torch.cat(stacked) if together else a,
+            torch.cat(stacked) if others else a,
             dtype=dtype,
             groups=groups,
             only_group=only_group,
@@ -345,12 +349,12 @@ class _Recorder:
         )
         if shared is None:
             self.pass_.shared = shared = _SharedInput(x, self.role, moments)
-        if not together:
+        if not others:
             shared.ready[self.layer.name] = (z, rank_moments)
             return shared
         parts = z.split(ranks, -1)
         sums = [None] * len(ranks) if rank_moments is None else rank_moments.split(ranks, -1)
-        for recorder, part, total in zip((self, *together), parts, sums, strict=True):
+        for recorder, part, total in zip((self, *others), parts, sums, strict=True):
             shared.ready[recorder.layer.name] = (part, total)
         return shared
 
@@ -405,7 +409,7 @@ class _Recorder:
             self._plain_step(x, z)
 
     def _plain_step(self, x: torch.Tensor, z: torch.Tensor) -> None:
-        groups, _ = self._begin_call(x)
+        groups = self._begin_call(x)
         if "input" in self.totals:
             shared = self._shared_input(x)
             if shared is None:
@@ -420,22 +424,19 @@ class _Recorder:
             self._add(self.totals["output"], delta, groups)
 
     def _add(self, total: torch.Tensor, h: torch.Tensor, groups: torch.Tensor) -> None:
-        only = self.pass_.tokens[self.role].only_group
-        ops.accumulate_moments(h, groups, total, only_group=only)
+        ops.accumulate_moments(h, groups, total, only_group=self._tokens.only_group)
 
-    def _begin_call(self, x: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-        """Count the call; the groups of its tokens, and the only one of them if it is but one."""
+    def _begin_call(self, x: torch.Tensor) -> torch.Tensor:
         groups = self._flat_groups(x)
         self.calls += 1
         self.last_batch = self.pass_.batches
-        tokens = self.pass_.tokens[self.role]
-        forget, retain = tokens.count
+        forget, retain = self._tokens.count
         self.count[0] += forget
         self.count[1] += retain
-        return groups, tokens.only_group
+        return groups
 
     def _flat_groups(self, h: torch.Tensor) -> torch.Tensor:
-        tokens, shape = self.pass_.tokens[self.role], h.shape[:-1]
+        tokens, shape = self._tokens, h.shape[:-1]
         if shape != tokens.shape and shape != (tokens.shape.numel(),):
             raise UcanError(
                 f"{self.layer.name} sees tokens of shape {tuple(shape)}, but the batch's are "

@@ -31,6 +31,7 @@ from .tables import (
     Document,
     groups,
     heading,
+    key_of,
     load,
     mean,
     table,
@@ -307,14 +308,31 @@ def read(folder: Path) -> Results:
     """The files below ``benchmarks/results``.
 
     Raises:
-        ValueError: a file holds something else.
+        ValueError: a file holds something else, or presets were delivered on another adapter than
+            the curves beside them.
     """
-    return Results(
+    results = Results(
         load((folder / "quality").glob("*.json")),
         load((folder / "delivered").glob("*.json"), holding="presets"),
         load((folder / "text").glob("*.json")),
         load((folder / "in_a_row").glob("*.json"), holding="requests"),
     )
+    _check_adapters(results)
+    return results
+
+
+def _check_adapters(results: Results) -> None:
+    """Presets are held against curves: of another adapter (the same recipe and seed on another CPU
+    give one) these would say nothing of them."""
+    curves = {key_of(document): document["before"] for document in results.curves}
+    for document in results.delivered:
+        ours, theirs = document["before"], curves.get(key_of(document), {})
+        if any(abs(ours[name] - theirs[name]) > 1e-9 for name in ours.keys() & theirs.keys()):
+            name = "-".join(map(str, key_of(document)))
+            raise ValueError(
+                f"{name}: the presets were delivered on another adapter than the curves are of (it "
+                "recommends otherwise before any edit); run both where one cache holds the adapter."
+            )
 
 
 def _texts(root: Path, results: Results) -> dict[Path, str]:

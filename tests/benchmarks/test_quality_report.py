@@ -341,6 +341,25 @@ def test_reading_files(tmp_path, documents):
         tables.load([bad])
 
 
+def test_presets_of_another_adapter_stand_beside_no_curves(tmp_path):
+    for folder in ("quality", "delivered", "text", "in_a_row"):
+        (tmp_path / folder).mkdir()
+    both = {"data_set": "ml-100k", "scenario": "genre", "seed": 1}
+    curves = {**both, "before": {"forget/nll": 1.5, "forget_train/recall@10": 0.3}}
+    curves["methods"] = {"influence": {}}
+    presets = {**both, "before": {"forget/nll": 1.5, "mia/loss": 0.5}, "presets": {"best": {}}}
+    (tmp_path / "quality" / "one.json").write_text(json.dumps(curves))
+    path = tmp_path / "delivered" / "one.json"
+    path.write_text(json.dumps(presets))
+    assert len(report.read(tmp_path).delivered) == 1
+    presets["before"]["forget/nll"] = 1.500001
+    path.write_text(json.dumps(presets))
+    with pytest.raises(ValueError, match="ml-100k-genre-1: the presets were delivered on another"):
+        report.read(tmp_path)
+    path.write_text(json.dumps({**presets, "seed": 2}))  # nothing beside it
+    report.read(tmp_path)
+
+
 def test_the_repository_is_current():
     """README, page and figures show the committed results."""
     assert report.outdated(ROOT, report.read(ROOT / "benchmarks" / "results")) == []

@@ -10,6 +10,8 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ucan_fast import UcanError, ops
 from ucan_fast.config import UcanConfig
@@ -63,6 +65,36 @@ def test_opcheck_scores():
                 torch.ops.ucan_fast.contrastive_scores.default,
                 (*tokens(), "rms", "zscore", normalization, fusion, 0.5),
             )
+
+
+def test_who_records_calls_sees_the_operators():
+    """Eager calls go past the dispatcher; what watches or needs no values does not."""
+
+    def both(*tensors):
+        _, _, score = ops.contrastive_scores(*tensors, **DEFAULTS)
+        return ops.attenuation_factors(score, 0.1, decay="linear", strength=1.0, floor=0.0)
+
+    graph = make_fx(both)(*tokens()).graph
+    calls = [node.target for node in graph.nodes if node.op == "call_function"]
+    ours = torch.ops.ucan_fast
+    assert calls.count(ours.contrastive_scores.default) == 1
+    assert calls.count(ours.attenuation_factors.default) == 1
+    factors = both(*(tensor.to("meta") for tensor in tokens()))
+    assert (factors.is_meta, factors.shape, factors.dtype) == (True, (9,), torch.float32)
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    tensors = tokens()
+    with Watching():
+        both(*tensors)
+    assert ours.contrastive_scores.default in seen
+    seen.clear()
+    assert both(*tensors).shape == (9,)
+    assert not seen
 
 
 def test_opcheck_factors():

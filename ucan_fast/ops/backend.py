@@ -231,7 +231,7 @@ def runs_directly(backend: str, *tensors: torch.Tensor | None) -> bool:
     of a small layer. Not under ``torch.compile`` (callers ask that first), nor for fake tensors and
     subclasses, nor where a kernel's gradient is needed: only the reference has one by itself. Nor
     for lazily negated tensors, which a kernel would read with the wrong sign: the dispatcher makes
-    them plain. Callers of kernels ask :func:`is_transformed` first.
+    them plain. Callers of kernels ask :func:`is_transformed` too.
     """
     kernel = backend == "triton"
     recorded = kernel and torch.is_grad_enabled()

@@ -201,10 +201,11 @@ def run_expand_moments(
 def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bool:
     # Narrow products are rounded before they are added; the C++ code never rounds them.
     (n, r), dtype = b.shape, z.dtype
-    # All alike is the usual case, and cheaper to see.
-    wide = base_out.dtype == dtype == b.dtype and dtype in WIDE
-    wide = wide or dtype == torch.promote_types(base_out.dtype, delta_dtype(z, b))
-    if not wide or n == 0 or r == 0:
+    if base_out.dtype == dtype == b.dtype:  # the usual case, and cheaper to see
+        fits = dtype in WIDE
+    else:
+        fits = dtype == torch.promote_types(base_out.dtype, delta_dtype(z, b))
+    if not fits or n == 0 or r == 0:
         return False
     return z.numel() >= _NATIVE_ROWS * r or requested_backend() == "native"
 

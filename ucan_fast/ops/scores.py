@@ -13,7 +13,7 @@ import math
 import torch
 
 from ..errors import UcanError
-from .backend import LIBRARY, choose, is_transformed, runs_directly
+from .backend import LIBRARY, choose, is_unobserved, runs_directly
 from .checks import check_device
 
 #: Keeps the ratio contrast finite where a neuron never fires on the retain set.
@@ -58,8 +58,8 @@ def contrastive_scores(
             layers, a count that is not positive, an unknown choice or a weight below 0.
     """
     tensors = (moments, counts, weight_norms, offsets)
-    run = _scores if _runs_directly(*tensors) else torch.ops.ucan_fast.contrastive_scores
-    return run(*tensors, statistic, contrast, normalization, fusion, utility_weight)
+    run = _scores if _skips_dispatcher(*tensors) else torch.ops.ucan_fast.contrastive_scores
+    return run(*tensors, statistic, contrast, normalization, fusion, float(utility_weight))
 
 
 def attenuation_factors(
@@ -82,16 +82,18 @@ def attenuation_factors(
         UcanError: a score of another dtype or shape or one that is not finite (not asked while a
             CUDA graph is captured), an unknown decay, or a number out of range.
     """
-    run = _factors if _runs_directly(score) else torch.ops.ucan_fast.attenuation_factors
-    return run(score, threshold, decay, strength, floor)
+    run = _factors if _skips_dispatcher(score) else torch.ops.ucan_fast.attenuation_factors
+    return run(score, float(threshold), decay, float(strength), float(floor))
 
 
-def _runs_directly(*tensors: torch.Tensor) -> bool:
-    # The kernels have no derivative, whichever backend is chosen.
+def _skips_dispatcher(*tensors: torch.Tensor) -> bool:
+    # As if a kernel ran, whatever does: the operators have no derivative. Whoever records calls
+    # sees the operator, and meta tensors have no values to be checked.
     return (
         not torch.compiler.is_compiling()
         and runs_directly("triton", *tensors)
-        and not is_transformed(*tensors)
+        and is_unobserved(*tensors)
+        and not any(tensor.is_meta for tensor in tensors)
     )
 
 
