@@ -289,6 +289,7 @@ def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
                 axis.plot(x, y, style, color=colour, linewidth=1.5, label=label, alpha=0.85)
         axis.plot([-45, 10], [-45, 10], color="0.8", linewidth=0.8, zorder=0)
         axis.set_xlim(panel["left"], 9)
+        axis.locator_params("x", nbins=7)  # more of them touch
         axis.set_ylim(-5, 100)
         axis.set_title(panel["scenario"], fontsize=11)
         axis.grid(color="0.93")
