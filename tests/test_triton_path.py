@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -198,7 +199,8 @@ def test_the_same_bits_twice_and_with_the_batch_alone(monkeypatch):
 
 def test_training_gradients_equal_pefts(launches):
     """One batch's error is one draw of the whole model's rounding, ours or PEFT's six times the
-    other's by luck; over sixteen batches each parameter's is their sum."""
+    other's by luck, and in a sum over batches one of them decides. Judged is each parameter's
+    geometric mean over sixteen."""
     plain, _, _ = model_and_batches()
     fused_model = accelerated(plain)
     exact = copy.deepcopy(plain).double()
@@ -209,13 +211,13 @@ def test_training_gradients_equal_pefts(launches):
         for model, errors in ((fused_model, mine), (plain, theirs)):
             for name, gradient in gradients(model, batch).items():
                 error = (gradient.double() - truth[name]).norm() / truth[name].norm()
-                errors[name] += float(error) ** 2
+                errors[name] += math.log(error) / 16
     # A layer that fell back to PEFT's forward would have PEFT's errors, too.
     assert len(launches["expand"]) == 14 * 16
     assert len(mine) == 28
     assert mine.keys() == theirs.keys()
     for name, error in mine.items():
-        assert error <= 2**2 * theirs[name], name
+        assert math.exp(error - theirs[name]) <= 2, name
 
 
 def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
