@@ -1048,9 +1048,9 @@ MUTATIONS: list[Mutation] = [
     *_mutations(
         "ucan_fast/adapter.py",
         "tests/test_stats.py",
-        ("labels of another scaling", "[identity, scalings, weights]", "[identity, weights]"),
-        ("labels of another shape", "[identity, scalings, weights]", "[identity, scalings]"),
-        ("labels of another base", "[identity, scalings, weights]", "[scalings, weights]"),
+        ("labels of another scaling", "[identity, scalings, shapes]", "[identity, shapes]"),
+        ("labels of another shape", "[identity, scalings, shapes]", "[identity, scalings]"),
+        ("labels of another base", "[identity, scalings, shapes]", "[scalings, shapes]"),
     ),
     *_mutations(
         "ucan_fast/collect.py",

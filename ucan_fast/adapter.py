@@ -446,14 +446,14 @@ def _labels(
     identity = _base_identity(model)
     scalings = [(name, repr(float(module.scaling.get(adapter, 1.0)))) for name, module in layers]
     # All that the labels say, and whether each weight has a value.
-    weights = [[(key, w.shape, w.is_meta) for key, w in weights] for weights in named]
-    says = [identity, scalings, weights]
+    shapes = [[(key, w.shape, w.is_meta) for key, w in weights] for weights in named]
+    says = [identity, scalings, shapes]
     if adapter in memory and memory[adapter][0] == says:
         return memory[adapter][1]
     text, labels = json.dumps(identity, sort_keys=True), []
-    for (name, scaling), some in zip(scalings, weights, strict=True):
+    for (name, scaling), of_layer in zip(scalings, shapes, strict=True):
         text += f"{name}|{scaling}"
-        for key, shape, is_meta in some:
+        for key, shape, is_meta in of_layer:
             if is_meta:
                 raise UcanError(
                     f"{name} ({key}): its weights are on the meta device (offloaded); load the "

@@ -304,10 +304,10 @@ class _Recorder:
         self, x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """z and its moments, for the fused forward, and what its expand has to record."""
-        groups, only_group = self._begin_call(x), self._tokens.only_group
+        groups = self._begin_call(x)
         shared = self._shared_input(x)
         if shared is None or not shared.holds(self.layer.name, dtype):
-            shared = self._shrink_together(x, a, groups, only_group, dtype, shared)
+            shared = self._shrink_together(x, a, groups, dtype, shared)
         z, rank_moments = shared.ready.pop(self.layer.name)
         if shared.moments is not None:
             self.totals["input"].add_(shared.moments)
@@ -316,14 +316,17 @@ class _Recorder:
         delta_moments = self.totals.get("output")
         if delta_moments is None:
             return z, {}
-        return z, {"groups": groups, "only_group": only_group, "delta_moments": delta_moments}
+        return z, {
+            "groups": groups,
+            "only_group": self._tokens.only_group,
+            "delta_moments": delta_moments,
+        }
 
     def _shrink_together(
         self,
         x: torch.Tensor,
         a: torch.Tensor,
         groups: torch.Tensor,
-        only_group: int | None,
         dtype: torch.dtype,
         shared: _SharedInput | None,
     ) -> _SharedInput:
@@ -343,7 +346,7 @@ class _Recorder:
             torch.cat(stacked) if others else a,
             dtype=dtype,
             groups=groups,
-            only_group=only_group,
+            only_group=self._tokens.only_group,
             input_moments=moments,
             rank_moments=rank_moments,
         )
