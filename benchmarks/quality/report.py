@@ -93,8 +93,8 @@ def section(results: Results) -> str:
         "baseline / retraining.\n",
     ]
     parts += [_sizes(results.texts) + "\n"] if results.texts else []
-    parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(documents)[:1]]
-    parts += ["**By kind of request**\n", seeds.by_kind(documents)]
+    parts += [f"![Forgetting against damage](docs/{f.name}.png)\n" for f in figures(results)[:1]]
+    parts += ["**By kind of request**\n", seeds.by_kind(documents, results.texts)]
     parts += ["**What was to be reached**\n", goals.section(documents, results.delivered)]
     parts += [seeds.of_genre(documents), seeds.of_one_user(documents, results.delivered)]
     parts.append(advice.short(results.delivered, documents))
@@ -140,10 +140,7 @@ def overviews(documents: Sequence[Document]) -> str:
 
 def text_section(texts: Sequence[Document]) -> str:
     """SmolLM2 on text prompts, as :func:`overviews` has the others."""
-    parts = [
-        overview(title, {document["scenario"]: [document] for document in together})
-        for title, together in _by_model(texts).items()
-    ]
+    parts = [overview(title, together) for title, together in _by_model(texts).items()]
     if parts:
         parts.append(_sizes(texts) + "\n")
     return "\n".join(parts)
@@ -154,7 +151,8 @@ def _sizes(texts: Sequence[Document]) -> str:
     profile = texts[0]["recipe"]["profile"]
     blocks = f"the last {profile['blocks']} of 30 blocks" if profile["blocks"] else "all blocks"
     counts = dict.fromkeys(
-        f"{text['scenario']} {text['cases']['forget']} and {text['cases']['retain']}"
+        f"{text['scenario']}, seed {text['seed']}: {text['cases']['forget']} and "
+        f"{text['cases']['retain']}"
         for text in texts
     )
     fewest = min(text["cases"]["forget"] for text in texts)
@@ -163,19 +161,20 @@ def _sizes(texts: Sequence[Document]) -> str:
         f"The {profile['name']} case: adapters in {blocks}, the head cut to the answers, "
         f"{texts[0]['interactions']['users']} users, {profile['candidates']} candidates a prompt, "
         f"titles of {profile['title_tokens']} tokens. Deleted and retained prompts judged: "
-        f"{'; '.join(counts)}. A prompt is up to {100 / fewest:.1f} % of the deleted side, and "
-        "smaller differences say nothing."
+        f"{'; '.join(counts)}. A prompt is up to {100 / fewest:.1f} % of one seed's deleted side, "
+        "and smaller differences say nothing."
     )
 
 
-def _by_model(texts: Sequence[Document]) -> dict[str, list[Document]]:
-    found: dict[str, list[Document]] = {}
+def _by_model(texts: Sequence[Document]) -> dict[str, dict[str, list[Document]]]:
+    """What one model is called -> request -> its files, one per seed."""
+    found: dict[str, dict[str, list[Document]]] = {}
     for text in texts:
         title = (
             f"{text['model']}; {text['recipe']['profile']['name']} text prompts of "
             f"{text['data_set']}"
         )
-        found.setdefault(title, []).append(text)
+        found.setdefault(title, {}).setdefault(text["scenario"], []).append(text)
     return found
 
 
@@ -189,12 +188,17 @@ def page(results: Results) -> str:
         LEGEND + "\n",
         "## All methods, by data set\n",
         overviews(documents),
+        _pictures(figures(Results(documents))),
         "## Presets and advice\n",
         advice.section(results.delivered, documents),
         "## Text prompts\n",
         text_section(results.texts),
+        _pictures(figures(Results((), texts=results.texts))),
     ]
-    cases = [*groups(documents).values(), *([text] for text in results.texts)]
+    cases = [*groups(documents).values()]
+    cases += [
+        found for requests in _by_model(results.texts).values() for found in requests.values()
+    ]
     for together in cases:
         parts.append(f"## {heading(together)}\n")
         parts.append("\n".join(table(together, COLUMNS)) + "\n")
@@ -207,6 +211,10 @@ def page(results: Results) -> str:
         parts += _endings(together)
         parts.append("")
     return "\n".join(parts)
+
+
+def _pictures(shown: Sequence[Figure]) -> str:
+    return "\n".join(f"![{f.data['title']}]({f.name}.png)\n" for f in shown)
 
 
 def _bank(documents: Sequence[Document]) -> str:
@@ -244,17 +252,31 @@ def _provenance(document: Document) -> str:
     )
 
 
-def figures(documents: Sequence[Document]) -> list[Figure]:
-    """One per data set: a panel per scenario."""
+def figures(results: Results) -> list[Figure]:
+    """One per data set: a panel per scenario; and one of the text prompts."""
     found = []
-    for data_set in dict.fromkeys(document["data_set"] for document in documents):
-        panels = []
-        for (name, scenario), together in groups(documents).items():
-            if name == data_set:
-                curves = _curves(together)
-                panels.append({"scenario": scenario, "curves": curves, "left": _left(curves)})
-        found.append(Figure(f"quality-{data_set}", {"data_set": data_set, "panels": panels}, _draw))
+    for data_set in dict.fromkeys(document["data_set"] for document in results.curves):
+        panels = [
+            _panel(scenario, together)
+            for (name, scenario), together in groups(results.curves).items()
+            if name == data_set
+        ]
+        title = f"{data_set}: Recall@10 on training interactions"
+        found.append(Figure(f"quality-{data_set}", {"title": title, "panels": panels}, _draw))
+    panels = [
+        _panel(f"{together[0]['model']}, {scenario}".replace("SmolLM2-135M, ", ""), together)
+        for requests in _by_model(results.texts).values()
+        for scenario, together in requests.items()
+    ]
+    if panels:
+        title = "SmolLM2-135M: MRR@10 on text prompts"
+        found.append(Figure("quality-text", {"title": title, "panels": panels}, _draw))
     return found
+
+
+def _panel(title: str, together: Sequence[Document]) -> dict[str, Any]:
+    curves = _curves(together)
+    return {"scenario": title, "curves": curves, "left": _left(curves)}
 
 
 def _curves(documents: Sequence[Document]) -> dict[str, list[list[list[float]]]]:
@@ -302,7 +324,7 @@ def _draw(canvas: Canvas, data: Mapping[str, Any]) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     canvas.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, fontsize=8.5)
-    canvas.suptitle(f"{data['data_set']}: Recall@10 on training interactions, one line per seed")
+    canvas.suptitle(f"{data['title']}, one line per seed")
 
 
 def read(folder: Path) -> Results:
@@ -351,7 +373,7 @@ def write(root: Path, results: Results) -> list[Path]:
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
             changed.append(path)
-    for figure in figures(results.curves):
+    for figure in figures(results):
         if not figure.is_current(root / "docs"):
             changed.append(figure.write(root / "docs"))
     return changed
@@ -361,7 +383,7 @@ def outdated(root: Path, results: Results) -> list[str]:
     """What :func:`write` would change."""
     texts = _texts(root, results).items()
     found = [path.name for path, text in texts if not path.exists() or path.read_text() != text]
-    return found + [f.name for f in figures(results.curves) if not f.is_current(root / "docs")]
+    return found + [f.name for f in figures(results) if not f.is_current(root / "docs")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,15 +18,22 @@ KINDS = ("one-user", "one-percent", "users", "taste", "genre", "interactions")
 MLP = "U-CAN, mlp"
 
 
-def by_kind(documents: Sequence[Document]) -> str:
-    """A row per kind of request: lowest and highest figure over its cells."""
+def by_kind(documents: Sequence[Document], texts: Sequence[Document] = ()) -> str:
+    """A row per kind of request: lowest and highest figure over its cells.
+
+    Args:
+        documents: cells of the small recommenders, all data sets of a kind in one row.
+        texts: cells on text prompts, a row per model and request.
+    """
     columns = (
         *("request", "cells", "retraining", "its retain drop", f"{STEPS}, less retraining's"),
         *(STEP, MLP, "shrinking", "several steps are passed"),
     )
+    kinds = {kind: [d for d in documents if d["scenario"] == kind] for kind in KINDS}
+    for document in texts:
+        kinds.setdefault(f"{document['model']}, {document['scenario']}", []).append(document)
     rows = []
-    for kind in KINDS:
-        mine = [document for document in documents if document["scenario"] == kind]
+    for kind, mine in kinds.items():
         if not mine:
             continue
         gold, steps = ([_drops(d, name) for d in mine] for name in (RETRAINING, STEPS))
@@ -61,7 +68,8 @@ def _at(document: Document, name: str, budget: float) -> float | None:
 
 def _range(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{min(known):.0f} to {max(known):.0f}" if known else "-"
+    ends = dict.fromkeys(f"{end(known):.0f}" for end in (min, max) if known)
+    return " to ".join(ends) or "-"
 
 
 def _passed(documents: Sequence[Document]) -> str:

@@ -213,10 +213,10 @@ def by_request(documents: Sequence[Document], label: Callable[[Document], str]) 
     """
     shown = (STEPS, STEP, "U-CAN, mlp")
     lines = [
-        "| request | "
+        "| request | seeds | "
         + " | ".join(shown)
         + " | the best baseline | shrinking | retraining | time, s |",
-        "|---|" + "---|" * (len(shown) + 4),
+        "|---|" + "---|" * (len(shown) + 5),
     ]
     together: dict[str, list[Document]] = {}
     for document in documents:
@@ -232,7 +232,7 @@ def by_request(documents: Sequence[Document], label: Callable[[Document], str]) 
             cells.append(f"{name} {drops}" if name == baseline else drops)
         cells.append(retrained(mine))
         cells.append(" / ".join(seconds(mine, name) for name in (STEPS, baseline, RETRAINING)))
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+        lines.append(f"| {text} | {len(mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.measure import ROOT
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import report, summary, tables
+from benchmarks.quality import report, seeds, summary, tables
 from benchmarks.quality.advice import should_have_said
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.overview import SHOWN
@@ -241,13 +241,13 @@ def test_a_row_per_request(documents):
     lines = text.splitlines()
     # Two seeds of one request: means of 10 and 20; as much as several steps, so both are bold.
     genre = cells(lines, "ml-100k, genre")
-    assert genre[1] == "**1.0 / ≥ 15.0**"
-    assert genre[4] == "NPO **7.5 / ≥ 15.0**"
-    assert genre[6] == "10 (retain 2.0)"
-    assert genre[7] == "0.25 / 15 / 0.25"
+    assert genre[1:3] == ["2", "**1.0 / ≥ 15.0**"]
+    assert genre[5] == "NPO **7.5 / ≥ 15.0**"
+    assert genre[7] == "10 (retain 2.0)"
+    assert genre[8] == "0.25 / 15 / 0.25"
     users = cells(lines, "ml-100k, users")
-    assert users[1] == "1.0 / ≥ 15.0"
-    assert users[4] == "NPO **15.0 / ≥ 30.0**"
+    assert users[1:3] == ["1", "1.0 / ≥ 15.0"]
+    assert users[5] == "NPO **15.0 / ≥ 30.0**"
     assert len(lines) == 2 + 3
 
 
@@ -271,10 +271,10 @@ def test_presets_against_retraining(documents):
     assert summary.presets([], documents) == ""
 
 
-def text(scenario: str, recipe: str):
+def text(scenario: str, recipe: str, seed: int = 0):
     profile = {"name": "reduced", "blocks": 2, "candidates": 10, "title_tokens": 5}
-    sizes = {"recipe": {"profile": profile}, "cases": {"forget": 40, "retain": 100}}
-    return document(scenario=scenario) | {"model": f"SmolLM2, {recipe}", **sizes}
+    sizes = {"recipe": {"profile": profile}, "cases": {"forget": 40 + seed, "retain": 100}}
+    return document(seed, scenario) | {"model": f"SmolLM2, {recipe}", **sizes}
 
 
 def test_text_cases_stand_side_by_side_by_model(documents):
@@ -289,10 +289,49 @@ def test_text_cases_stand_side_by_side_by_model(documents):
     assert sum("SmolLM2, q/v; reduced text" in line for line in lines) == 1
     (sizes,) = [line for line in lines if line.startswith("Text prompts: drops of")]
     assert "the last 2 of 30 blocks" in sizes
-    assert "A prompt is up to 2.5 % of the deleted side" in sizes
-    assert "judged: genre 40 and 100; users 40 and 100." in sizes
+    assert "A prompt is up to 2.5 % of one seed's deleted side" in sizes
+    assert "judged: genre, seed 0: 40 and 100; users, seed 0: 40 and 100." in sizes
     headings = [line for line in page(results).splitlines() if line.startswith("## SmolLM2")]
     assert len(headings) == 3
+
+
+def test_seeds_of_a_text_case_stand_together(documents):
+    cases = [text("genre", "all", seed) for seed in (0, 2)] + [text("users", "all", 2)]
+    for case, forget in zip(cases, (10.0, 30.0, 80.0), strict=True):
+        case["methods"]["influence"] = row(forget)
+        case["methods"]["retraining"] = row(forget + 5)
+    results = Results(documents, texts=cases)
+    lines = page(results).splitlines()
+    start = next(i for i, line in enumerate(lines) if "SmolLM2, all; reduced text" in line)
+    assert "(seeds: genre 0, 2; users 2; a machine" in lines[start]
+    influence = next(line for line in lines[start:] if line.startswith("| influence |"))
+    assert [cell.split("/ ")[1].strip("* ") for cell in influence.split("|")[2:4]] == [
+        "20.0",
+        "80.0",
+    ]
+    assert "genre, seed 0: 40 and 100; genre, seed 2: 42 and 100; users, seed 2" in page(results)
+    headings = [line for line in lines if line.startswith("## SmolLM2")]
+    assert len(headings) == 2
+    table = cells(lines[lines.index(headings[0]) :][:40], "influence")
+    assert "20.0 [10.0, 30.0]" in table
+    # A row each in the README, after the kinds of the small recommenders.
+    kinds = seeds.by_kind(documents, cases).splitlines()
+    assert cells(kinds, "SmolLM2, all, genre")[1:4] == ["2", "15 to 35", "2"]
+    assert cells(kinds, "SmolLM2, all, users")[1:3] == ["1", "85"]
+    assert len(kinds) == len(seeds.by_kind(documents).splitlines()) + 2
+    # A panel each, a line per seed.
+    panels = {f.name: f.data["panels"] for f in report.figures(results)}["quality-text"]
+    assert [panel["scenario"] for panel in panels] == ["SmolLM2, all, genre", "SmolLM2, all, users"]
+    assert [len(panel["curves"]["influence"]) for panel in panels] == [2, 1]
+
+
+def test_the_page_shows_every_figure(documents):
+    for texts in ([], [text("genre", "all")]):
+        results = Results(documents, texts=texts)
+        shown = page(results)
+        names = [figure.name for figure in report.figures(results)]
+        assert [name for name in names if f"]({name}.png)" in shown] == names
+        assert shown.count("![") == len(names) == 2 + len(texts)
 
 
 def test_the_page_names_how_to_reproduce_every_row(documents):
