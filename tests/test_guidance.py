@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ucan_fast import ActivationStats, Moments, UcanError
-from ucan_fast.guidance import LARGE_SHARE, SEPARABLE, guide, separability
+from ucan_fast.guidance import (
+    LARGE_SHARE,
+    SEPARABLE,
+    guide,
+    guide_step,
+    guide_steps,
+    separability,
+)
 
 
 def moments(forget: torch.Tensor, retain: torch.Tensor) -> Moments:
@@ -100,3 +107,33 @@ def test_what_is_recommended(factor, forget, wanted):
     assert ("of the tokens that were measured" in found.text) == (wanted == "retrain")
     assert ("preset('thorough')" if wanted == "retrain" else "preset('best')") in found.text
     assert "thorough" in found.text
+
+
+@pytest.mark.parametrize("method", ["influence", "gates"])
+@pytest.mark.parametrize(("forget", "wanted"), [(100, "influence"), (101, "retrain")])
+def test_of_one_step_the_size_decides(method, forget, wanted):
+    """A tenth of all tokens is still small."""
+    found = guide_step(forget, 900, method)
+    assert found.recommendation == wanted
+    assert found.forget_share == forget / (forget + 900)
+    assert found.separability is found.still_known is None
+    assert found.text.startswith(f"the forget set is {100 * found.forget_share:.1f} % of the tok")
+    assert ("gates only attenuate" in found.text) == (method == "gates")
+    assert "thorough" in found.text
+
+
+@pytest.mark.parametrize(("forgotten", "wanted"), [(True, "influence"), (False, "retrain")])
+def test_of_several_steps_their_end_decides(forgotten, wanted):
+    found = guide_steps(1, 3, 0.374, forgotten)
+    assert found.recommendation == wanted
+    assert (found.forget_share, found.still_known) == (0.25, 0.374)
+    assert "37 % of the forget positions are still better known" in found.text
+    assert ("or retrain" in found.text) != forgotten
+
+
+def test_advice_needs_both_sets():
+    for sizes, group in (((0, 5), "forget"), ((5, 0), "retain")):
+        with pytest.raises(UcanError, match=f"the {group} set is empty"):
+            guide_step(*sizes)
+        with pytest.raises(UcanError, match=f"the {group} set is empty"):
+            guide_steps(*sizes, 0.1, True)

@@ -18,6 +18,7 @@ from trained_model import (
     mixed_batches,
     random_batches,
     retain_batches,
+    scored_logits,
     trained,
     weights,
 )
@@ -329,6 +330,28 @@ def test_a_step_after_which_the_retain_gradient_is_not_finite_is_halved(monkeypa
     assert walk.advance()
 
 
+def test_what_is_known_by_hand():
+    """As much as the next step measures, and nothing moves."""
+    model = trained()
+    walk = walk_of(model)
+    for _ in range(3):
+        before = weights(model)
+        known = walk.known()
+        assert_same_weights(model, before)
+        assert walk.advance()
+        assert walk.measured[-1].known == known
+    assert known < 1
+    # Position by position: better than without the adapter, and than blind guessing.
+    nlls = {}
+    for name, which in (("with", model), ("without", without_adapter(trained()))):
+        with torch.no_grad():
+            parts = [scored_logits(which, batch, "forget") for batch in forget_batches(count=8)]
+            rows = [z.double().log_softmax(-1)[range(len(t)), t] for z, t in parts]
+            nlls[name] = -torch.cat(rows)
+    better = nlls["with"] < nlls["without"].clamp(max=math.log(hm.VOCAB))
+    assert walk.known() == pytest.approx(float(better.double().mean()))
+
+
 # Where they end.
 
 
@@ -356,7 +379,8 @@ def test_the_walk_ends_where_little_is_known_better_than_its_references():
     for _ in range(walk.steps + 3):
         assert endless.advance()
     known, *_, last = [step.known for step in walk.measured]
-    assert known > 0.8 > 0.5 > last >= influence_walk._FORGOTTEN
+    assert known > 0.8 > 0.5 > last >= influence_walk.FORGOTTEN
+    assert last > influence_walk.FORGOTTEN > walk.known()
     assert endless.measured[-1].known == 1
     assert mean_nll(model, forget_batches(count=8), "forget") > origin + 0.5
 
@@ -569,6 +593,11 @@ def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     assert nlls == sorted(nlls)
     text = report.to_markdown()
     assert f"moved by {len(taken)} influence steps, variant `all`, whose measured rise" in text
+    walk = walk_of(there := trained(), forget=forget, retain=retain)
+    there.load_state_dict(several.state_dict())
+    assert report.guidance.still_known == walk.known()
+    assert (report.guidance.recommendation == "retrain") == (walk.known() >= 0.2)
+    assert f"Recommendation: **{report.guidance.recommendation}**. The steps" in text
     assert "| step | forget NLL | retain NLL | still known | predicted rise |" in text
     first = taken[0]
     assert (
@@ -664,7 +693,7 @@ def test_steps_beyond_the_budget_are_halved_and_taken_back():
 
 def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
     forget, retain = forget_batches(), retain_batches()
-    walks, real = [], InfluenceWalk
+    walks, real, advised = [], InfluenceWalk, set()
 
     def kept(*arguments, **options):
         walks.append(real(*arguments, **options))
@@ -674,11 +703,16 @@ def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
     before = mean_nll(trained(), forget, "forget")
     for ceiling in (before + 0.3, before + 1.0):
         model = trained()
-        uf.unlearn(
+        result = uf.unlearn(
             model, forget=forget, retain=retain, config=STEPS, holdout=ceiling, evaluate=False
         )
         reached = mean_nll(model, forget, "forget")
         assert before < reached <= ceiling
+        # Where never-seen data are, that is where the steps aim, whatever share is still known.
+        advice = result.report.guidance
+        assert advice.still_known >= 0.2
+        assert (advice.recommendation == "influence") == (reached >= 0.95 * ceiling)
+        advised.add(advice.recommendation)
         assert reached > before + 0.1
         # No position is to cost more than never-seen data either.
         highest = max(float(r.max()) for r in walks[-1]._references)
@@ -1004,6 +1038,7 @@ def test_a_plan_that_does_nothing_reports_no_steps():
         )
     report = result.report
     assert report.change["steps"] == []
+    assert report.guidance is None
     assert (report.search.chosen, report.search.loss_after) == (0.0, report.search.loss_before)
     assert "influence steps" not in report.to_markdown().split("## ")[0]
     assert_same_weights(model, before)

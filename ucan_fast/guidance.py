@@ -1,4 +1,8 @@
-"""Can activations tell a request's data from the rest? And what to do where they cannot."""
+"""Can activations tell a request's data from the rest? And what to do where they cannot.
+
+Gradient methods measure no activations: of one step and of gates the advice goes by the size of the
+forget set alone, of several steps by what is left of it where they ended.
+"""
 
 from __future__ import annotations
 
@@ -88,18 +92,22 @@ class Guidance:
 
     Attributes:
         recommendation: ``"attenuate"``: activations separate the sets, U-CAN has something to hold
-            on to. ``"influence"``: they do not, a gradient step (preset ``"best"``) may.
-            ``"retrain"``: they do not, and the forget set is a large part of all data.
+            on to. ``"influence"``: they do not, a gradient step (preset ``"best"``) may; of
+            several steps: they did. ``"retrain"``: they do not, and the forget set is a large part
+            of all data; of several steps: they ended before it was forgotten.
         text: why, in words.
-        separability: see there.
+        separability: see there; None where no activations were measured (gradient methods).
         forget_share: of the tokens in the statistics. Where D_r is a sample of the retained data
             it is too large, and with it the advice to retrain: a bank holds all of them.
+        still_known: share of the forget positions that several steps left better known than their
+            references; None of other methods.
     """
 
     recommendation: str
     text: str
-    separability: Separability
+    separability: Separability | None
     forget_share: float
+    still_known: float | None = None
 
 
 def guide(stats: ActivationStats, site: str = "input") -> Guidance:
@@ -111,8 +119,8 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
     Args, Raises: as :func:`separability`.
     """
     apart = separability(stats, site)
-    forget, retain = (stats.tokens(group) for group in ("forget", "retain"))
-    share = forget / (forget + retain)
+    forget = stats.tokens("forget")
+    share = _share(forget, stats.tokens("retain"))
     seen = (
         f"mean activations differ by {apart.contrast:.3f} (relative, root mean square over the "
         f"neurons), of which sampling {forget:,} forget tokens explains {apart.noise:.3f}, more "
@@ -140,3 +148,79 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
             "retraining on small recommenders. 'best' forgets a part of it",
         )
     return Guidance(name, f"{advice} ({seen}).", apart, share)
+
+
+def guide_step(forget_tokens: int, retain_tokens: int, method: str = "influence") -> Guidance:
+    """Advice after one influence step or gates, from the sizes of the two sets.
+
+    A rule of thumb from one small recommender, no guarantee: ``docs/quality.md`` says how often it
+    was right.
+
+    Args:
+        forget_tokens, retain_tokens: of all data, or as many as were run.
+        method: ``"influence"`` or ``"gates"``.
+
+    Raises:
+        UcanError: a set is empty.
+    """
+    share = _share(forget_tokens, retain_tokens)
+    size = f"the forget set is {100 * share:.1f} % of the tokens that were measured"
+    if method == "gates":
+        size += (
+            ", and gates only attenuate: UcanConfig.preset('best'), a step by Kronecker factors, "
+            "forgot more at the same retain drop where those can be held"
+        )
+    if share <= LARGE_SHARE:
+        return Guidance(
+            "influence",
+            f"{size}. Of requests this small one step forgot half or more within 5 % of the "
+            "retained rankings on small recommenders, of a language model less; "
+            "UcanConfig.preset('thorough') came near retraining.",
+            None,
+            share,
+        )
+    return Guidance(
+        "retrain",
+        f"{size} (of all, it is less where D_r is a sample), and of so much one step forgets less "
+        "than half within 5 % of the retained rankings: use UcanConfig.preset('thorough'), which "
+        "came near retraining on small recommenders, or retrain.",
+        None,
+        share,
+    )
+
+
+def guide_steps(
+    forget_tokens: int, retain_tokens: int, still_known: float, forgotten: bool
+) -> Guidance:
+    """Advice after several influence steps, from where they ended.
+
+    Args:
+        forget_tokens, retain_tokens: of all data, or as many as were run.
+        still_known: share of the forget positions that are better known than their references
+            (:meth:`ucan_fast.InfluenceWalk.known`).
+        forgotten: whether that is as little as the steps aim at, or the forget set costs what
+            never-seen data do.
+
+    Raises:
+        UcanError: a set is empty.
+    """
+    share = _share(forget_tokens, retain_tokens)
+    left = (
+        f"{100 * still_known:.0f} % of the forget positions are still better known than without "
+        "the adapter (or than never-seen data, where their cost was given)"
+    )
+    if forgotten:
+        text = f"the steps went as far as they aim: {left}, and retraining forgot about as much"
+        return Guidance("influence", f"{text} on small recommenders.", None, share, still_known)
+    text = (
+        f"the steps ended before they were where they aim: {left}. A larger "
+        "max_retain_loss_increase or more influence_steps forget more, or retrain."
+    )
+    return Guidance("retrain", text, None, share, still_known)
+
+
+def _share(forget: int, retain: int) -> float:
+    for tokens, group in ((forget, "forget"), (retain, "retain")):
+        if not tokens > 0:
+            raise UcanError(f"the {group} set is empty: no token of it was measured.")
+    return forget / (forget + retain)

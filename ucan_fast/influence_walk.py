@@ -44,7 +44,7 @@ _MOST_RISE = 0.3
 #: The walk ends where a smaller share of the forget positions is below its references. Of
 #: never-seen positions, too, some are better known with the adapter than without; but steps leave
 #: what was known best for last, so that all is as good as forgotten only where few are left.
-_FORGOTTEN = 0.2
+FORGOTTEN = 0.2
 #: Nats that the retain batches may cost more after a step than before it: that much more than ε
 #: says that the factors do not describe the model there, and the step is halved.
 _MOST_LOSS = 0.02
@@ -258,7 +258,7 @@ class InfluenceWalk:
                         "weights are the original ones again. Raise damping or lower "
                         "influence_radius."
                     )
-            if known < _FORGOTTEN:
+            if known < FORGOTTEN:
                 self.ended = "the forget set is known no better than its references"
                 return False
             ahead = self._ahead(forget, retain)
@@ -318,6 +318,17 @@ class InfluenceWalk:
         """Every weight as it was before the walk, bit by bit; the walk begins anew."""
         self._edit.restore()
         self._begin()
+
+    def known(self) -> float:
+        """Share of the forget positions, in [0, 1], that the model as it is now knows better than
+        their references; one forward pass over the forget batches."""
+        known = positions = 0
+        with evaluating(self.model):
+            pieces = scored_slices(self.model, self._forget, "forget")
+            for piece, reference in zip(pieces, self._references, strict=True):
+                known += int((token_nll(*piece.run(self.model)) < reference).sum())
+                positions += len(reference)
+        return known / max(positions, 1)
 
     def plan(self) -> InfluencePlan:
         """The way from the origin to here, as a plan for the origin (not applied).

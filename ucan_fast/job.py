@@ -90,6 +90,9 @@ class Job:
         retain: what the retain budget is measured on.
         walked: retain batches that several steps run.
         steps: what several steps measured.
+        still_known: share of the forget positions that are better known than their references
+            where several steps ended; None where none were taken.
+        forgotten: whether that is so little, or the forget set costs so much, that it is forgotten.
         overlap: sequences that both sets hold.
         ceiling: nats per token that never-seen data cost; infinite where nothing is said of them.
     """
@@ -106,6 +109,8 @@ class Job:
     walked: list | None = None
     notes: dict[str, str] = field(default_factory=dict)
     steps: list[Measured] = field(default_factory=list)
+    still_known: float | None = None
+    forgotten: bool = False
     overlap: Overlap = field(default_factory=Overlap)
     ceiling: float = math.inf
 

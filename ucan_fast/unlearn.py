@@ -15,7 +15,7 @@ from .attenuation_job import attenuation_change, attenuation_statistics, search_
 from .config import UcanConfig, config_or
 from .errors import UcanError, warn
 from .factors import InfluenceFactors
-from .guidance import Guidance, guide
+from .guidance import Guidance, guide, guide_step, guide_steps
 from .influence import InfluencePlan
 from .influence_job import (
     InfluenceStats,
@@ -146,7 +146,7 @@ def unlearn(
         with job.timed("evaluate"):
             states = measure_states(job, plan, request.forget, evaluate) if evaluate else {}
         _add_notes(job, request, bool(states))
-        guidance = _advice(job, stats)
+        guidance = _advice(job, stats, plan)
         before = stats.fingerprint
         plan.apply(model, adapter)
         try:
@@ -254,10 +254,16 @@ def _measured_on(job: Job, calibration: Any) -> str | None:
     return "calibration batches" if isinstance(calibration, Iterable) else "calibration function"
 
 
-def _advice(job: Job, stats: ActivationStats | InfluenceStats) -> Guidance | None:
-    """What the report recommends; gradient methods measure nothing to advise by."""
+def _advice(
+    job: Job, stats: ActivationStats | InfluenceStats, plan: AttenuationPlan | InfluencePlan
+) -> Guidance | None:
+    """What the report recommends; nothing where a gradient method found nothing to do."""
     if not isinstance(stats, ActivationStats):
-        return None
+        sizes = [stats.tokens(group) for group in ("forget", "retain")]
+        if job.still_known is not None:
+            return guide_steps(*sizes, job.still_known, job.forgotten)
+        several = job.config.influence_steps > 1
+        return None if plan.is_noop or several else guide_step(*sizes, job.config.method)
     # Layers that the plan has no neurons in may have seen nothing (a tower of its own).
     try:
         return guide(stats, moments_site(job.config))

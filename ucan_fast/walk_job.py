@@ -9,7 +9,7 @@ from .errors import UcanError
 from .evaluation import group_loss
 from .influence import InfluencePlan
 from .influence_job import Batches, InfluenceStats, ceiling_of
-from .influence_walk import InfluenceWalk, counted
+from .influence_walk import FORGOTTEN, InfluenceWalk, counted
 from .job import Job, Request
 from .progress import track
 from .strength import StrengthSearch
@@ -18,6 +18,8 @@ from .strength import StrengthSearch
 _HALVINGS = 8
 #: The budget counts as used up where this share of it is left.
 _CLOSE = 0.02
+#: As well as never-seen data are known, where their cost is given: what is left to that, relative.
+_AT_CEILING = 0.05
 
 
 def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluencePlan:
@@ -59,11 +61,14 @@ def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluenceP
         search.note = _take_steps(walk, bounds, why_none)
         plan = walk.plan()
         job.steps = list(walk.measured)
+        job.still_known = walk.known() if walk.steps else None
+        job.forgotten = bounds.is_reached(job.still_known)
     finally:
         walk.restore()
     stays = earlier is not None and plan.directions is earlier.directions
     if plan.is_noop or stays:
         search.chosen, search.loss_after, job.steps = 0.0, start, []
+        job.still_known, job.forgotten = None, False
     job.search = search
     notes = [plan.note or search.note] if plan.is_noop and not stays else [search.note, plan.note]
     if stays:
@@ -105,6 +110,12 @@ class _Bounds:
         if self.ceiling == math.inf:
             return -math.inf
         return group_loss(self.job.model, self.forget, "forget").mean
+
+    def is_reached(self, known: float | None) -> bool:
+        """Whether the forget set is forgotten, of which this share of positions is still known."""
+        if known is None:
+            return False
+        return known < FORGOTTEN or self._forget_cost() >= (1 - _AT_CEILING) * self.ceiling
 
     def reason_for_none(self, earlier: InfluencePlan | None) -> str:
         """Why no step is to be taken from where the earlier plan leads to, or ""."""

@@ -68,10 +68,12 @@ class State:
     Attributes:
         value: what the method varies: strength, number of steps, share.
         seconds: what a user waits for from the request to this state, sums of a bank aside.
+        measured: what else the method knows of this state, by name.
     """
 
     value: float
     seconds: float
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

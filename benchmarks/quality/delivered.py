@@ -65,7 +65,10 @@ def deliver(case: Case, banks: dict[str, Any]) -> dict[str, Any]:
             "metrics": attacks(case),
         }
         if report.guidance is not None:
-            found["guidance"] = dataclasses.asdict(report.guidance)
+            advice = dataclasses.asdict(report.guidance)
+            found["presets"][name]["guidance"] = advice
+            if config.method == "attenuate":  # of the statistics of both sets
+                found["guidance"] = advice
         if not result.plan.is_noop:
             result.plan.undo(case.model)
     return found

@@ -243,7 +243,8 @@ def influence_steps(case: Case, share: float = 1.0) -> Generator[State, None, st
             with clock:
                 if not walk.advance(last=walk.steps + 1 == config.influence_steps):
                     break
-            yield State(walk.steps, clock.seconds)
+            # How much is left: what a report's advice goes by.
+            yield State(walk.steps, clock.seconds, {"still_known": walk.known()})
         return walk.ended
     finally:
         walk.restore()

@@ -29,11 +29,12 @@ MOST_BATCHES = 8
 
 @dataclass
 class Point:
-    """One state on a curve: drops of the case's metric in % by side."""
+    """One state on a curve: drops of the case's metric in % by side; what else is known of it."""
 
     value: float
     seconds: float
     drops: dict[str, float]
+    measured: Mapping[str, float] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)
 
 
@@ -147,6 +148,8 @@ def _run(case: Case, method: Method, judge: Judge) -> dict[str, Any]:
         # Of the pass over the forget set that the methods which start from a bank have in common.
         "shared_peak_bytes": max((peak for peak in shared if peak is not None), default=None),
     }
+    if any(point.measured for point in points):
+        row["measured"] = [dict(point.measured) for point in points]
     if not method.single:
         row["at_budget"] = at_budgets(row["curves"])
     # Retraining is one state, whatever it costs, and no curve.
@@ -177,7 +180,9 @@ def _curve(
             if used["peak_memory_bytes"] is not None:
                 memory.append(used["peak_memory_bytes"])
             weights = {name: w.detach().clone() for name, w in lora_weights(case.model).items()}
-            points.append(Point(step[0].value, step[0].seconds, judge.drops(), weights))
+            state = step[0]
+            drops = judge.drops()
+            points.append(Point(state.value, state.seconds, drops, state.measured, weights))
             if not points[-1].drops["calibration"] <= FAR_ENOUGH:
                 break
     return points, max(memory, default=None), ended

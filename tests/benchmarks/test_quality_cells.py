@@ -143,7 +143,17 @@ def test_presets_as_delivered(toy, tmp_path, capsys):
         best = document["presets"]["best"]
         assert best["seconds"] > 0
         assert {"forget", "calibration", "retain"} == set(best["drops"])
-        assert document["guidance"]["recommendation"] in ("attenuate", "influence", "retrain")
+        # The advice on the request is that of the statistics; every preset's report has its own.
+        advice = document["guidance"]
+        assert advice["separability"]["noise"] > 0
+        assert document["presets"]["paper"]["guidance"] == advice
+        for name in ("best", "thorough"):
+            own = document["presets"][name].get("guidance")
+            assert (own is not None) == document["presets"][name]["changed"]
+            if own is not None:
+                assert own["separability"] is None
+                assert (own["still_known"] is None) == (name == "best")
+                assert own["forget_share"] == pytest.approx(advice["forget_share"])
     assert "advice:" in capsys.readouterr().out
 
 

@@ -77,7 +77,10 @@ def test_a_state_does_not_pay_for_those_before_it(case, method, monkeypatch):
 def test_a_step_is_paid_for_with_those_before_it(case, method, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(edits.Clock, "_now", staticmethod(lambda: next(ticks)))
-    seconds = [state.seconds for state in method.states(case, **method.settings[0])]
+    states = list(method.states(case, **method.settings[0]))
+    known = [state.measured["still_known"] for state in states]
+    assert 1 >= known[0] > known[-1] >= 0
+    seconds = [state.seconds for state in states]
     assert [b - a for a, b in itertools.pairwise(seconds)] == [1] * (len(seconds) - 1)
     assert 1 < len(seconds) <= UcanConfig.preset("thorough").influence_steps
 

@@ -73,7 +73,7 @@ def shrinking(case, *, to, seconds=0.0):
                 for name, weight in weights.items():
                     if ".lora_B." in name:
                         weight.mul_(scale)
-            yield State(1 - scale, seconds + number)
+            yield State(1 - scale, seconds + number, {"scale": scale} if scale < 0.9 else {})
 
 
 def test_calibration_chooses_the_setting_and_the_state(case, monkeypatch):
@@ -99,6 +99,8 @@ def test_calibration_chooses_the_setting_and_the_state(case, monkeypatch):
     assert row["setting"] == {"to": (0.9, 0.8, 0.7, 0.6)}
     # The curve ends beyond FAR_ENOUGH: 0.6 was never run (it has no drops).
     assert [point[0] for point in row["curves"][1]] == pytest.approx([0.1, 0.2, 0.3])
+    # What the method said of the states, of the best setting's.
+    assert row["measured"] == [{}, {"scale": 0.8}, {"scale": 0.7}]
     # The strongest within the budget on calibration, however it does on the other users.
     assert row["value"] == pytest.approx(0.2)
     assert row["seconds"] == 1.0
@@ -123,6 +125,7 @@ def test_figures_of_the_chosen_state(case):
     assert {k: row["metrics"][k] for k in after} == after
     assert row["metrics"]["mia/loss"] == found["before"]["mia/loss"] == 0.5
     assert row["metrics"]["forget/kl"] > 0
+    assert "measured" not in row
     assert set(row["trade_off"]) >= {"paper", "strict_train"}
     side = "forget_train/recall@10"
     assert row["drops"]["forget"] == pytest.approx(100 * (1 - after[side] / before[side]))
@@ -156,6 +159,7 @@ def test_a_single_state_is_measured_whatever_it_costs(case):
     assert row["drops"]["calibration"] > runner.BUDGET
     assert row["at_budget"] == {}
     assert row["metrics"]["forget/kl"] > 0
+    assert "measured" not in row
 
 
 def nothing(case):
