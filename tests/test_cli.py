@@ -357,6 +357,9 @@ def test_every_option_that_names_a_field_sets_it(name):
     needed = {
         "influence_batches": ["--preset", "thorough"],
         "influence_steps": ["--preset", "best"],
+        "influence_variant": ["--method", "influence"],
+        "influence_rank": ["--method", "influence"],
+        "influence_blocks": ["--method", "influence"],
     }
     words = ["--base", "b", "--adapter", "a", "--forget", "f", "--retain", "r", "--out", "o"]
     option = f"--{name.replace('_', '-')}"

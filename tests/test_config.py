@@ -38,6 +38,30 @@ NUMBERS = {
     "strength": (["auto", 0, 0.0, 2, 1e9], [-0.1, -1, "Auto", "", "2"]),
 }
 COUNTS = ("influence_rank", "influence_blocks", "influence_steps")
+#: Who reads what not every method reads.
+READERS = {
+    "site": ["attenuate"],
+    "statistic": ["attenuate"],
+    "contrast": ["attenuate"],
+    "normalization": ["attenuate"],
+    "fusion": ["attenuate"],
+    "utility_weight": ["attenuate"],
+    "fraction": ["attenuate"],
+    "risk_threshold": ["attenuate"],
+    "min_score": ["attenuate"],
+    "decay": ["attenuate"],
+    "output_signal": ["attenuate"],
+    "floor": ["attenuate", "gates"],
+    "damping": ["influence", "gates"],
+    "retain_gradient_weight": ["influence", "gates"],
+    "trust_region": ["influence", "gates"],
+    "influence_variant": ["influence"],
+    "influence_rank": ["influence"],
+    "influence_blocks": ["influence"],
+    "influence_steps": ["influence"],
+    "influence_radius": ["influence"],
+    "influence_batches": ["influence"],
+}
 NOT_NUMBERS = ["1", "x", True, False, [1], {}, b"1", 1j, math.nan, math.inf, -math.inf, 10**400]
 
 
@@ -77,10 +101,15 @@ def test_this_file_covers_every_field():
     assert fields == {*CHOICES, *NUMBERS, *COUNTS, "seed", "influence_batches"}
 
 
+def reader(name: str) -> dict[str, str]:
+    """A method that reads the field."""
+    return {} if name == "method" else {"method": READERS.get(name, ["attenuate"])[0]}
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(name):
     for value in CHOICES[name]:
-        assert getattr(UcanConfig(**{name: value}), name) == value
+        assert getattr(UcanConfig(**reader(name), **{name: value}), name) == value
     wrong = ["", "nonsense", next(iter(CHOICES[name])).upper(), None, 1, True, ["none"], math.nan]
     for value in wrong:
         with pytest.raises(UcanError, match=rf"UcanConfig: {name} must be one of .*'") as caught:
@@ -94,7 +123,7 @@ def test_choices(name):
 def test_numbers(name):
     inside, outside = NUMBERS[name]
     for value in inside:
-        assert getattr(UcanConfig(**{name: value}), name) == value
+        assert getattr(UcanConfig(**reader(name), **{name: value}), name) == value
     nullable = name in ("risk_threshold", "min_score")
     for value in [*outside, *NOT_NUMBERS, *([] if nullable else [None])]:
         with pytest.raises(UcanError, match=f"UcanConfig: {name} must be "):
@@ -103,7 +132,7 @@ def test_numbers(name):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name):
-    assert getattr(UcanConfig(**{name: 1}), name) == 1
+    assert getattr(UcanConfig(**reader(name), **{name: 1}), name) == 1
     for value in (0, -1, 1.0, True, "2", None):
         with pytest.raises(UcanError, match=f"{name} must be an integer >= 1"):
             UcanConfig(**{name: value})
@@ -111,10 +140,10 @@ def test_counts(name):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "attenuate"}, {"method": "gates"}, {"strength": 0.3}, {"strength": 0}],
+    [{"strength": 0.3}, {"strength": 0}],
 )
-def test_several_steps_are_of_influence_and_searched_for(changes):
-    with pytest.raises(UcanError, match=r"influence_steps=3 is for method='influence' with stren"):
+def test_several_steps_are_searched_for(changes):
+    with pytest.raises(UcanError, match=r"influence_steps=3 is for strength='auto', not strength"):
         UcanConfig(**{"method": "influence", "influence_steps": 3, **changes})
 
 
@@ -165,15 +194,38 @@ def test_effective_min_score():
     assert UcanConfig(min_score=-1).effective_min_score == -1.0
 
 
-def test_gates_have_sites_a_variant_and_a_decay_of_their_own():
-    config = UcanConfig(method="gates", site="mlp", influence_variant="all")
+def test_gates_have_sites_and_a_variant_of_their_own():
+    config = UcanConfig(method="gates")
     assert (config.effective_site, config.effective_variant) == ("input and output", "diagonal")
-    for method in ("attenuate", "influence"):
-        config = UcanConfig(method=method, site="mlp", influence_variant="b-only")
-        assert (config.effective_site, config.effective_variant) == ("mlp", "b-only")
-    for decay in ("inverse", "linear", "hard"):
-        with pytest.raises(UcanError, match=f"method='gates' has gates .* no decay='{decay}'"):
-            UcanConfig(method="gates", decay=decay)
+    assert UcanConfig(site="mlp").effective_site == "mlp"
+    config = UcanConfig(method="influence", influence_variant="b-only")
+    assert config.effective_variant == "b-only"
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("method", sorted(CHOICES["method"]))
+def test_what_a_method_does_not_read_is_refused(name, method):
+    """It would change nothing, silently."""
+    default = getattr(UcanConfig(), name)
+    other = OTHER[name] if name in OTHER else INFLUENCE[name]
+    assert UcanConfig(method=method, **{name: default}).method == method
+    several = {"influence_steps": 2} if name == "influence_batches" else {}
+    if method in READERS[name]:
+        config = UcanConfig(**{"method": method, name: other, **several})
+        assert getattr(config, name) == other
+        return
+    readers = " or ".join(map(repr, READERS[name]))
+    with pytest.raises(UcanError) as refused:
+        UcanConfig(method=method, **{name: other})
+    assert str(refused.value) == (
+        f"UcanConfig: method={method!r} does not read {name}={other!r}, which is for method "
+        f"{readers}: leave it out."
+    )
+    for made in (UcanConfig(method=method).replace, lambda **x: UcanConfig.preset("best", **x)):
+        with pytest.raises(UcanError, match="does not read"):
+            made(**{"method": method, name: other})
+    with pytest.raises(UcanError, match="does not read"):
+        UcanConfig.from_json(json.dumps({"method": method, name: other}))
 
 
 def test_auto_strength():
@@ -201,9 +253,21 @@ OTHER = {
     "output_signal": "layer",
     "seed": 2**40,
 }
+INFLUENCE = {
+    "method": "influence",
+    "influence_variant": "eigenbasis",
+    "influence_rank": 3,
+    "influence_blocks": 5,
+    "damping": 1e-3,
+    "retain_gradient_weight": 0.5,
+    "trust_region": 1.25,
+    "influence_steps": 7,
+    "influence_radius": 1e-5,
+    "influence_batches": 9,
+}
 
 
-@pytest.mark.parametrize("config", [UcanConfig(), UcanConfig(**OTHER)])
+@pytest.mark.parametrize("config", [UcanConfig(), UcanConfig(**OTHER), UcanConfig(**INFLUENCE)])
 def test_json_roundtrip(config):
     text = config.to_json()
     assert json.loads(text) == dataclasses.asdict(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .config import PRESETS, UcanConfig
+from .config import PRESETS, READERS, UcanConfig
 from .errors import UcanError, UcanWarning, warn
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -36,14 +36,6 @@ FIELDS = {
     "fraction": float,
     "max_retain_loss_increase": float,
     "seed": int,
-}
-#: Of these, what one method alone reads.
-_READ_BY = {
-    "attenuate": ("site", "contrast", "decay", "fraction"),
-    "influence": (
-        *("influence_variant", "influence_steps", "influence_batches"),
-        *("influence_rank", "influence_blocks"),
-    ),
 }
 # The options that name what a command reads.
 _INPUTS = (
@@ -434,8 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         "each of which runs retain data as well",
     )
     for name, kind in FIELDS.items():
-        reads = next((m for m, names in _READ_BY.items() if name in names), None)
-        only = "" if reads is None else f" (--method {reads} alone)"
+        only = f" (--method {' or '.join(READERS[name])} alone)" if name in READERS else ""
         unlearn.add_argument(f"--{_option(name)}", type=kind, help=f"sets {name}{only}")
     unlearn.add_argument("--strength", type=_strength, help="a number, or 'auto' (default)")
     unlearn.add_argument("--no-evaluate", action="store_true", help="skip metrics and controls")
@@ -672,13 +663,14 @@ def _read(
 def _unread(arguments: argparse.Namespace, start: UcanConfig) -> str:
     """What is wrong with options that the chosen method, or its fixed strength, does not read."""
     method = arguments.method or start.method
-    for reader, names in _READ_BY.items():
-        given = [f"--{_option(n)}" for n in names if getattr(arguments, n) is not None]
-        if given and reader != method:
+    for name in FIELDS:
+        readers = READERS.get(name, (method,))
+        if method not in readers and getattr(arguments, name) is not None:
             chosen = f" (--preset {arguments.preset})" if method == start.method else ""
             return (
                 f"method {method!r}{chosen if arguments.preset else ''} does not read "
-                f"{', '.join(given)}, which is for method {reader!r}: leave it out"
+                f"--{_option(name)}, which is for method {' or '.join(map(repr, readers))}: leave "
+                "it out"
             )
     strength = start.strength if arguments.strength is None else arguments.strength
     if arguments.max_retain_loss_increase is not None and strength != "auto":

@@ -41,6 +41,23 @@ _RANGES: dict[str, tuple[float, float]] = {
 #: What a seed must be.
 SEEDS = "an integer in [-2**63, 2**64 - 1]"
 _COUNTS = ("influence_rank", "influence_blocks", "influence_steps")
+#: Of fields that not every method reads: those that do.
+READERS: dict[str, tuple[str, ...]] = {
+    name: methods
+    for methods, names in {
+        ("attenuate",): (
+            *("site", "statistic", "contrast", "normalization", "fusion", "utility_weight"),
+            *("fraction", "risk_threshold", "min_score", "decay", "output_signal"),
+        ),
+        ("attenuate", "gates"): ("floor",),
+        ("influence",): (
+            *("influence_variant", "influence_rank", "influence_blocks"),
+            *("influence_steps", "influence_radius", "influence_batches"),
+        ),
+        ("influence", "gates"): ("damping", "retain_gradient_weight", "trust_region"),
+    }.items()
+    for name in names
+}
 #: Named choices: what differs from the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -123,7 +140,8 @@ class UcanConfig:
             (``seed``); 0: all of them.
 
     Raises:
-        UcanError: a value is of the wrong type or out of its range; the field is named.
+        UcanError: a value is of the wrong type or out of its range, or the method does not read
+            it and it is not the default; the field is named.
     """
 
     method: str = "attenuate"
@@ -173,15 +191,15 @@ class UcanConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 _refuse(name, value, "an integer >= 1")
-        if self.influence_steps > 1 and (self.method != "influence" or not self.auto_strength):
-            raise UcanError(
-                f"UcanConfig: influence_steps={self.influence_steps} is for method='influence' "
-                f"with strength='auto', not method={self.method!r} with strength="
-                f"{self.strength!r}."
-            )
         count = self.influence_batches
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             _refuse("influence_batches", count, "an integer >= 0")
+        self._check_read()
+        if self.influence_steps > 1 and not self.auto_strength:
+            raise UcanError(
+                f"UcanConfig: influence_steps={self.influence_steps} is for strength='auto', not "
+                f"strength={self.strength!r}."
+            )
         if count and self.influence_steps == 1:
             raise UcanError(
                 f"UcanConfig: influence_batches={count} is for influence_steps > 1; one step runs "
@@ -192,11 +210,17 @@ class UcanConfig:
                 "UcanConfig: decay='hard' with a fixed risk_threshold leaves strength='auto' "
                 "nothing to search over; give strength a number or drop risk_threshold."
             )
-        if self.method == "gates" and self.decay != "exponential":
-            raise UcanError(
-                f"UcanConfig: method='gates' has gates exp(t g / F), no decay={self.decay!r}; "
-                "leave decay out."
-            )
+
+    def _check_read(self) -> None:
+        """Refuse what the method does not read: it would change nothing, silently."""
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            readers = READERS.get(name, (self.method,))
+            if self.method not in readers and value != field.default:
+                raise UcanError(
+                    f"UcanConfig: method={self.method!r} does not read {name}={value!r}, which is "
+                    f"for method {' or '.join(map(repr, readers))}: leave it out."
+                )
 
     @property
     def auto_strength(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.measure import ROOT
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import report, seeds, summary, tables
+from benchmarks.quality import advice, report, seeds, summary, tables
 from benchmarks.quality.advice import should_have_said
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.overview import SHOWN
@@ -504,3 +504,29 @@ def test_presets_as_delivered_and_the_count_of_right_advice(documents):
     larger = delivered(1, "retrain")
     larger["guidance"]["forget_share"] = 0.101
     assert "else *attenuate*) in 0 of 1." in page(Results(documents, [larger]))
+
+
+def test_the_advice_after_gradient_methods_is_counted(documents):
+    def delivered(data_set: str, seed: int, share: float, note: str, forget: float):
+        rows = {"thorough": {"drops": {"forget": forget, "retain": 0.0}, "note": note}}
+        place = {"data_set": data_set, "scenario": "genre", "seed": seed}
+        return {**place, "presets": rows, "guidance": {"forget_share": share}}
+
+    for found in documents:
+        found["methods"]["retraining"] = row(80.0)
+        at(found, "influence", 10.0, 50.0 if found["seed"] == 0 else 49.0)
+    ended = "ended after 3 influence steps: the forget set is known no better than its references."
+    cases = [
+        delivered("ml-100k", 0, 0.1, ended, 84.4),  # small, and half of it forgotten: right
+        delivered("ml-100k", 1, 0.1, ended, 76.6),  # small, and less than that: wrong
+        delivered("pantry", 0, 0.2, "", 60.0),  # large, and half: wrong
+        delivered("pantry", 7, 0.2, "", 60.0),  # no curves
+    ]
+    text = advice.of_gradients(cases, documents)
+    assert "right in 0 of 2 cases that nothing was chosen on, and in 1 of 1 of ml-100k's" in text
+    assert "In 2 cases several steps went as far as they aim" in text
+    assert "*influence*): retraining's forget drop is -4 to 3 points above theirs" in text
+    assert "In 1 cases several steps ended before (*retrain*): retraining's" in text
+    assert "is 20 to 20 points above theirs there." in text
+    cases[1]["guidance"]["forget_share"] = 0.11
+    assert "right in 1 of 2 cases" in advice.of_gradients(cases, documents)
