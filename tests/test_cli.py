@@ -379,6 +379,11 @@ def test_every_option_that_names_a_field_sets_it(name):
         (("--influence-variant", "diagonal"), "--influence-variant", "'attenuate'"),
         (("--method", "attenuate", "--influence-steps", "3"), "--influence-steps", "'attenuate'"),
         (("--method", "gates", "--influence-variant", "all"), "--influence-variant", "'gates'"),
+        (
+            ("--method", "gates", "--site", "mlp", "--influence-rank", "3"),
+            "--influence-rank, --site, which is for method 'attenuate' or 'influence'",
+            "'gates'",
+        ),
     ],
 )
 def test_an_option_that_the_method_does_not_read_is_no_silent_wish(
@@ -388,6 +393,24 @@ def test_an_option_that_the_method_does_not_read_is_no_silent_wish(
     assert code == 2
     assert f"method {method} does not read {unread}" in err
     assert not out.exists()
+
+
+def test_a_method_that_does_not_read_the_preset_or_the_file(project, out):
+    code, _, err = unlearn(project, out, "--preset", "best", "--method", "gates", "--seed", "1")
+    assert code != 2, err  # nothing of it is for the influence step alone
+    code, _, err = unlearn(project, out, "--preset", "thorough", "--method", "attenuate")
+    assert code == 2
+    assert (
+        "--preset thorough sets damping=0.03, retain_gradient_weight=2.0, influence_steps=20, "
+        in err
+    )
+    assert "which --method attenuate does not read: leave one out" in err
+    config = out.parent / "other.json"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text('{"site": "mlp"}')
+    code, _, err = unlearn(project, out, "--method", "influence", config=config)
+    assert code == 2
+    assert f"--config {config} sets site='mlp', which --method influence does not read" in err
 
 
 def test_a_budget_that_nothing_is_searched_in_is_no_silent_wish(project, out):

@@ -214,13 +214,16 @@ def test_what_a_method_does_not_read_is_refused(name, method):
         config = UcanConfig(**{"method": method, name: other, **several})
         assert getattr(config, name) == other
         return
-    readers = " or ".join(map(repr, READERS[name]))
+    readers = " or ".join(map(repr, sorted(READERS[name])))
     with pytest.raises(UcanError) as refused:
         UcanConfig(method=method, **{name: other})
     assert str(refused.value) == (
-        f"UcanConfig: method={method!r} does not read {name}={other!r}, which is for method "
-        f"{readers}: leave it out."
+        f"UcanConfig: method={method!r} does not read {name}={other!r} (for method {readers}): "
+        "leave it out."
     )
+    # A saved plan that holds it all the same stays readable.
+    saved = UcanConfig.from_saved({"method": method, name: other, "seed": 3})
+    assert saved == UcanConfig(method=method, seed=3)
     for made in (UcanConfig(method=method).replace, lambda **x: UcanConfig.preset("best", **x)):
         with pytest.raises(UcanError, match="does not read"):
             made(**{"method": method, name: other})
@@ -342,3 +345,25 @@ def test_presets():
         UcanConfig.preset("bets")
     with pytest.raises(UcanError, match="unknown field 'stength'"):
         UcanConfig.preset("best", stength=1.0)
+
+
+def test_all_that_is_not_read_is_named_at_once():
+    with pytest.raises(UcanError) as refused:
+        UcanConfig(method="gates", site="mlp", influence_rank=3, floor=0.5)
+    assert "does not read site='mlp', influence_rank=3 (for method 'attenuate' or 'influence'" in (
+        str(refused.value)
+    )
+    assert str(refused.value).endswith("leave them out.")
+    assert UcanConfig(site="mlp", floor=0.5).unread_by("gates") == ["site"]
+
+
+def test_a_saved_configuration_is_checked_all_the_same():
+    assert UcanConfig.from_saved(dataclasses.asdict(UcanConfig(**OTHER))) == UcanConfig(**OTHER)
+    for fields, match in (
+        ({"method": "nonsense"}, "method must be one of"),
+        ({"fractoin": 1}, "unknown field 'fractoin'"),
+        ({"fraction": 3}, "fraction must be"),
+        ([], "must be an object"),
+    ):
+        with pytest.raises(UcanError, match=match):
+            UcanConfig.from_saved(fields)

@@ -23,6 +23,7 @@ from trained_model import (
 
 import ucan_fast as uf
 from ucan_fast import calibration, controls, evaluation, influence_job, job
+from ucan_fast.guidance import guide_step
 from ucan_fast.weights import WeightEdit
 
 main = importlib.import_module("ucan_fast.unlearn")
@@ -74,6 +75,8 @@ def test_the_report_tells_of_the_gates(tmp_path):
     result = uf.unlearn(model, forget=forget_batches(), retain=retain_batches(), config=AUTO)
     report, plan = result.report, result.plan
     assert isinstance(plan, uf.AttenuationPlan)
+    sizes = [result.stats.tokens(group) for group in ("forget", "retain")]
+    assert report.guidance == guide_step(*sizes, "gates")
     assert list(report.metrics) == ["before", "gates", "uniform", "random"]
     assert report.search.loss_after <= 1.05 * report.search.loss_before
     assert report.search.chosen == plan.strength == report.change["strength"] > 0

@@ -122,13 +122,25 @@ def test_of_one_step_the_size_decides(method, forget, wanted):
     assert "thorough" in found.text
 
 
-@pytest.mark.parametrize(("forgotten", "wanted"), [(True, "influence"), (False, "retrain")])
-def test_of_several_steps_their_end_decides(forgotten, wanted):
-    found = guide_steps(1, 3, 0.374, forgotten)
+@pytest.mark.parametrize(
+    ("ended", "wanted", "words"),
+    [
+        ("forgotten", "influence", "as far as they aim: 37 % of the request's positions are still"),
+        (
+            "never-seen",
+            "influence",
+            "costs about as much as never-seen data (37 % of the request's",
+        ),
+        ("before", "retrain", "ended before they were where they aim: 37 % of the request's"),
+    ],
+)
+def test_of_several_steps_their_end_decides(ended, wanted, words):
+    found = guide_steps(1, 3, 0.374, ended)
     assert found.recommendation == wanted
     assert (found.forget_share, found.still_known) == (0.25, 0.374)
-    assert "37 % of the forget positions are still better known" in found.text
-    assert ("or retrain" in found.text) != forgotten
+    assert words in found.text
+    assert ("Retraining forgot about as much" in found.text) == (ended == "forgotten")
+    assert ("else retrain" in found.text) == (ended == "before")
 
 
 def test_advice_needs_both_sets():
@@ -136,4 +148,4 @@ def test_advice_needs_both_sets():
         with pytest.raises(UcanError, match=f"the {group} set is empty"):
             guide_step(*sizes)
         with pytest.raises(UcanError, match=f"the {group} set is empty"):
-            guide_steps(*sizes, 0.1, True)
+            guide_steps(*sizes, 0.1, "before")

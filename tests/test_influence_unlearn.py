@@ -22,6 +22,7 @@ from trained_model import (
 
 import ucan_fast as uf
 from ucan_fast import calibration, controls, evaluation, influence, influence_job, job
+from ucan_fast.guidance import guide_step
 
 main = importlib.import_module("ucan_fast.unlearn")
 AUTO = uf.UcanConfig(method="influence")
@@ -58,6 +59,11 @@ def test_the_report_tells_of_the_step(tmp_path):
     origin = weights(model)
     result = uf.unlearn(model, forget=forget_batches(), retain=retain_batches(), config=AUTO)
     report, plan = result.report, result.plan
+    sizes = [result.stats.tokens(group) for group in ("forget", "retain")]
+    assert report.guidance == guide_step(*sizes, "influence")
+    assert f"Recommendation: **{report.guidance.recommendation}**. The forget set is" in (
+        report.to_markdown()
+    )
     assert list(report.metrics) == ["before", "influence", "uniform", "random"]
     assert report.search.loss_after <= 1.05 * report.search.loss_before
     assert report.search.chosen == plan.strength == report.change["strength"] > 0

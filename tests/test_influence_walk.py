@@ -596,7 +596,8 @@ def test_several_steps_forget_more_than_one_at_the_same_budget(tmp_path):
     walk = walk_of(there := trained(), forget=forget, retain=retain)
     there.load_state_dict(several.state_dict())
     assert report.guidance.still_known == walk.known()
-    assert (report.guidance.recommendation == "retrain") == (walk.known() >= 0.2)
+    wanted = "retrain" if walk.known() >= influence_walk.FORGOTTEN else "influence"
+    assert report.guidance.recommendation == wanted
     assert f"Recommendation: **{report.guidance.recommendation}**. The steps" in text
     assert "| step | forget NLL | retain NLL | still known | predicted rise |" in text
     first = taken[0]
@@ -717,6 +718,7 @@ def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
         # No position is to cost more than never-seen data either.
         highest = max(float(r.max()) for r in walks[-1]._references)
         assert highest == pytest.approx(min(ceiling, math.log(hm.VOCAB)))
+    assert advised == {"influence", "retrain"}
     model = trained()
     with pytest.warns(uf.UcanWarning, match="nothing to unlearn"):
         uf.unlearn(
@@ -855,6 +857,13 @@ def test_where_nothing_is_gone_on_to_the_earlier_plan_stays():
     search = result.report.search
     assert (search.chosen, search.curve) == (0.0, [])
     assert search.loss_after == pytest.approx(mean_nll(model, retain, "retain"), rel=0.2)
+    # What is known is known of the adapter with the earlier plan.
+    advice = result.report.guidance
+    assert advice.recommendation == "influence"
+    assert "costs about as much as never-seen data" in advice.text
+    walk = walk_of(there_model := trained(), forget=two, retain=retain, never_seen=known - 0.1)
+    there_model.load_state_dict(model.state_dict())
+    assert advice.still_known == walk.known()
     # The earlier request used up the budget.
     tight = STEPS.replace(max_retain_loss_increase=1e-9)
     generator = torch.Generator().manual_seed(0)
@@ -866,6 +875,8 @@ def test_where_nothing_is_gone_on_to_the_earlier_plan_stays():
     result = uf.unlearn(model, forget=one, previous=spent, **{**options, "config": tight})
     assert "the earlier requests alone use up the budget" in result.plan.note
     assert result.plan.strength == worse.strength
+    advice = result.report.guidance
+    assert (advice.recommendation, advice.still_known > 0.2) == ("retrain", True)
 
 
 def test_steps_that_only_undo_what_the_start_did_count_all_the_same():

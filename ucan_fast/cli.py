@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .config import PRESETS, READERS, UcanConfig
+from .config import METHODS, PRESETS, READERS, UcanConfig
 from .errors import UcanError, UcanWarning, warn
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -663,15 +663,27 @@ def _read(
 def _unread(arguments: argparse.Namespace, start: UcanConfig) -> str:
     """What is wrong with options that the chosen method, or its fixed strength, does not read."""
     method = arguments.method or start.method
-    for name in FIELDS:
-        readers = READERS.get(name, (method,))
-        if method not in readers and getattr(arguments, name) is not None:
-            chosen = f" (--preset {arguments.preset})" if method == start.method else ""
-            return (
-                f"method {method!r}{chosen if arguments.preset else ''} does not read "
-                f"--{_option(name)}, which is for method {' or '.join(map(repr, readers))}: leave "
-                "it out"
-            )
+    given = [
+        name
+        for name in FIELDS
+        if getattr(arguments, name) is not None and method not in READERS.get(name, (method,))
+    ]
+    if given:
+        chosen = f" (--preset {arguments.preset})" if method == start.method else ""
+        readers = sorted({reader for name in given for reader in READERS[name]})
+        return (
+            f"method {method!r}{chosen if arguments.preset else ''} does not read "
+            f"{', '.join(f'--{_option(name)}' for name in given)}, which is for method "
+            f"{' or '.join(map(repr, readers))}: leave it out"
+        )
+    # Not of an unknown method, which is told as such.
+    stale = start.unread_by(method) if method in METHODS else []
+    if stale:
+        source = f"--config {arguments.config}"
+        if not arguments.config:
+            source = f"--preset {arguments.preset}"
+        fields = ", ".join(f"{name}={getattr(start, name)!r}" for name in stale)
+        return f"{source} sets {fields}, which --method {method} does not read: leave one out"
     strength = start.strength if arguments.strength is None else arguments.strength
     if arguments.max_retain_loss_increase is not None and strength != "auto":
         return (

@@ -11,13 +11,14 @@ from typing import Any
 
 from .errors import UcanError
 
+METHODS = ("attenuate", "influence", "gates")
 SITES = ("input", "rank", "output", "mlp")
 #: Where gates are.
 BOTH_SITES = "input and output"
 #: What is kept of the Kronecker factors of the influence step.
 VARIANTS = ("all", "b-only", "last-blocks", "eigenbasis", "diagonal")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("attenuate", "influence", "gates"),
+    "method": METHODS,
     "site": SITES,
     "statistic": ("mean_abs", "rms"),
     "contrast": ("symmetric", "difference", "ratio", "zscore", "none"),
@@ -213,14 +214,24 @@ class UcanConfig:
 
     def _check_read(self) -> None:
         """Refuse what the method does not read: it would change nothing, silently."""
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            readers = READERS.get(name, (self.method,))
-            if self.method not in readers and value != field.default:
-                raise UcanError(
-                    f"UcanConfig: method={self.method!r} does not read {name}={value!r}, which is "
-                    f"for method {' or '.join(map(repr, readers))}: leave it out."
-                )
+        unread = self.unread_by(self.method)
+        if unread:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in unread)
+            readers = sorted({reader for name in unread for reader in READERS[name]})
+            raise UcanError(
+                f"UcanConfig: method={self.method!r} does not read {given} (for method "
+                f"{' or '.join(map(repr, readers))}): leave {'it' if len(unread) == 1 else 'them'} "
+                "out."
+            )
+
+    def unread_by(self, method: str) -> list[str]:
+        """Names of the fields that are not as by default, and that this method does not read."""
+        return [
+            field.name
+            for field in dataclasses.fields(self)
+            if method not in READERS.get(field.name, (method,))
+            and getattr(self, field.name) != field.default
+        ]
 
     @property
     def auto_strength(self) -> bool:
@@ -293,6 +304,21 @@ class UcanConfig:
             raise UcanError("UcanConfig: the JSON must be an object of fields.")
         cls._check_keys(fields)
         return cls(**fields)
+
+    @classmethod
+    def from_saved(cls, fields: Any) -> UcanConfig:
+        """The configuration that a saved plan holds.
+
+        As :meth:`from_json` of the same fields, but what the method does not read is passed over:
+        it changed nothing when the plan was made, and a plan must stay readable.
+
+        Raises:
+            UcanError: as :meth:`from_json`.
+        """
+        if isinstance(fields, dict):
+            method = fields.get("method", cls.method)
+            fields = {n: v for n, v in fields.items() if method in READERS.get(n, (method,))}
+        return cls.from_json(json.dumps(fields))
 
     @classmethod
     def _check_keys(cls, fields: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def separability(stats: ActivationStats, site: str = "input") -> Separability:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What is to be expected of a request, from statistics alone.
+    """What is to be expected of a request, from statistics, its size, or where steps ended.
 
     Attributes:
         recommendation: ``"attenuate"``: activations separate the sets, U-CAN has something to hold
@@ -98,9 +98,10 @@ class Guidance:
         text: why, in words.
         separability: see there; None where no activations were measured (gradient methods).
         forget_share: of the tokens in the statistics. Where D_r is a sample of the retained data
-            it is too large, and with it the advice to retrain: a bank holds all of them.
-        still_known: share of the forget positions that several steps left better known than their
-            references; None of other methods.
+            it is too large, and with it the advice to retrain: a bank holds all of them. Earlier
+            requests (``previous=``) count.
+        still_known: share of this request's forget positions that several steps left better known
+            than their references (:class:`ucan_fast.InfluenceWalk`); None of other methods.
     """
 
     recommendation: str
@@ -151,10 +152,10 @@ def guide(stats: ActivationStats, site: str = "input") -> Guidance:
 
 
 def guide_step(forget_tokens: int, retain_tokens: int, method: str = "influence") -> Guidance:
-    """Advice after one influence step or gates, from the sizes of the two sets.
+    """Advice for a request that one influence step or gates answer, from the sizes of its sets.
 
-    A rule of thumb from one small recommender, no guarantee: ``docs/quality.md`` says how often it
-    was right.
+    A rule of thumb from small recommenders, no guarantee: ``docs/quality.md`` says how often it was
+    right. It says nothing of how far this very step went: the search, and its note, do.
 
     Args:
         forget_tokens, retain_tokens: of all data, or as many as were run.
@@ -168,55 +169,66 @@ def guide_step(forget_tokens: int, retain_tokens: int, method: str = "influence"
     if method == "gates":
         size += (
             ", and gates only attenuate: UcanConfig.preset('best'), a step by Kronecker factors, "
-            "forgot more at the same retain drop where those can be held"
+            "forgot more at the same retain drop"
         )
     if share <= LARGE_SHARE:
-        return Guidance(
+        name, advice = (
             "influence",
-            f"{size}. Of requests this small one step forgot half or more within 5 % of the "
-            "retained rankings on small recommenders, of a language model less; "
-            "UcanConfig.preset('thorough') came near retraining.",
-            None,
-            share,
+            "Of so few one step mostly forgot half or more within 5 % of the retained rankings on "
+            "small recommenders, of a language model's less; UcanConfig.preset('thorough') came "
+            "near retraining.",
         )
-    return Guidance(
+    else:
+        name, advice = (
+            "retrain",
+            "Of so many (of all it is less where D_r is a sample) one step mostly forgot less than "
+            "half within 5 % of the retained rankings: use UcanConfig.preset('thorough'), which "
+            "came near retraining on small recommenders, or retrain.",
+        )
+    return Guidance(name, f"{size}. {advice}", None, share)
+
+
+#: How several steps can have ended, and the advice then.
+_ENDS = {
+    "forgotten": (
+        "influence",
+        "the steps went as far as they aim: {left}. Retraining forgot about as much on small "
+        "recommenders",
+    ),
+    "never-seen": (
+        "influence",
+        "the steps went as far as they may: the forget set costs about as much as never-seen data "
+        "({left})",
+    ),
+    "before": (
         "retrain",
-        f"{size} (of all, it is less where D_r is a sample), and of so much one step forgets less "
-        "than half within 5 % of the retained rankings: use UcanConfig.preset('thorough'), which "
-        "came near retraining on small recommenders, or retrain.",
-        None,
-        share,
-    )
+        "the steps ended before they were where they aim: {left}. The note says what ended them; a "
+        "larger max_retain_loss_increase or influence_steps may help where it was one of these, "
+        "else retrain",
+    ),
+}
 
 
-def guide_steps(
-    forget_tokens: int, retain_tokens: int, still_known: float, forgotten: bool
-) -> Guidance:
+def guide_steps(forget_tokens: int, retain_tokens: int, still_known: float, ended: str) -> Guidance:
     """Advice after several influence steps, from where they ended.
 
     Args:
         forget_tokens, retain_tokens: of all data, or as many as were run.
-        still_known: share of the forget positions that are better known than their references
-            (:meth:`ucan_fast.InfluenceWalk.known`).
-        forgotten: whether that is as little as the steps aim at, or the forget set costs what
-            never-seen data do.
+        still_known: share of this request's forget positions that are better known than their
+            references (:meth:`ucan_fast.InfluenceWalk.known`).
+        ended: ``"forgotten"``: that is as little as the steps aim at; ``"never-seen"``: the forget
+            set costs about what never-seen data do; ``"before"``: neither.
 
     Raises:
         UcanError: a set is empty.
     """
     share = _share(forget_tokens, retain_tokens)
+    name, text = _ENDS[ended]
     left = (
-        f"{100 * still_known:.0f} % of the forget positions are still better known than without "
-        "the adapter (or than never-seen data, where their cost was given)"
+        f"{100 * still_known:.0f} % of the request's positions are still better known than their "
+        "references"
     )
-    if forgotten:
-        text = f"the steps went as far as they aim: {left}, and retraining forgot about as much"
-        return Guidance("influence", f"{text} on small recommenders.", None, share, still_known)
-    text = (
-        f"the steps ended before they were where they aim: {left}. A larger "
-        "max_retain_loss_increase or more influence_steps forget more, or retrain."
-    )
-    return Guidance("retrain", text, None, share, still_known)
+    return Guidance(name, text.format(left=left) + ".", None, share, still_known)
 
 
 def _share(forget: int, retain: int) -> float:

@@ -209,7 +209,7 @@ class InfluencePlan(ReversiblePlan):
             values = json.loads(metadata["plan"])
             keys = values["directions"]
             plan = cls(
-                config=UcanConfig.from_json(json.dumps(values["config"])),
+                config=UcanConfig.from_saved(values["config"]),
                 fingerprint=values["fingerprint"],
                 directions={key: tensors[f"direction.{i}"] for i, key in enumerate(keys)},
                 shares=dict(zip(keys, values["shares"], strict=True)),
@@ -224,8 +224,8 @@ class InfluencePlan(ReversiblePlan):
             # Written so that a NaN is refused too.
             if not 0 <= plan.strength < math.inf:
                 raise ValueError("the strength is no number >= 0")
-        except UcanError:
-            raise
+        except UcanError as error:
+            raise UcanError(f"{path}: {error}") from error
         except (KeyError, ValueError, TypeError) as error:
             raise UcanError(f"{path} is damaged: {error}; make the plan again.") from error
         return plan

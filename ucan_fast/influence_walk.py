@@ -321,7 +321,8 @@ class InfluenceWalk:
 
     def known(self) -> float:
         """Share of the forget positions, in [0, 1], that the model as it is now knows better than
-        their references; one forward pass over the forget batches."""
+        their references; one forward pass over the forget batches. (Before the first step that is
+        the origin, also with ``start``.)"""
         known = positions = 0
         with evaluating(self.model):
             pieces = scored_slices(self.model, self._forget, "forget")

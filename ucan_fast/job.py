@@ -91,8 +91,8 @@ class Job:
         walked: retain batches that several steps run.
         steps: what several steps measured.
         still_known: share of the forget positions that are better known than their references
-            where several steps ended; None where none were taken.
-        forgotten: whether that is so little, or the forget set costs so much, that it is forgotten.
+            where several steps ended; None of other methods, and where there was nothing to do.
+        ended: how, as :func:`ucan_fast.guidance.guide_steps` has it.
         overlap: sequences that both sets hold.
         ceiling: nats per token that never-seen data cost; infinite where nothing is said of them.
     """
@@ -110,7 +110,7 @@ class Job:
     notes: dict[str, str] = field(default_factory=dict)
     steps: list[Measured] = field(default_factory=list)
     still_known: float | None = None
-    forgotten: bool = False
+    ended: str = "before"
     overlap: Overlap = field(default_factory=Overlap)
     ceiling: float = math.inf
 

@@ -213,7 +213,7 @@ class AttenuationPlan(ReversiblePlan):
             values = json.loads(metadata["plan"])
             keys = values["originals"]
             plan = cls(
-                config=UcanConfig.from_json(json.dumps(values["config"])),
+                config=UcanConfig.from_saved(values["config"]),
                 fingerprint=values["fingerprint"],
                 groups=[tuple(names) for names in values["groups"]],
                 sizes=values["sizes"],
@@ -231,8 +231,8 @@ class AttenuationPlan(ReversiblePlan):
             # Written so that a NaN is refused too.
             if not ((plan.flat_factors >= 0) & (plan.flat_factors <= 1)).all():
                 raise ValueError("a factor is not a number between 0 and 1")
-        except UcanError:
-            raise
+        except UcanError as error:
+            raise UcanError(f"{path}: {error}") from error
         except (KeyError, ValueError, TypeError) as error:
             raise UcanError(f"{path} is damaged: {error}; make the plan again.") from error
         return plan

@@ -70,8 +70,8 @@ class DeletionReport:
             why).
         notes: why something is missing or not comparable.
         search: the strength search, or None.
-        guidance: what is to be expected of the request, and what is recommended; None where a
-            gradient method changed nothing, or why not stands in ``notes``.
+        guidance: what is to be expected of the request, and what is recommended. None where a
+            gradient method found nothing to do, and where ``notes`` say why there is none.
         seconds: wall time per step.
         samples_per_second: sequences per second of the statistics pass.
         fingerprint_before, fingerprint_after: SHA-256 of the adapter.

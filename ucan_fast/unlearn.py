@@ -261,7 +261,7 @@ def _advice(
     if not isinstance(stats, ActivationStats):
         sizes = [stats.tokens(group) for group in ("forget", "retain")]
         if job.still_known is not None:
-            return guide_steps(*sizes, job.still_known, job.forgotten)
+            return guide_steps(*sizes, job.still_known, job.ended)
         several = job.config.influence_steps > 1
         return None if plan.is_noop or several else guide_step(*sizes, job.config.method)
     # Layers that the plan has no neurons in may have seen nothing (a tower of its own).

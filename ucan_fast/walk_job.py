@@ -61,14 +61,16 @@ def search_walk(job: Job, stats: InfluenceStats, request: Request) -> InfluenceP
         search.note = _take_steps(walk, bounds, why_none)
         plan = walk.plan()
         job.steps = list(walk.measured)
-        job.still_known = walk.known() if walk.steps else None
-        job.forgotten = bounds.is_reached(job.still_known)
+        job.still_known, job.ended = bounds.standing(walk)
     finally:
         walk.restore()
     stays = earlier is not None and plan.directions is earlier.directions
     if plan.is_noop or stays:
         search.chosen, search.loss_after, job.steps = 0.0, start, []
-        job.still_known, job.forgotten = None, False
+        job.still_known = None
+    if stays:
+        with earlier._edit(job.model, job.adapter).applied(earlier.strength):
+            job.still_known, job.ended = bounds.standing(walk)
     job.search = search
     notes = [plan.note or search.note] if plan.is_noop and not stays else [search.note, plan.note]
     if stays:
@@ -111,11 +113,14 @@ class _Bounds:
             return -math.inf
         return group_loss(self.job.model, self.forget, "forget").mean
 
-    def is_reached(self, known: float | None) -> bool:
-        """Whether the forget set is forgotten, of which this share of positions is still known."""
-        if known is None:
-            return False
-        return known < FORGOTTEN or self._forget_cost() >= (1 - _AT_CEILING) * self.ceiling
+    def standing(self, walk: InfluenceWalk) -> tuple[float, str]:
+        """Share of the forget positions that the model as it is knows better than their
+        references, and whether that is where the steps aim."""
+        known = walk.known()
+        if known < FORGOTTEN:
+            return known, "forgotten"
+        reached = self._forget_cost() >= (1 - _AT_CEILING) * self.ceiling
+        return known, "never-seen" if reached else "before"
 
     def reason_for_none(self, earlier: InfluencePlan | None) -> str:
         """Why no step is to be taken from where the earlier plan leads to, or ""."""

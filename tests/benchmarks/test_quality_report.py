@@ -523,10 +523,10 @@ def test_the_advice_after_gradient_methods_is_counted(documents):
         delivered("pantry", 7, 0.2, "", 60.0),  # no curves
     ]
     text = advice.of_gradients(cases, documents)
-    assert "right in 0 of 2 cases that nothing was chosen on, and in 1 of 1 of ml-100k's" in text
-    assert "In 2 cases several steps went as far as they aim" in text
-    assert "*influence*): retraining's forget drop is -4 to 3 points above theirs" in text
-    assert "In 1 cases several steps ended before (*retrain*): retraining's" in text
-    assert "is 20 to 20 points above theirs there." in text
+    assert "right in 0 of 2 cases that nothing was chosen on (*influence* always: 1 of 2)" in text
+    assert "and in 1 of 1 of ml-100k's seed 0." in text
+    assert "ended where they aim in 2 of these requests: less theirs" in text
+    assert "forget drop is -4 to 3 points there." in text
+    assert "ended by the retain budget or their number in 1 of these requests" in text
     cases[1]["guidance"]["forget_share"] = 0.11
     assert "right in 1 of 2 cases" in advice.of_gradients(cases, documents)
