@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ucan_fast.config import PRESETS
 from ucan_fast.guidance import LARGE_SHARE
@@ -146,8 +147,8 @@ def of_gradients(delivered: Sequence[Document], documents: Sequence[Document]) -
         f"After one step the report goes by size alone (*retrain* beyond {100 * LARGE_SHARE:g} % "
         "of the tokens, else *influence*). By whether the step forgets at least "
         f"{ENOUGH:g} % at 5 % that was right in {_count(tested)} cases that nothing was chosen on "
-        f"(*influence* always: {_count(enough)}), and in {_count(chosen_on)} of ml-100k's seed 0. "
-        "Their shares are up to 11 % or about 25 %, so that nothing tests the threshold itself."
+        f"(*influence* always: {_count(enough)}), and in {_count(chosen_on)} of ml-100k's seed 0."
+        f"{_gap([document['guidance']['forget_share'] for document in delivered])}"
     ]
     for aimed, text in (
         (True, "where they aim"),
@@ -160,6 +161,18 @@ def of_gradients(delivered: Sequence[Document], documents: Sequence[Document]) -
                 f"theirs, retraining's forget drop is {low:.0f} to {high:.0f} points there."
             )
     return " ".join(parts) + "\n"
+
+
+def _gap(shares: Sequence[float]) -> str:
+    """Where the forget sets' sizes say nothing of a threshold: the widest gap between them."""
+    ordered = sorted(shares)
+    if len(ordered) < 2:
+        return ""
+    low, high = max(pairwise(ordered), key=lambda pair: pair[1] - pair[0])
+    return (
+        f" No forget set is between {100 * low:.1f} and {100 * high:.1f} % of the tokens: within "
+        "that the threshold is not tested."
+    )
 
 
 def _count(right: Sequence[bool]) -> str:

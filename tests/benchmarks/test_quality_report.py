@@ -525,6 +525,7 @@ def test_the_advice_after_gradient_methods_is_counted(documents):
     text = advice.of_gradients(cases, documents)
     assert "right in 0 of 2 cases that nothing was chosen on (*influence* always: 1 of 2)" in text
     assert "and in 1 of 1 of ml-100k's seed 0." in text
+    assert "seed 0. No forget set is between 10.0 and 20.0 % of the tokens: within" in text
     assert "ended where they aim in 2 of these requests: less theirs" in text
     assert "forget drop is -4 to 3 points there." in text
     assert "ended by the retain budget or their number in 1 of these requests" in text
