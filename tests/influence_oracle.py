@@ -38,13 +38,18 @@ def rows(batches: list[dict], group: int):
 
 
 def gradients(
-    model: nn.Module, batches: list[dict], group: int, below: list[float] | None = None
+    model: nn.Module,
+    batches: list[dict],
+    group: int,
+    below: list[float] | None = None,
+    by_heart: bool = False,
 ) -> tuple[dict, int]:
     """Sum over the scored positions of the group of the NLL's gradient, and how many there are.
 
     Args:
-        below: one number per scored position: those that cost as much or more add nothing, the
-            others the gradient of ln (1 - p)/p, 1 - p being at least 1e-4.
+        below: one number per scored position: those that cost as much or more add nothing.
+        by_heart: whether every gradient counts max(1, 0.1 / (1 - p)) times, 1 - p being at least
+            1e-4.
     """
     model = fp64(model)
     for p in model.parameters():
@@ -59,11 +64,10 @@ def gradients(
             if member[t] and labels[t] != -100:
                 count += 1
                 nll = -logits[t - 1].log_softmax(-1)[labels[t]]
-                if below is None:
-                    nll.backward(retain_graph=True)
-                elif nll < below[count - 1]:
-                    unsure = 1 - float((-nll).exp())
-                    (nll / max(unsure, 1e-4)).backward(retain_graph=True)
+                if below is None or nll < below[count - 1]:
+                    unsure = max(1 - float((-nll).exp()), 1e-4)
+                    weight = max(1.0, 0.1 / unsure) if by_heart else 1.0
+                    (weight * nll).backward(retain_graph=True)
     found = {}
     for name, layer in lora_layers(model).items():
         for letter, p in zip("AB", weights_of(layer), strict=True):

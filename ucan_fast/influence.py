@@ -82,8 +82,7 @@ class InfluencePlan(ReversiblePlan):
             on the CPU: a strength of 1 predicts that the mean forget NLL rises by one nat. Of
             several steps: the straight line from the origin to where they led, over the strength.
             Parameters that several layers share have one entry, under the first of them.
-        shares: the part of the predicted rise (of several steps: of the predicted fall of the
-            log-odds) that each of them brings; they add up to 1.
+        shares: the part of the predicted rise that each of them brings; they add up to 1.
         strength: t, the predicted rise of the forget NLL in nats; of several steps, the measured
             one, from where the first of them began.
         note: what a user must know about it, or "".

@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapter import resolve_adapter, unwrap
 from .batches import check_iterable, reusable
-from .calibration import counted_batches
+from .calibration import BY_HEART, counted_batches
 from .collect import _quiet
 from .config import UcanConfig, config_or
 from .errors import UcanError
@@ -38,10 +38,12 @@ Gradients = dict[str, torch.Tensor]
 #: Share of the direction so far in the next one: without it steps swing across the retain set's
 #: steep directions, whose curvature was measured at the origin.
 _MOMENTUM = 0.7
-#: What one step may take off the forget set's log-odds, as predicted: nats in the mean over its
-#: positions, and the share of the way that is left to its references if that is more. Where the
-#: retain set is known by heart its curvature, softened as it is, lets a step go far.
-_MOST_FALL, _MOST_OF_WAY = 0.3, 1 / 8
+#: Nats that one step may raise the forget NLL by, as predicted: where the retain set is known by
+#: heart its curvature, softened as it is, lets a step go far.
+_MOST_RISE = 0.3
+#: Where the forget set is known by heart: the slope of a position's NLL by its logits is 1 - p; it
+#: counts as this at least, so that the surest are not left for last.
+_LEAST_PULL = 0.1
 #: 1 - p below this counts as this: fp32 knows 1 - p of what is surer to few digits.
 _SUREST = 1e-4
 #: The walk ends where a smaller share of the forget positions is below its references. Of
@@ -51,10 +53,8 @@ FORGOTTEN = 0.2
 #: Nats that the retain batches may cost more after a step than before it: that much more than ε
 #: says that the factors do not describe the model there, and the step is halved.
 _MOST_LOSS = 0.02
-#: Nats that the retain batches cost more than at the origin for κ to count twice, thrice, ...
-_DEAR = 0.02
-#: Nats that the forget set may come back by in a step, in the mean over its positions of the lesser
-#: of NLL and reference: more is no repair of the retain set, but a step too long.
+#: There, too: nats that it may come back by in a step, in the mean over its positions of the lesser
+#: of NLL and reference. More is no repair of the retain set, but a step too long.
 _MOST_RETURN = 0.1
 #: How often, and how much longer a step may be than one that was halved. (Where a language model
 #: knew its data by heart the second step was halved four times, and growth by a quarter used twelve
@@ -74,14 +74,14 @@ class Measured:
         forget_nll: mean over the scored forget positions, nats.
         retain_nll: mean over the scored positions of the retain batches, nats.
         known: share of the forget positions that are still more likely than their references.
-        fall: the fall of the forget set's log-odds that the step predicts, nats in the mean over
-            its positions.
+        rise: the rise of the forget NLL that the step predicts, nats; weighted as in
+            :class:`InfluenceWalk` where the forget set is known by heart.
     """
 
     forget_nll: float
     retain_nll: float
     known: float
-    fall: float
+    rise: float
 
 
 @dataclass
@@ -91,17 +91,14 @@ class _Side:
     Attributes:
         gradient: G or R of :class:`InfluenceWalk`.
         nll: mean over the scored positions, nats.
-        known: share of the positions that are below their references.
-        reached: mean over the positions of the lesser of NLL and reference, nats.
-        way: mean over the positions of what their log-odds are above those of the references,
-            nats; 0 for those that are not.
+        known: share of the positions that count: those below their references, if there are any.
+        reached: mean over the positions of the lesser of NLL and reference, nats (0 without).
     """
 
     gradient: Gradients
     nll: float
-    known: float = 1.0
-    reached: float = math.inf
-    way: float = 0.0
+    known: float
+    reached: float
 
 
 class InfluenceWalk:
@@ -110,25 +107,26 @@ class InfluenceWalk:
     Before step k both gradients are taken where the last one ended, by one pass over the forget
     batches and one over the retain batches; the Kronecker factors stay those of the origin::
 
-        G = 1/n Σ ∇ nll_i / (1 - p_i)   over the forget positions i with nll_i < reference_i
+        G = 1/n Σ w_i ∇ nll_i   over the forget positions i with nll_i < reference_i
         R = R_0 + R_S(now) - R_S(origin)
-        v = μ v + (1 - μ) (G - κ (1 + l / 0.02) R),   d = F⁻¹ v,   W += c d
+        v = μ v + (1 - μ) (G - κ R),   d = F⁻¹ v,   W += c d
         c = min(sqrt(2 ε / ⟨v, d⟩), ρ / ⟨G, d⟩)
 
-    with p_i = exp(-nll_i), 1 - p_i at least 1e-4, ε = ``influence_radius`` (c d is then ε nats of
-    KL away by the factors' quadratic model), κ = ``retain_gradient_weight``, l the nats that the
-    retain batches cost more than at the origin, if any, μ = 0.7, and ρ = 0.3 nats or an eighth of
-    the way to the references (both of log-odds) if that is more. G is the gradient of
-    -ln p/(1 - p), not of -ln p: that one all but vanishes where a position is known by heart, and
-    a step would be one of the few positions that are not. R_0 is the retain gradient of the bank;
-    that of the retain batches S comes in as a difference to the origin (a control variate: Johnson
-    and Zhang 2013). S are all batches, or ``influence_batches`` of them, drawn anew before each
-    step and run at the origin as well: what a step costs then does not grow with D_r. (A small set
-    that stays the same would be learned by heart.)
+    with ε = ``influence_radius`` (c d is then ε nats of KL away by the factors' quadratic model),
+    κ = ``retain_gradient_weight``, μ = 0.7, ρ = 0.3 nats, and w_i = 1 (but see below). R_0 is the
+    retain gradient of the bank; that of the retain batches S comes in as a difference to the
+    origin (a control variate: Johnson and Zhang 2013). S are all batches, or ``influence_batches``
+    of them, drawn anew before each step and run at the origin as well: what a step costs then does
+    not grow with D_r. (A small set that stays the same would be learned by heart.)
 
-    A step after which S cost over 0.02 nats more than before it is halved, up to eight times, and
-    so is one that brings back over 0.1 nats of the forget set (of the lesser of NLL and
-    reference); the next may be twice as long as it ended, and so on up to c.
+    A step after which S cost over 0.02 nats more than before it is halved, up to eight times; the
+    next may be twice as long as it ended, and so on up to c.
+
+    Where the forget set is known by heart (below 0.2 nats per position at the origin) w_i is
+    max(1, 0.1 / (1 - p_i)), 1 - p_i being at least 1e-4: the slope of nll_i by its logits is
+    1 - p_i, next to nothing, and steps would be of the first few positions that are not known so
+    well any more. There a step is also halved that brings back over 0.1 nats of the forget set (of
+    the lesser of NLL and reference).
 
     A position counts as long as the model knows it better than its reference, the least of: the
     model *without the adapter's A and B*, blind guessing (ln V), and never-seen data where their
@@ -138,8 +136,8 @@ class InfluenceWalk:
     references are high: give the cost of never-seen data.
 
     (Ours; not in the paper.) Natural gradients: Amari 1998; Kronecker factors and the trust region:
-    Martens and Grosse, arXiv 1503.05671; that odds keep their slope where probabilities are near 1
-    is what unlikelihood training (Welleck et al., arXiv 1908.04319) uses, too.
+    Martens and Grosse, arXiv 1503.05671. Unlikelihood training (Welleck et al., arXiv 1908.04319)
+    has a slope where probabilities are near 1, too: p / (1 - p) of the NLL's.
 
     With ``start`` the steps go on from where an earlier request's plan leads to. That request's
     data are not run again: nothing pulls them back, since R is of neither forget set, and nothing
@@ -164,7 +162,7 @@ class InfluenceWalk:
         start: InfluencePlan | None = None,
         adapter: str | None = None,
     ) -> None:
-        """Check everything, and measure the references (one forward pass over ``forget``).
+        """Check everything, and measure the references (two forward passes over ``forget``).
 
         Args:
             model: with the adapter that the factors were taken on.
@@ -213,6 +211,8 @@ class InfluenceWalk:
         # Nats per token of a guess that knows nothing.
         self._blind = math.log(_vocabulary(self.model))
         self._references = self._measure_references(never_seen)
+        loss = group_loss(self.model, self._forget, "forget")
+        self._by_heart = loss.tokens > 0 and loss.mean < BY_HEART
         self._begin()
 
     def _begin(self) -> None:
@@ -224,17 +224,17 @@ class InfluenceWalk:
             moved.zero_()
             if start is not None:
                 moved.add_(start.directions[key], alpha=start.strength)
-        self._falls = {
+        self._rises = {
             key: 0.0 if start is None else start.strength * start.shares[key] for key in self._moved
         }
         # The step that led here, and what it predicted by matrix; none at the origin.
         self._last: Gradients = {}
-        self._last_falls: dict[str, float] = {}
+        self._last_rises: dict[str, float] = {}
         self._momentum: Gradients | None = None
         self._momentum_before: Gradients | None = None
         # Gradient and NLL of the retain batches here, once they were taken, and at the origin.
         self._here: _Side | None = None
-        self._at_origin: _Side | None = None
+        self._at_origin: Gradients = {}
         self._scale = 1.0
         self._random = torch.Generator().manual_seed(self.config.seed)
 
@@ -284,7 +284,7 @@ class InfluenceWalk:
         with self._restoring():
             if self._start is not None and not self.steps:
                 self._edit.write(1.0)
-            retain, retain_nll, loss = self._retain_side()
+            retain, retain_nll = self._retain_side()
             side = self._side(self._forget, "forget", self._references)
             forget = side.gradient
             for group, gradient in (("retain", retain), ("forget", forget)):
@@ -297,7 +297,7 @@ class InfluenceWalk:
             if side.known < FORGOTTEN:
                 self.ended = "the forget set is known no better than its references"
                 return False
-            ahead = self._ahead(forget, retain, loss)
+            ahead = self._ahead(forget, retain)
             step = {t.key: self._direction.solve(t, ahead[t.key]) for t in self.targets}
             square, slopes = _dot(ahead, step), _dots(forget, step)
             slope = sum(slopes.values())
@@ -306,10 +306,10 @@ class InfluenceWalk:
                 return False
             length = math.sqrt(2 * self.config.influence_radius / square)
             if slope > 0:
-                length = min(length, max(_MOST_FALL, _MOST_OF_WAY * side.way) / slope)
+                length = min(length, _MOST_RISE / slope)
             length *= self._scale
             self._last = {key: length * value for key, value in step.items()}
-            self._last_falls = {key: length * value for key, value in slopes.items()}
+            self._last_rises = {key: length * value for key, value in slopes.items()}
             self.measured.append(Measured(side.nll, retain_nll, side.known, length * slope))
             self._momentum_before, self._momentum = self._momentum, ahead
             self._write(1.0)
@@ -330,8 +330,8 @@ class InfluenceWalk:
         with self._restoring():
             self._write(-0.5)
             self._last = {key: value / 2 for key, value in self._last.items()}
-            self._last_falls = {key: value / 2 for key, value in self._last_falls.items()}
-            self.measured[-1].fall /= 2
+            self._last_rises = {key: value / 2 for key, value in self._last_rises.items()}
+            self.measured[-1].rise /= 2
             self._scale /= 2
 
     def back(self) -> None:
@@ -384,7 +384,7 @@ class InfluenceWalk:
         if self._start is not None and not moves:
             unapplied = {"applied_fingerprint": None, "originals": None}
             return replace(self._start, config=self.config, note=note, **unapplied)
-        parts = self._falls
+        parts = self._rises
         if not sum(parts.values()) > 0:  # the way up was predicted by no step: by what was moved
             parts = {key: float(m.double().square().sum()) for key, m in self._moved.items()}
         total = sum(parts.values())
@@ -413,9 +413,8 @@ class InfluenceWalk:
                 positions += len(reference)
         return known / max(positions, 1), reached / max(positions, 1)
 
-    def _retain_side(self) -> tuple[Gradients, float, float]:
-        """R here, the NLL of the batches that it was taken on, and how much more that is than at
-        the origin."""
+    def _retain_side(self) -> tuple[Gradients, float]:
+        """R here, and the NLL of the batches that it was taken on."""
         if self._all:
             order = torch.randperm(len(self._all), generator=self._random, device="cpu")
             chosen = sorted(order[: self.config.influence_batches].tolist())
@@ -423,23 +422,19 @@ class InfluenceWalk:
             self._here = None
         if self._here is None:
             self._here = self._side(self._batches, "retain")
-        now = self._here
+        now, nll = self._here.gradient, self._here.nll
         if not self.steps and self._start is None:
             self._at_origin = now
-        elif self._all or self._at_origin is None:
+        elif self._all or not self._at_origin:
             self._edit.restore()
-            self._at_origin = self._side(self._batches, "retain")
+            self._at_origin = self._side(self._batches, "retain").gradient
             self._edit.write(1.0)
-        origin = self._at_origin
-        found = {
-            key: self._bank[key] + (gradient - origin.gradient[key])
-            for key, gradient in now.gradient.items()
-        }
-        return found, now.nll, max(now.nll - origin.nll, 0.0)
+        found = {key: self._bank[key] + (now[key] - self._at_origin[key]) for key in now}
+        return found, nll
 
-    def _ahead(self, forget: Gradients, retain: Gradients, loss: float) -> Gradients:
+    def _ahead(self, forget: Gradients, retain: Gradients) -> Gradients:
         """v: the gradients of both sides as one, with the momentum."""
-        weight = self.config.retain_gradient_weight * (1 + loss / _DEAR)
+        weight = self.config.retain_gradient_weight
         ahead = {key: forget[key] - weight * retain[key] for key in forget}
         if self._momentum is None:
             return ahead
@@ -454,8 +449,8 @@ class InfluenceWalk:
         for tried in range(_HALVINGS + 1):
             if tried:
                 self.shorten()
-            # nan is no number that bears
-            if not self._standing()[1] >= reached - _MOST_RETURN:
+            # NaN is no number to go on from.
+            if self._by_heart and not self._standing()[1] >= reached - _MOST_RETURN:
                 continue
             ahead = not (self._all or last)  # the next step starts with these gradients
             # A step is borne more often than not; the half of one that was not is looked at first.
@@ -483,18 +478,18 @@ class InfluenceWalk:
         self._here = None
         for key, value in self._last.items():
             self._moved[key] += (times * value).to(self._moved[key])
-            self._falls[key] += times * self._last_falls[key]
+            self._rises[key] += times * self._last_rises[key]
         self._edit.write(1.0)
 
     @torch.inference_mode(False)
     def _side(
         self, batches: Batches, group: str, references: list[torch.Tensor] | None = None
     ) -> _Side:
-        """By a pass forward and back: of log-odds and of the positions below their references, or
-        of the NLL and of all where there are no references."""
+        """By a pass forward and back: of the positions below their references, or of all where
+        there are no references."""
         uses = [tensor for target in self.targets for tensor in target.parameters]
         sums = {t.key: torch.zeros_like(t.parameter, dtype=torch.float64) for t in self.targets}
-        total = reached = way = 0.0
+        total = reached = 0.0
         positions = known = 0
         with (
             _quiet(self.model),
@@ -515,9 +510,9 @@ class InfluenceWalk:
                     reference = references[index]
                     reached += float(torch.minimum(nll, reference).double().sum())
                     below = nll < reference
-                    left = log_odds(nll[below]) - log_odds(reference[below])
-                    way += float(left.double().sum())
-                    loss = loss[below] / unsureness(nll[below])
+                    loss = loss[below]
+                    if self._by_heart:
+                        loss = loss * pull(nll[below])
                 known += len(loss)
                 if not len(loss):
                     continue
@@ -533,7 +528,7 @@ class InfluenceWalk:
                 "where there are labels, a label other than -100."
             )
         means = {key: (value / positions).cpu() for key, value in sums.items()}
-        figures = (number / positions for number in (total, known, reached, way))
+        figures = (number / positions for number in (total, known, reached))
         return _Side(means, *figures)
 
     def _measure_references(self, never_seen: float) -> list[torch.Tensor]:
@@ -555,14 +550,10 @@ class InfluenceWalk:
         return found
 
 
-def unsureness(nll: torch.Tensor) -> torch.Tensor:
-    """1 - p of labels with this NLL, at least :data:`_SUREST`."""
-    return -torch.expm1(-nll).clamp_max(-_SUREST)
-
-
-def log_odds(nll: torch.Tensor) -> torch.Tensor:
-    """ln p/(1 - p) of labels with this NLL, at most that of :data:`_SUREST`."""
-    return -nll - unsureness(nll).log()
+def pull(nll: torch.Tensor) -> torch.Tensor:
+    """max(1, 0.1 / (1 - p)) of labels with this NLL, 1 - p being at least :data:`_SUREST`."""
+    unsure = -torch.expm1(-nll).clamp_max(-_SUREST)
+    return (_LEAST_PULL / unsure).clamp_min(1)
 
 
 def counted(steps: int) -> str:

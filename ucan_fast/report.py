@@ -64,7 +64,7 @@ class DeletionReport:
         change: neurons attenuated, in total and per layer, threshold, strength, note. For an
             influence step: its strength (the predicted rise of the forget NLL in nats), the
             bytes of every variant's factors, and per layer how far it was moved (relative to
-            its norm) and its share of the predicted rise (of several steps: fall of log-odds).
+            its norm) and its share of the predicted rise.
         metrics: state (``before``, then ``U-CAN``, ``influence`` or ``gates``, ``uniform``,
             ``random``) -> metric -> value; None where it could not be measured (``notes`` says
             why).
@@ -324,13 +324,13 @@ class DeletionReport:
             "",
             "Before each step: the mean NLL of both sets, in nats per token (retain: of the "
             "batches that were run), the share of the forget positions that were better known than "
-            "their references, and the fall of the forget log-odds that the step predicted.",
+            "their references, and the rise of the forget NLL that the step predicted.",
             "",
-            "| step | forget NLL | retain NLL | still known | predicted fall |",
+            "| step | forget NLL | retain NLL | still known | predicted rise |",
             "|---:|---:|---:|---:|---:|",
             *(
                 f"| {number} | {s['forget_nll']:.4f} | {s['retain_nll']:.4f} "
-                f"| {100 * s['known']:.1f} % | {s['fall']:.4f} |"
+                f"| {100 * s['known']:.1f} % | {s['rise']:.4f} |"
                 for number, s in enumerate(steps, 1)
             ),
         ]
