@@ -71,7 +71,7 @@ def in_two(value, CAST_DOT: tl.constexpr):
     # Others may have all theirs where tensor cores do not look.
     nearest = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
     high = tl.where(value == value, nearest, float("nan"))
-    # Of infinity and NaN the rest is a zero on a GPU.
+    # Of infinity the rest is NaN on a GPU; the interpreter takes zero.
     low = value - high
     if not CAST_DOT:
         low = tl.where(tl.abs(high) < float("inf"), low, 0.0)

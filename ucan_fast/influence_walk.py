@@ -38,11 +38,11 @@ Gradients = dict[str, torch.Tensor]
 #: Share of the direction so far in the next one: without it steps swing across the retain set's
 #: steep directions, whose curvature was measured at the origin.
 _MOMENTUM = 0.7
-#: Nats that one step may raise the forget NLL by, as predicted: where the retain set is known by
-#: heart its curvature, softened as it is, lets a step go far.
+#: Nats that one step may raise the forget NLL by, as predicted (weighted, if the forget set is known
+#: by heart): where the retain set is, its curvature, softened as it is, lets a step go far.
 _MOST_RISE = 0.3
 #: Where the forget set is known by heart: the slope of a position's NLL by its logits is 1 - p; it
-#: counts as this at least, so that the surest are not left for last.
+#: counts as this at least, down to _SUREST; what is surer still comes last.
 _LEAST_PULL = 0.1
 #: 1 - p below this counts as this: fp32 knows 1 - p of what is surer to few digits.
 _SUREST = 1e-4
@@ -53,8 +53,8 @@ FORGOTTEN = 0.2
 #: Nats that the retain batches may cost more after a step than before it: that much more than ε
 #: says that the factors do not describe the model there, and the step is halved.
 _MOST_LOSS = 0.02
-#: There, too: nats that it may come back by in a step, in the mean over its positions of the lesser
-#: of NLL and reference. More is no repair of the retain set, but a step too long.
+#: Where the forget set is known by heart: nats that it may come back by in a step, in the mean over
+#: its positions of the lesser of NLL and reference. More is no repair of the retain set, but a step too long.
 _MOST_RETURN = 0.1
 #: How often, and how much longer a step may be than one that was halved. (Where a language model
 #: knew its data by heart the second step was halved four times, and growth by a quarter used twelve
@@ -105,7 +105,8 @@ class InfluenceWalk:
     """Natural-gradient steps up the forget loss and down the retain loss, on an adapter in place.
 
     Before step k both gradients are taken where the last one ended, by one pass over the forget
-    batches and one over the retain batches; the Kronecker factors stay those of the origin::
+    batches (and a forward pass after it, where they are known by heart) and one over the retain
+    batches; the Kronecker factors stay those of the origin::
 
         G = 1/n Σ w_i ∇ nll_i   over the forget positions i with nll_i < reference_i
         R = R_0 + R_S(now) - R_S(origin)
@@ -269,7 +270,7 @@ class InfluenceWalk:
         return len(self.measured)
 
     def advance(self, last: bool = False) -> bool:
-        """Take one step from where the model is, halved until the retain batches bear it.
+        """Take one step from where the model is, halved until both sets bear it.
 
         Args:
             last: whether no step will follow, which spares the retain gradient there (a step that

@@ -324,7 +324,8 @@ class DeletionReport:
             "",
             "Before each step: the mean NLL of both sets, in nats per token (retain: of the "
             "batches that were run), the share of the forget positions that were better known than "
-            "their references, and the rise of the forget NLL that the step predicted.",
+            "their references, and the rise of the forget NLL that the step predicted (by the "
+            "weighted gradient where the forget set is known by heart).",
             "",
             "| step | forget NLL | retain NLL | still known | predicted rise |",
             "|---:|---:|---:|---:|---:|",
