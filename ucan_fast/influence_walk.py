@@ -38,8 +38,8 @@ Gradients = dict[str, torch.Tensor]
 #: Share of the direction so far in the next one: without it steps swing across the retain set's
 #: steep directions, whose curvature was measured at the origin.
 _MOMENTUM = 0.7
-#: Nats that one step may raise the forget NLL by, as predicted (weighted, if the forget set is known
-#: by heart): where the retain set is, its curvature, softened as it is, lets a step go far.
+#: Nats that one step may raise the forget NLL by, as predicted (weighted, if that set is known by
+#: heart): where the retain set is, its curvature, softened as it is, lets a step go far.
 _MOST_RISE = 0.3
 #: Where the forget set is known by heart: the slope of a position's NLL by its logits is 1 - p; it
 #: counts as this at least, down to _SUREST; what is surer still comes last.
@@ -54,7 +54,8 @@ FORGOTTEN = 0.2
 #: says that the factors do not describe the model there, and the step is halved.
 _MOST_LOSS = 0.02
 #: Where the forget set is known by heart: nats that it may come back by in a step, in the mean over
-#: its positions of the lesser of NLL and reference. More is no repair of the retain set, but a step too long.
+#: its positions of the lesser of NLL and reference. More is no repair of the retain set, but a step
+#: too long.
 _MOST_RETURN = 0.1
 #: How often, and how much longer a step may be than one that was halved. (Where a language model
 #: knew its data by heart the second step was halved four times, and growth by a quarter used twelve
