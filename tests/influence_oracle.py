@@ -65,7 +65,7 @@ def gradients(
                 count += 1
                 nll = -logits[t - 1].log_softmax(-1)[labels[t]]
                 if below is None or nll < below[count - 1]:
-                    unsure = max(1 - float((-nll).exp()), 1e-4)
+                    unsure = max(1 - float((-nll.detach()).exp()), 1e-4)
                     weight = max(1.0, 0.1 / unsure) if by_heart else 1.0
                     (weight * nll).backward(retain_graph=True)
     found = {}

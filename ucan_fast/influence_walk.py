@@ -315,9 +315,10 @@ class InfluenceWalk:
             self.measured.append(Measured(side.nll, retain_nll, side.known, length * slope))
             self._momentum_before, self._momentum = self._momentum, ahead
             self._write(1.0)
-            if not self._is_borne(side.reached, last):
+            lost = self._what_is_lost(side.reached, last)
+            if lost:
                 self.back()
-                self.ended = f"no shorter step {self.steps + 1} kept what was reached"
+                self.ended = f"no shorter step {self.steps + 1} kept {lost}"
                 return False
             self._scale = min(1.0, _GROWTH * self._scale)
         return True
@@ -445,15 +446,17 @@ class InfluenceWalk:
             for key, value in ahead.items()
         }
 
-    def _is_borne(self, reached: float, last: bool) -> bool:
-        """Whether both sets bear the last step, halved where that helps."""
+    def _what_is_lost(self, reached: float, last: bool) -> str:
+        """What the last step costs too much of, however often it is halved; "" if it is borne."""
         before = self.measured[-1].retain_nll
         for tried in range(_HALVINGS + 1):
             if tried:
                 self.shorten()
             # NaN is no number to go on from.
             if self._by_heart and not self._standing()[1] >= reached - _MOST_RETURN:
+                lost = "what was forgotten"
                 continue
+            lost = "the retain batches"
             ahead = not (self._all or last)  # the next step starts with these gradients
             # A step is borne more often than not; the half of one that was not is looked at first.
             if tried or not ahead:
@@ -461,11 +464,11 @@ class InfluenceWalk:
                 if not nll <= before + _MOST_LOSS:
                     continue
             if not ahead:
-                return True
+                return ""
             self._here = self._side(self._batches, "retain")
             if _is_finite(self._here.gradient) and self._here.nll <= before + _MOST_LOSS:
-                return True
-        return False
+                return ""
+        return lost
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:

@@ -201,6 +201,30 @@ sys.exit(aot.main())
         assert f"{row['module']}.{row['kernel']}" in result.stdout
 
 
+def test_parts_of_many_ranks_are_summed_outside_of_the_tensor_cores():
+    """These cut sums off, and the interpreter rounds: no test of values on a CPU would notice."""
+    code = """
+        import re
+        from ucan_fast.kernels import aot, expand
+
+        name = "bf16 y, fp32 z, fp32 B, r > 64, moments"
+        (case,) = [case for case in expand.compile_cases() if case.name == name]
+        text = aot._compile(case, 90).asm["ttgir"]
+        print(*re.findall(r"tt(?:ng)?\\.(?:dot|warp_group_dot) \\S+, \\S+, (%\\w+)", text))
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    first, *later = found.stdout.splitlines()[-1].split()
+    assert first.startswith("%cst"), "the first dot of a part starts at zero"
+    assert len(later) == 2, "z low, b low, both high"
+
+
 def test_cover_leaves_out_only_what_repeats_pairs():
     def case(**constants):
         return SimpleNamespace(
