@@ -188,6 +188,60 @@ def test_by_heart_the_walk_goes_on_and_comes_back(drawn):
     assert_same_bits(model, origin)
 
 
+def test_by_heart_a_second_request_goes_on_where_the_first_ended():
+    """Its positions are weighted as they are there, not as they were at the origin."""
+    model = by_heart().requires_grad_(False)
+    forget, retain = by_heart_batches()
+    origin = snapshot(model)
+    first = walk_of(model, forget=forget, retain=retain)
+    for _ in range(3):
+        assert first.advance()
+    start = first.plan()
+    there = oracle.costs(model, forget, 0)
+    first.restore()
+    walk = walk_of(model, forget=forget, retain=retain, start=start)
+    assert walk._by_heart, "as the origin is, though the start knows less"
+    walk._edit.write(1.0)
+    side = walk._side(walk._forget, "forget", walk._references)
+    below = torch.cat(walk._references).tolist()
+    wanted = mean(*oracle.gradients(model, forget, 0, below=below, by_heart=True))
+    for key, gradient in wanted.items():
+        assert (side.gradient[key] - gradient).norm() < 1e-3 * gradient.norm(), key
+    walk.restore()
+    assert walk.advance()
+    assert walk.measured[0].forget_nll == pytest.approx(sum(there) / len(there), rel=1e-3)
+    assert mean_nll(model, forget, "forget") > sum(there) / len(there)
+    walk.restore()
+    assert_same_bits(model, origin)
+
+
+def test_what_gives_no_number_is_refused_before_the_first_step():
+    model = trained()
+    origin = snapshot(model)
+
+    def base_overflows(module, inputs, output):
+        b = [p for name, p in model.named_parameters() if ".lora_B." in name]
+        return output * math.nan if not any(p.any() for p in b) else output
+
+    def impossible(module, inputs, output):
+        return output.index_fill(-1, token, -math.inf)
+
+    forget = forget_batches(count=8)
+    token = forget[0]["input_ids"][0, -1:]
+    retain = retain_batches(count=12)
+    factors = (uf.collect_factors(model, forget, group="forget"), uf.collect_factors(model, retain))
+    head = model.get_output_embeddings()
+    for hook, match in (
+        (base_overflows, "batch 0: .*without its adapter is not a number"),
+        (impossible, "the forget loss is inf nats per token"),
+    ):
+        handle = head.register_forward_hook(hook)
+        with pytest.raises(uf.UcanError, match=match):
+            InfluenceWalk(model, forget, retain, *factors, CONFIG)
+        handle.remove()
+        assert_same_bits(model, origin)
+
+
 def test_the_pull_of_the_surest_and_of_the_least_sure():
     nll = torch.tensor([0.0, 1e-9, 1e-5, 1e-3, 0.05, 0.2, 1.0, 80.0, math.inf])
     exact = [1e3, 1e3, 1e3, 0.1 / -math.expm1(-1e-3), 0.1 / -math.expm1(-0.05), 1, 1, 1, 1]
@@ -814,6 +868,21 @@ def test_it_stops_below_the_cost_of_never_seen_data(monkeypatch):
         highest = max(float(r.max()) for r in walks[-1]._references)
         assert highest == pytest.approx(min(ceiling, math.log(hm.VOCAB)))
     assert advised == {"influence", "retrain"}
+    assert result.report.search.chosen == STEPS.influence_steps, "the case that never gets there"
+    # No step that could not but be halved to nothing follows.
+    result = uf.unlearn(
+        trained(),
+        forget=forget,
+        retain=retain,
+        config=STEPS.replace(influence_steps=40),
+        holdout=before + 0.3,
+        evaluate=False,
+    )
+    assert f"the forget set costs what never-seen data do ({before + 0.3:.4f} nats" in (
+        result.plan.note
+    )
+    assert result.report.search.chosen < 10
+    assert result.plan.strength > 0.98 * 0.3
     model = trained()
     with pytest.warns(uf.UcanWarning, match="nothing to unlearn"):
         uf.unlearn(

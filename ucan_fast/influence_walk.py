@@ -214,6 +214,12 @@ class InfluenceWalk:
         self._blind = math.log(_vocabulary(self.model))
         self._references = self._measure_references(never_seen)
         loss = group_loss(self.model, self._forget, "forget")
+        if loss.tokens and not math.isfinite(loss.mean):  # no rise could be measured from there
+            raise UcanError(
+                f"the forget loss is {loss.mean} nats per token: the model gives a forget token no "
+                "probability at all, or no number. Give such tokens the label -100, and check that "
+                "the model does not overflow (fp16)."
+            )
         self._by_heart = loss.tokens > 0 and loss.mean < BY_HEART
         self._begin()
 
@@ -549,7 +555,13 @@ class InfluenceWalk:
             off._written()
             with evaluating(self.model):
                 for piece in scored_slices(self.model, self._forget, "forget"):
-                    found.append(token_nll(*piece.run(self.model)).clamp(max=most))
+                    nll = token_nll(*piece.run(self.model))
+                    if nll.isnan().any():  # a position that would never count
+                        raise UcanError(
+                            f"{piece.where}: the loss of the model without its adapter is not a "
+                            "number. Does the base overflow in fp16? Load it in bf16 or fp32."
+                        )
+                    found.append(nll.clamp(max=most))
         finally:
             off.restore()
         return found

@@ -16,7 +16,7 @@ from .strength import StrengthSearch
 
 #: How often a step that leaves the retain budget is halved: as often as by the walk itself.
 _HALVINGS = 8
-#: The budget counts as used up where this share of it is left.
+#: The budget, and the way to what never-seen data cost, count as used up where this share is left.
 _CLOSE = 0.02
 #: As well as never-seen data are known, where their cost is given: what is left to that, relative.
 _AT_CEILING = 0.05
@@ -88,12 +88,16 @@ class _Bounds:
         ceiling: nats per token that they may cost; infinite where nothing is said of never-seen
             data.
         search: the retain budget, and the states that were looked at.
+        cost_before, cost: nats per token that they cost at the start, and cost now; -inf where
+            there is no ceiling.
     """
 
     job: Job
     forget: Batches
     ceiling: float
     search: StrengthSearch
+    cost_before: float = -math.inf
+    cost: float = -math.inf
 
     @property
     def _room(self) -> float:
@@ -130,6 +134,7 @@ class _Bounds:
             with earlier._edit(self.job.model, self.job.adapter).applied(earlier.strength):
                 cost = self._forget_cost()
                 self.search.loss_after = self.job.retain.measure()
+        self.cost_before = self.cost = cost
         if cost >= self.ceiling:
             return (
                 f"the forget set is no better known than never-seen data (NLL {cost:.4f} "
@@ -145,15 +150,24 @@ class _Bounds:
         self.search.curve.append((steps, loss))
         if not self._is_within(loss):
             return self._budget
-        if not self._forget_cost() <= self.ceiling:
+        cost = self._forget_cost()
+        if not cost <= self.ceiling:
             return f"the cost of never-seen data ({self.ceiling:.4f} nats per token)"
-        self.search.chosen, self.search.loss_after = steps, loss
+        self.search.chosen, self.search.loss_after, self.cost = steps, loss, cost
         return ""
 
     def used_up(self) -> str:
-        """That next to nothing of the budget is left, or ""."""
+        """That next to nothing of a bound is left, or ""."""
         left = self.job.retain.before + self._room - self.search.loss_after
-        return f"{self._budget} is used up" if left <= _CLOSE * self._room else ""
+        if left <= _CLOSE * self._room:
+            return f"{self._budget} is used up"
+        # Steps that come ever closer to it are halved until they move nothing.
+        way = self.ceiling - self.cost_before
+        if math.isfinite(way) and self.ceiling - self.cost <= _CLOSE * way:
+            return (
+                f"the forget set costs what never-seen data do ({self.ceiling:.4f} nats per token)"
+            )
+        return ""
 
 
 def _take_steps(walk: InfluenceWalk, bounds: _Bounds, why_none: str) -> str:
