@@ -2,8 +2,11 @@
 //
 // y = base + s (z Bᵀ + bias), a few rows and columns at a time: the product stays in registers,
 // where its moments are taken and the base is added to it. Only z, B, the base and y touch memory.
+// A bfloat16 or float16 base is widened, and y rounded, a few rows at a time in the cache.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <limits>
 #include <optional>
@@ -113,11 +116,19 @@ struct Call {
   int64_t z_row_stride, z_step;
   const W* panels;  // B: [panels][k][panel width], zero where B ends
   const W* bias;    // one per column, of whole panels
-  W* y;             // contiguous
+  void* y;          // contiguous, of W or else of the base's dtype
+  bool rounds;      // y is not of W
   int64_t columns, k;
   W scaling;
   const Schedule* schedule;
 };
+
+template <typename T>
+UCAN_INLINE void round_row(const float* values, int64_t n, void* y, int64_t offset) {
+  T* out = static_cast<T*>(y) + offset;
+  UCAN_INDEPENDENT
+  for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(values[j]);
+}
 
 // Batches [begin, end) of the columns [column, column + n). `out` is null where no sums are wanted.
 template <typename Set, typename W>
@@ -140,7 +151,10 @@ UCAN_INLINE void run_task(
       const W* row = call.z + indices[i] * call.z_row_stride;
       for (int64_t p = 0; p < call.k; ++p) z[p * kRows + i] = row[p * call.z_step];
       strip.bases[i] = row_of(call.base, indices[i], column, n, buffer[i]);
-      strip.outs[i] = call.y + indices[i] * call.columns + column;
+      // What is rounded lies in the buffer already, and its sum may take its place.
+      strip.outs[i] = call.rounds
+          ? buffer[i]
+          : static_cast<W*>(call.y) + indices[i] * call.columns + column;
     }
     for (int i = batch.count; i < kRows; ++i) {
       for (int64_t p = 0; p < call.k; ++p) z[p * kRows + i] = 0;
@@ -172,6 +186,16 @@ UCAN_INLINE void run_task(
       }
       add(strip);
       for (int i = 0; i < batch.count; ++i) std::copy_n(tail[i], rest, ends[i]);
+    }
+    if constexpr (std::is_same_v<W, float>) {
+      for (int i = 0; call.rounds && i < batch.count; ++i) {
+        const int64_t offset = indices[i] * call.columns + column;
+        if (call.base.dtype == Dtype::bfloat16) {
+          round_row<torch::headeronly::BFloat16>(buffer[i], n, call.y, offset);
+        } else {
+          round_row<torch::headeronly::Half>(buffer[i], n, call.y, offset);
+        }
+      }
     }
     if (counted) end_batch(sums, batch.group, n);
   }
@@ -278,7 +302,7 @@ void expand(
   run(
       Call<W>{
           base, static_cast<const W*>(z.const_data_ptr()), z.stride(0), z.stride(1), nullptr,
-          nullptr, static_cast<W*>(y.mutable_data_ptr()), y.size(1), z.size(1),
+          nullptr, y.mutable_data_ptr(), y.scalar_type() != z.scalar_type(), y.size(1), z.size(1),
           static_cast<W>(scaling), &schedule},
       b, bias, moments);
 }
@@ -288,22 +312,26 @@ void expand_cpu(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& groups, int64_t only_group,
     const std::optional<Tensor>& moments, const Tensor& y) {
   const char* op = "_expand_native_";
-  const bool wide = y.scalar_type() == ScalarType::Double;
+  const bool wide = z.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(
-      y.dim() == 2 && y.is_contiguous() && (wide || y.scalar_type() == ScalarType::Float), op,
-      ": y must be a contiguous 2-D float32 or float64 tensor");
+      z.dim() == 2 && (wide || z.scalar_type() == ScalarType::Float), op,
+      ": z must be a 2-D float32 or float64 tensor");
+  const bool rounds = !wide && y.scalar_type() != ScalarType::Float;
+  STD_TORCH_CHECK(
+      y.dim() == 2 && y.is_contiguous() &&
+          (rounds ? y.scalar_type() == ScalarType::BFloat16 || y.scalar_type() == ScalarType::Half
+                  : y.scalar_type() == z.scalar_type()),
+      op, ": y must be contiguous, 2-D, and of z's dtype, or bfloat16 or float16 where z is float32");
   const int64_t tokens = y.size(0), n = y.size(1);
-  STD_TORCH_CHECK(
-      z.dim() == 2 && z.size(0) == tokens && z.scalar_type() == y.scalar_type(), op,
-      ": z must be 2-D with ", tokens, " rows of y's dtype");
+  STD_TORCH_CHECK(z.size(0) == tokens, op, ": z must have ", tokens, " rows, as y has");
   STD_TORCH_CHECK(
       b.dim() == 2 && b.size(0) == n && b.size(1) == z.size(1) &&
-          b.scalar_type() == y.scalar_type(),
-      op, ": b must be [", n, ", ", z.size(1), "] of y's dtype");
+          b.scalar_type() == z.scalar_type(),
+      op, ": b must be [", n, ", ", z.size(1), "] of z's dtype");
   STD_TORCH_CHECK(
       !bias ||
-          (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == y.scalar_type()),
-      op, ": bias must be 1-D with ", n, " values of y's dtype");
+          (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == z.scalar_type()),
+      op, ": bias must be 1-D with ", n, " values of z's dtype");
   const Source source = source_of(base ? *base : y, "_expand_native_: base");
   if (base) {
     STD_TORCH_CHECK(
@@ -311,6 +339,9 @@ void expand_cpu(
         base->size(1), "] and y [", tokens, ", ", n, "]; they must have one shape");
     STD_TORCH_CHECK(
         wide || source.dtype != Dtype::float64, op, ": y must be float64 where base is");
+    STD_TORCH_CHECK(
+        !rounds || base->scalar_type() == y.scalar_type(), op,
+        ": a bfloat16 or float16 y must have base's dtype");
     check_apart(*base, y, op, "base", "y");
   }
   check_apart(z, y, op, "z", "y");

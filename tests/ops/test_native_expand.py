@@ -106,6 +106,56 @@ def test_fp64_onto_any_base():
         assert_y_is_exact(y, base, z, b, 0.1, None)
 
 
+def rounded_bits(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Torch's own rounding, which is to nearest even; NaN as one number."""
+    return torch.where(exact.isnan(), -1, exact.to(dtype).view(torch.int16).int())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_y_is_rounded_once(dtype, in_place):
+    """The bits of the fp32 sum after one rounding, where columns and rows end included."""
+    for r in (1, 16, 64):
+        for n in COLUMNS:
+            for tokens in TOKENS:
+                base = matrix(tokens, n, dtype)
+                z, b, bias = torch.randn(tokens, r), torch.randn(n, r), torch.randn(n)
+                groups, moments, again = random_groups(tokens), totals(n), totals(n)
+                wide = poisoned(tokens, n, torch.float32)
+                more = {"bias": bias, "groups": groups}
+                run(base, z, b, 0.3, wide, moments=again, **more)
+                y = base.clone() if in_place else poisoned(tokens, n, dtype)
+                run(None if in_place else base, z, b, 0.3, y, moments=moments, **more)
+                assert torch.equal(y.view(torch.int16), wide.to(dtype).view(torch.int16))
+                assert torch.equal(moments, again)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_y_of_a_base_of_any_strides(dtype, layout):
+    for tokens, n in ((1, 1), (7, 33), (300, 1100)):
+        base, z, b = matrix(tokens, n, dtype, layout), torch.randn(tokens, 5), torch.randn(n, 5)
+        y, wide = poisoned(tokens, n, dtype), poisoned(tokens, n, torch.float32)
+        run(base, z, b, -0.6, y)
+        run(base, z, b, -0.6, wide)
+        assert torch.equal(y, wide.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_of_the_narrow_dtypes_comes_through(dtype):
+    """Every base there is, subnormals, infinities and NaN included, and sums between and beyond."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
+    step = torch.finfo(dtype).eps
+    for size in (0.0, step / 2, step / 2 * (1 + 2.0**-12), 0.7 * step, 3.0):
+        z = every.float().abs().nan_to_num(0, 0, 0)[:, :1]
+        y, wide = poisoned(256, 256, dtype), poisoned(256, 256, torch.float32)
+        for out in (y, wide):
+            run(every, z, torch.full((256, 1), size), 1.0, out)
+        assert torch.equal(rounded_bits(y, dtype), rounded_bits(wide, dtype))
+        if not size:
+            assert (y.eq(every) | (y.isnan() & every.isnan())).all()
+
+
 def test_by_hand_and_added_to_what_is_there():
     z = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [2.0, 2.0], [5.0, 5.0]])
     b = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
@@ -202,19 +252,22 @@ def test_same_bits_with_any_number_of_threads(dtype):
         ({"base": torch.ones(5, 3)}, r"base is \[5, 3\] and y \[4, 3\]"),
         ({"base": torch.ones(4, 3, dtype=torch.int32)}, "base must be float32, float64"),
         ({"base": torch.ones(4, 3).double()}, "y must be float64 where base is"),
-        ({"z": torch.ones(3, 2)}, "z must be 2-D with 4 rows of y's dtype"),
-        ({"z": torch.ones(8)}, "z must be 2-D"),
-        ({"z": torch.ones(4, 2).double()}, "z must be 2-D with 4 rows of y's dtype"),
-        ({"b": torch.ones(2, 2)}, r"b must be \[3, 2\] of y's dtype"),
+        ({"z": torch.ones(3, 2)}, "z must have 4 rows, as y has"),
+        ({"z": torch.ones(8)}, "z must be a 2-D float32 or float64"),
+        ({"z": torch.ones(4, 2).bfloat16()}, "z must be a 2-D float32 or float64"),
+        ({"z": torch.ones(4, 2).double()}, "y must be contiguous, 2-D, and of z's dtype"),
+        ({"b": torch.ones(2, 2)}, r"b must be \[3, 2\] of z's dtype"),
         ({"b": torch.ones(3, 1)}, r"b must be \[3, 2\]"),
         ({"b": torch.ones(6)}, r"b must be \[3, 2\]"),
-        ({"b": torch.ones(3, 2).half()}, "of y's dtype"),
-        ({"y": torch.ones(3, 4).t()}, "y must be a contiguous 2-D float32 or float64"),
-        ({"y": torch.ones(12)}, "y must be a contiguous 2-D"),
-        ({"y": torch.ones(4, 3).bfloat16()}, "y must be a contiguous 2-D float32"),
-        ({"bias": torch.ones(4)}, "bias must be 1-D with 3 values of y's dtype"),
+        ({"b": torch.ones(3, 2).half()}, "of z's dtype"),
+        ({"y": torch.ones(3, 4).t()}, "y must be contiguous, 2-D"),
+        ({"y": torch.ones(12)}, "y must be contiguous, 2-D"),
+        ({"y": torch.ones(4, 3).double()}, "y must be contiguous, 2-D, and of z's dtype"),
+        ({"y": torch.ones(4, 3).int()}, "or bfloat16 or float16 where z is float32"),
+        ({"y": torch.ones(4, 3).bfloat16()}, "a bfloat16 or float16 y must have base's dtype"),
+        ({"bias": torch.ones(4)}, "bias must be 1-D with 3 values of z's dtype"),
         ({"bias": torch.ones(1, 3)}, "bias must be 1-D"),
-        ({"bias": torch.ones(3).bfloat16()}, "values of y's dtype"),
+        ({"bias": torch.ones(3).bfloat16()}, "values of z's dtype"),
         ({"groups": torch.zeros(3, dtype=torch.int8)}, "one integer for each of the 4 rows"),
         ({"groups": torch.zeros(4, dtype=torch.bool)}, "groups must be int8"),
         ({"groups": None}, "groups and moments go together"),
@@ -266,7 +319,7 @@ def test_opcheck_and_meta():
 @pytest.mark.parametrize("instructions", ["default", "avx2"])
 def test_every_instruction_set(instructions):
     """What a lesser processor would run, chosen by torch's own switch."""
-    selected = "definition or strides or whatever or nan_stays or 32_rows or ignored_rows"
+    selected = "definition or strides or whatever or nan_stays or 32_rows or ignored_rows or narrow"
     assert_passes_on(instructions, selected, __file__)
 
 
@@ -292,9 +345,40 @@ def test_base_out_is_overwritten_only_where_allowed(layer, with_moments):
     assert torch.equal(again, y)
 
 
+@pytest.mark.parametrize("with_moments", [False, True])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_a_narrow_base_is_overwritten_too(layer, adapter, with_moments):
+    base, z, b = layer[0].bfloat16(), layer[1].to(adapter), layer[2].to(adapter)
+    kept, wanted = base.clone(), base.double() + 0.5 * (z.double() @ b.double().t())
+    groups, sums = random_groups(64), totals(24)
+    more = {"groups": groups, "delta_moments": sums} if with_moments else {}
+    y = ops.expand(base, z, b, 0.5, **more)
+    assert torch.equal(base, kept)
+    assert y.dtype == torch.bfloat16
+    # One rounding, of sums that are exact to fp32.
+    assert ((y - wanted).abs() <= (2.0**-8 + 1e-6) * wanted.abs() + 1e-6).all()
+    again = ops.expand(base, z, b, 0.5, overwrite=True, **more)
+    assert again.data_ptr() == base.data_ptr()
+    assert torch.equal(again, y)
+    if with_moments:
+        delta = (0.5 * z.double() @ b.double().t()).reshape(64, 24)
+        torch.testing.assert_close(sums / 2, exact(delta, groups), rtol=1e-6, atol=1e-9)
+
+
+def test_under_autocast_y_takes_b_rounded_and_moments_in_full():
+    base, z, b = torch.randn(64, 24).bfloat16(), torch.randn(64, 16).bfloat16(), torch.randn(24, 16)
+    groups, sums = random_groups(64), totals(24)
+    with ops.use_backend("native"):
+        y = ops.expand(base, z, b, 0.5, groups=groups, delta_moments=sums)
+        assert torch.equal(y, ops.expand(base, z, b, 0.5))
+    assert torch.equal(y, ops.expand(base, z, b.bfloat16(), 0.5))
+    delta = 0.5 * z.double() @ b.double().t()
+    torch.testing.assert_close(sums, exact(delta, groups), rtol=1e-6, atol=1e-9)
+
+
 def test_a_base_of_other_strides_or_dtype_is_never_overwritten(layer):
     base, z, b = layer
-    for other in (base.transpose(0, 1), base.bfloat16(), base.mT.contiguous().mT):
+    for other in (base.transpose(0, 1), base.double(), base.mT.contiguous().mT):
         kept, zs = other.clone(), z.reshape(*other.shape[:2], 3)
         y = ops.expand(other, zs, b, 0.5, overwrite=True)
         assert y.dtype == other.dtype
@@ -340,7 +424,12 @@ def test_native_by_name_takes_every_call_that_it_can(monkeypatch, rows, with_mom
     native_calls.clear()
     with ops.use_backend("native"):
         narrow = [t.bfloat16() for t in (base, z, b)]
-        assert torch.equal(call(*narrow), expand_reference(*narrow, 1.5, None))
+        exact_y = expand_reference(*(t.double() for t in narrow), 1.5, None)
+        torch.testing.assert_close(call(*narrow), exact_y.bfloat16())
+        assert native_calls == [torch.bfloat16]
+        native_calls.clear()
+        beside = (base, z, b.double())
+        assert torch.equal(call(*beside), expand_reference(*beside, 1.5, None))
         if not with_moments:
             leaf = b.clone().requires_grad_()
             y = call(base, z, leaf)

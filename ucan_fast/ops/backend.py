@@ -36,9 +36,9 @@ too, since an error would end whole models for one layer or one call of theirs:
   then Triton's ``expand``, as in a layer without the opt-in. Addresses change from call to call,
   and nobody knows them while ``torch.compile`` traces. A GPU without TMA is an error.
 - ``shrink`` and ``expand`` under ``native``: C++ keeps the product in fp32 or fp64 and has no
-  derivative. A narrower product (of ``expand`` narrower z), which the definition rounds, and calls
-  that autograd, ``torch.func`` or a dispatch mode watches are computed by the reference. ``auto``
-  also leaves calls of few rows to it, for speed.
+  derivative. A narrower z, which ``shrink`` has to round, fp64 beside a narrower z, and calls that
+  autograd, ``torch.func`` or a dispatch mode watches are computed by the reference. ``auto`` also
+  leaves calls of few rows to it, for speed.
 
 A layer without statistics asks for ``add_lora``, which is ``shrink`` and ``expand``, but under
 ``auto`` on the CPU, in fp32 or fp64, one ``addmm_`` of torch's into the base product's memory.

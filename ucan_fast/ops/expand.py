@@ -39,9 +39,10 @@ def expand(
 ) -> torch.Tensor:
     """The second half of a LoRA layer, added to what the base layer returned.
 
-    The product is taken in z's dtype, the sum in fp32 (fp64 for fp64), rounded once to
-    ``base_out``'s dtype. What C++ does not compute as this says goes to the reference, also under
-    ``native`` by name (see :mod:`ucan_fast.ops.backend`).
+    The product is that of z's dtype (B and the bias are rounded to it), sums are in fp32 (fp64 for
+    fp64), and y is rounded once to ``base_out``'s dtype. The reference rounds a narrow product too,
+    as torch's products do; Triton and C++ do not. What C++ does not compute as this says goes to the
+    reference, also under ``native`` by name (see :mod:`ucan_fast.ops.backend`).
 
     Args:
         base_out: ``[..., N]``, what the base layer returned.
@@ -199,12 +200,12 @@ def run_expand_moments(
 
 
 def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bool:
-    # Narrow products are rounded before they are added; the C++ code never rounds them.
     (n, r), dtype = b.shape, z.dtype
     if base_out.dtype == dtype == b.dtype:  # the usual case, and cheaper to see
-        fits = dtype in WIDE
+        fits = True
     else:
-        fits = dtype == torch.promote_types(base_out.dtype, delta_dtype(z, b))
+        wide = torch.promote_types(base_out.dtype, delta_dtype(z, b))
+        fits = wide in (torch.float32, dtype)
     if not fits or n == 0 or r == 0:
         return False
     return z.numel() >= _NATIVE_ROWS * r or requested_backend() == "native"
@@ -222,15 +223,21 @@ def _expand_native(
     overwrite: bool,
 ) -> torch.Tensor:
     (n, r), dtype = b.shape, z.dtype
-    in_place = overwrite and base_out.dtype == dtype and base_out.is_contiguous()
-    y = base_out if in_place else torch.empty(base_out.shape, dtype=dtype, device=z.device)
+    if delta_moments is not None and torch.promote_types(b.dtype, dtype) != dtype:
+        # y is of B as it is in z's dtype, δ of B in full.
+        add_moments_(delta_reference(z, b, scaling), groups, only_group, delta_moments)
+        groups = only_group = delta_moments = None
+    wide = dtype if dtype in WIDE else torch.float32
+    y_dtype = base_out.dtype if wide == torch.float32 else wide
+    in_place = overwrite and base_out.dtype == y_dtype and base_out.is_contiguous()
+    y = base_out if in_place else torch.empty(base_out.shape, dtype=y_dtype, device=z.device)
     totals = None if delta_moments is None else delta_moments.contiguous()
     torch.ops.ucan_fast._expand_native_(
         None if in_place else base_out.reshape(-1, n),
-        z.reshape(-1, r),
-        cast(b, dtype),
+        cast(z.reshape(-1, r), wide),
+        cast(cast(b, dtype), wide),
         scaling,
-        None if bias is None else cast(bias, dtype),
+        None if bias is None else cast(cast(bias, dtype), wide),
         groups,
         -1 if only_group is None else only_group,
         totals,
