@@ -85,8 +85,8 @@ def test_a_backend_asked_for_by_name_runs(monkeypatch, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"overwrite": False}, {"bias": torch.ones(4)}, {"dtype": torch.float64}],
-    ids=["not allowed", "bias", "wider product"],
+    [{"overwrite": False}, {"bias": torch.ones(4)}],
+    ids=["not allowed", "bias"],
 )
 def test_not_in_place_by_option(monkeypatch, change):
     assert not is_in_place(monkeypatch, *make(), **change)
@@ -95,8 +95,43 @@ def test_not_in_place_by_option(monkeypatch, change):
 def test_not_in_place_by_operands(monkeypatch):
     base, x, a, b = make()
     assert not is_in_place(monkeypatch, base.mT.contiguous().mT, x, a, b)
-    assert not is_in_place(monkeypatch, *(t.bfloat16() for t in (base, x, a, b)))
-    assert not is_in_place(monkeypatch, base.bfloat16(), x, a, b)
+    assert not is_in_place(monkeypatch, *(t.half() for t in (base, x, a, b)))
+    assert not is_in_place(monkeypatch, base, x, a, b.double())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_goes_to_torch_where_the_processor_multiplies_it(monkeypatch, fast):
+    module = importlib.import_module("ucan_fast.ops.lora")
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: fast)
+    asked = []
+    real = module.expand
+    monkeypatch.setattr(module, "expand", lambda *a, **k: asked.append(1) or real(*a, **k))
+    base, x, a, b = (t.bfloat16() for t in make((300, 64), n=48, r=8))
+    kept, z = base.double(), ops.shrink(x, a).double()
+    y = call(base, x, a, b)
+    assert y.data_ptr() == base.data_ptr()
+    assert bool(asked) != fast
+    # Rounded once: at most half a unit off, and what sums in fp32 add to it.
+    wanted = kept + S * (z @ b.double().t())
+    assert ((y - wanted).abs() <= (2.0**-8 + 1e-5) * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_few_rows_of_a_narrow_base_have_the_bits_of_both_operators(monkeypatch, narrow, rows):
+    """A wide adapter: without the operators' questions, but computed as they would."""
+    module = importlib.import_module("ucan_fast.ops.lora")
+    base, x, a, b = make((rows, 20), n=24, r=4)
+    base, x = base.to(narrow), x.to(narrow)
+    wanted = ops.expand(base, ops.shrink(x, a, dtype=a.dtype), b, S)
+    asked = []
+    real = module.expand
+    monkeypatch.setattr(module, "expand", lambda *a, **k: asked.append(1) or real(*a, **k))
+    assert torch.equal(call(base.clone(), x, a, b), wanted)
+    assert bool(asked) == (rows == 32)
+    # A narrow product is rounded to what it is stored as: that is left to the operators.
+    call(base, x, a.to(narrow), b.to(narrow), dtype=torch.float16)
+    assert len(asked) == 1 + (rows == 32)
 
 
 @pytest.mark.parametrize("which", range(4), ids=["base_out", "x", "A", "B"])

@@ -22,7 +22,7 @@ from .moments import add_moments_, check_moments
 # From this many rows on C++ is faster without moments too: it brings B into another order first.
 # Fewer go there only where it was asked for by name. With moments the rule is the same, so that y
 # has the same bits whatever is measured.
-_NATIVE_ROWS = 32
+NATIVE_ROWS = 32
 
 
 def expand(
@@ -41,8 +41,8 @@ def expand(
 
     The product is that of z's dtype (B and the bias are rounded to it), sums are in fp32 (fp64 for
     fp64), and y is rounded once to ``base_out``'s dtype. The reference rounds a narrow product too,
-    as torch's products do; Triton and C++ do not. What C++ does not compute as this says goes to the
-    reference, also under ``native`` by name (see :mod:`ucan_fast.ops.backend`).
+    as torch's products do; Triton and C++ do not. What C++ does not compute as this says goes to
+    the reference, also under ``native`` by name (see :mod:`ucan_fast.ops.backend`).
 
     Args:
         base_out: ``[..., N]``, what the base layer returned.
@@ -208,7 +208,7 @@ def _fits_native(base_out: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> bo
         fits = wide in (torch.float32, dtype)
     if not fits or n == 0 or r == 0:
         return False
-    return z.numel() >= _NATIVE_ROWS * r or requested_backend() == "native"
+    return z.numel() >= NATIVE_ROWS * r or requested_backend() == "native"
 
 
 def _expand_native(

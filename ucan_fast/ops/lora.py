@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from .backend import PLAIN, is_unobserved, requested_backend
+from .backend import PLAIN, cast, is_unobserved, requested_backend
 from .checks import WIDE
+from .expand import NATIVE_ROWS as EXPAND_ROWS
 from .expand import expand
-from .shrink import NATIVE_ROWS, shrink
+from .shrink import NATIVE_ROWS as SHRINK_ROWS
+from .shrink import shrink
 
 
 def add_lora(
@@ -35,35 +39,54 @@ def add_lora(
 
     Returns, Raises: as :func:`expand`, whose result it is, on the same backends. Differentiable.
     """
-    if overwrite and bias is None and _is_plain(base_out, x, a, b, dtype):
+    if overwrite and bias is None and _is_plain(base_out, x, a, b):
         n, r = b.shape
-        # shrink's own questions take longer than the product of a few tokens.
-        z = F.linear(x, a) if base_out.numel() < NATIVE_ROWS * n else shrink(x, a)
-        base_out.view(-1, n).addmm_(z.reshape(-1, r), b.t(), alpha=scaling)
-        return base_out
+        rows = base_out.numel() // n
+        if base_out.dtype == x.dtype == a.dtype == dtype and _sums_once(dtype):
+            # shrink's own questions take longer than the product of a few tokens.
+            z = F.linear(x, a) if rows < SHRINK_ROWS else shrink(x, a)
+            base_out.view(-1, n).addmm_(z.reshape(-1, r), b.t(), alpha=scaling)
+            return base_out
+        if rows < EXPAND_ROWS and dtype in WIDE and _widens(base_out.dtype, dtype):
+            # What both operators compute of so few rows, less their questions.
+            product = F.linear(F.linear(cast(x, dtype), cast(a, dtype)), cast(b, dtype))
+            return cast(cast(base_out, dtype).add_(product, alpha=scaling), base_out.dtype)
     return expand(base_out, shrink(x, a, dtype=dtype), b, scaling, bias=bias, overwrite=overwrite)
 
 
-def _is_plain(
-    base_out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
-) -> bool:
-    """Whether torch's own ``addmm_`` is the fastest sum there is: on the CPU, in one wide dtype.
-
-    C++ beats that one only where it takes moments as well, and of one token the two operators' own
-    questions take longer than the products.
-    """
+def _is_plain(base_out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether these are CPU tensors that fit together and that nobody watches."""
     return (
         type(x) in PLAIN
         and x.is_cpu
-        and base_out.dtype == x.dtype == a.dtype == b.dtype == dtype
-        and dtype in WIDE
         and base_out.is_contiguous()
         and base_out.numel() > 0
         # What does not fit is refused by shrink and expand, in their words.
         and base_out.shape[:-1] == x.shape[:-1]
         and a.shape == (b.shape[-1], x.shape[-1])
         and b.shape == (base_out.shape[-1], a.shape[0])
+        and a.dtype == b.dtype
         and requested_backend() == "auto"
         and not torch.is_autocast_enabled("cpu")
         and is_unobserved(base_out, x, a, b)
     )
+
+
+def _sums_once(dtype: torch.dtype) -> bool:
+    """Whether torch's own ``addmm_`` is the fastest sum there is, and rounds once, as ``expand``.
+
+    C++ beats that one only where it takes moments as well, and of one token the two operators' own
+    questions take longer than the products.
+    """
+    return dtype in WIDE or (dtype == torch.bfloat16 and _multiplies_bfloat16())
+
+
+def _widens(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    return dtype.is_floating_point and torch.promote_types(dtype, wide) == wide
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it, and torch uses them: else C++ is faster."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
