@@ -160,10 +160,35 @@ def test_forward_mode(which):
     torch.testing.assert_close(got, want)
 
 
-def test_autocast(monkeypatch):
-    base, x, a, b = make()
+@pytest.mark.parametrize("rows", [5, 200])
+def test_autocast_changes_no_bit(rows):
+    """The dtype of both products is given: nothing is cast once more."""
+    for base_dtype, dtype in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ):
+        base, x, a, b = make((rows, 20), n=24, r=4)
+        base = base.to(base_dtype)
+        wanted = call(base.clone(), x, a, b, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            y = call(base, x, a, b, dtype=dtype)
+        assert y.dtype == base_dtype
+        assert torch.equal(y, wanted)
+
+
+def test_a_bf16_sum_under_autocast_is_torchs(monkeypatch):
+    module = importlib.import_module("ucan_fast.ops.lora")
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "expand", None)
+    base, x, a, b = make((200, 20), n=24, r=4)
+    base = base.bfloat16()
+    kept, z = base.double(), ops.shrink(x, a, dtype=torch.bfloat16).double()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert not is_in_place(monkeypatch, base, x, a, b)
+        y = call(base, x, a, b, dtype=torch.bfloat16)
+    assert y.data_ptr() == base.data_ptr()
+    wanted = kept + S * (z @ b.bfloat16().double().t())
+    assert ((y - wanted).abs() <= (2.0**-8 + 1e-5) * wanted.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize(
@@ -178,3 +203,13 @@ def test_refuses_what_does_not_fit(shapes):
     with pytest.raises(UcanError, match="must be"):
         call(*operands)
     assert torch.equal(operands[0], kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_product_is_of_the_dtype_asked_for(dtype):
+    base, x, a, b = make((64, 20), n=24, r=4)
+    for rows in (5, 64):
+        few = (base[:rows], x[:rows])
+        wanted = ops.expand(few[0], ops.shrink(few[1], a, dtype=dtype), b, S)
+        assert torch.equal(call(few[0].clone(), few[1], a, b, dtype=dtype), wanted)
+        assert not torch.equal(call(few[0].clone(), few[1], a, b), wanted)

@@ -41,7 +41,8 @@ too, since an error would end whole models for one layer or one call of theirs:
   leaves calls of few rows to it, for speed.
 
 A layer without statistics asks for ``add_lora``, which is ``shrink`` and ``expand``, but under
-``auto`` on the CPU, in fp32 or fp64, one ``addmm_`` of torch's into the base product's memory.
+``auto`` on the CPU, in fp32 or fp64 (bf16 where the processor multiplies it), one ``addmm_`` of
+torch's into the base product's memory.
 
 What differentiates or batches calls in another way than ``loss.backward()`` sees only PyTorch's own
 operators: where a ``torch.func`` transform is active, or an argument has a forward-mode tangent,

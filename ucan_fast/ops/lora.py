@@ -41,13 +41,14 @@ def add_lora(
     """
     if overwrite and bias is None and _is_plain(base_out, x, a, b):
         n, r = b.shape
-        rows = base_out.numel() // n
-        if base_out.dtype == x.dtype == a.dtype == dtype and _sums_once(dtype):
+        rows, casts = base_out.numel() // n, torch.is_autocast_enabled("cpu")
+        if base_out.dtype == dtype and _sums_once(dtype):
             # shrink's own questions take longer than the product of a few tokens.
-            z = F.linear(x, a) if rows < SHRINK_ROWS else shrink(x, a)
-            base_out.view(-1, n).addmm_(z.reshape(-1, r), b.t(), alpha=scaling)
+            few = rows < SHRINK_ROWS and x.dtype == a.dtype == dtype and not casts
+            z = F.linear(x, a) if few else shrink(x, a, dtype=dtype)
+            base_out.view(-1, n).addmm_(z.reshape(-1, r), cast(b, dtype).t(), alpha=scaling)
             return base_out
-        if rows < EXPAND_ROWS and dtype in WIDE and _widens(base_out.dtype, dtype):
+        if rows < EXPAND_ROWS and not casts and dtype in WIDE and _widens(base_out.dtype, dtype):
             # What both operators compute of so few rows, less their questions.
             product = F.linear(F.linear(cast(x, dtype), cast(a, dtype)), cast(b, dtype))
             return cast(cast(base_out, dtype).add_(product, alpha=scaling), base_out.dtype)
@@ -67,7 +68,6 @@ def _is_plain(base_out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch
         and b.shape == (base_out.shape[-1], a.shape[0])
         and a.dtype == b.dtype
         and requested_backend() == "auto"
-        and not torch.is_autocast_enabled("cpu")
         and is_unobserved(base_out, x, a, b)
     )
 
