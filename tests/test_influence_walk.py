@@ -1043,6 +1043,38 @@ def test_where_nothing_is_gone_on_to_the_earlier_plan_stays():
     assert (advice.recommendation, advice.still_known > 0.2) == ("retrain", True)
 
 
+def test_a_second_request_ends_at_the_cost_of_never_seen_data_too():
+    one, two, retain = two_requests()
+    model = trained()
+    options = {"retain": retain, "evaluate": False}
+    first = uf.unlearn(model, forget=one, config=STEPS, **options)
+    known = mean_nll(model, two, "forget")
+    assert known > mean_nll(trained(), two, "forget") + 0.02, "the start is not the origin"
+    config = STEPS.replace(influence_steps=40)
+    result = uf.unlearn(
+        model, forget=two, previous=first, config=config, holdout=known + 0.2, **options
+    )
+    assert "the forget set costs what never-seen data do" in result.plan.note
+    assert 0 < result.report.search.chosen < 10
+    reached = mean_nll(model, two, "forget")
+    assert 0.98 * 0.2 - 1e-4 < reached - known <= 0.2 + 1e-6
+
+
+def test_a_loss_that_is_infinite_in_the_end_makes_no_plan():
+    model = trained()
+    origin = snapshot(model)
+    walk = walk_of(model)
+    assert walk.advance()
+    token = forget_batches(count=8)[0]["input_ids"][0, -1:]
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda *a: a[2].index_fill(-1, token, -math.inf))
+    with pytest.raises(uf.UcanError, match="after 1 influence step the forget loss is inf"):
+        walk.plan()
+    handle.remove()
+    walk.restore()
+    assert_same_bits(model, origin)
+
+
 def test_steps_that_only_undo_what_the_start_did_count_all_the_same():
     """The rise is that from the start: it may lead to below where the origin was."""
     forget, retain = forget_batches(count=8), retain_batches(count=12)

@@ -376,11 +376,20 @@ class InfluenceWalk:
         Its strength is the *measured* rise of the forget NLL since the first step; on the way back
         to 0 the weights move in a straight line, not along the steps. Where nothing rose it is the
         plan that the walk started from, if any, else one that does nothing.
+
+        Raises:
+            UcanError: the forget loss is not finite any more.
         """
         rise, note = 0.0, ""
         if self.steps:
             after = group_loss(self.model, self._forget, "forget").mean
             rise = after - self.measured[0].forget_nll
+            if not math.isfinite(rise):
+                raise UcanError(
+                    f"after {counted(self.steps)} the forget loss is {after} nats per token: a "
+                    "plan needs a finite rise. Take fewer steps, or give what never-seen data "
+                    "cost (holdout=)."
+                )
         moves = rise > 0
         if self.steps and not moves:
             note = f"{counted(self.steps)} did not raise the forget loss ({rise:.3g} nats)."

@@ -99,6 +99,30 @@ def test_not_in_place_by_operands(monkeypatch):
     assert not is_in_place(monkeypatch, base, x, a, b.double())
 
 
+@pytest.mark.parametrize("rows", [5, 64])
+@pytest.mark.parametrize("strange", [torch.int64, torch.complex64])
+def test_other_dtypes_are_refused_however_few_the_rows(strange, rows):
+    base, x, a, b = make((rows, 20), n=24, r=4)
+    for operands in ((base.bfloat16(), x.to(strange), a, b), (base.to(strange), x, a, b)):
+        with pytest.raises(UcanError, match="must be"):
+            call(*operands)
+
+
+def test_no_rank_and_no_scaling_add_nothing(monkeypatch):
+    module = importlib.import_module("ucan_fast.ops.lora")
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    asked, real = [], module.expand
+    monkeypatch.setattr(module, "expand", lambda *a, **k: asked.append(1) or real(*a, **k))
+    for dtype in (torch.float32, torch.bfloat16):
+        base, x, a, b = (t.to(dtype) for t in make((64, 20), n=24, r=4))
+        assert torch.equal(call(base.clone(), x, a[:0], b[:, :0]), base)
+        assert not asked
+        y = ops.add_lora(base.clone(), x, a, b, 0.0, dtype=dtype, overwrite=True)
+        assert torch.equal(y, base)
+        # torch's own bf16 product is many times slower where its factor is 0.
+        assert bool(asked) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_bf16_goes_to_torch_where_the_processor_multiplies_it(monkeypatch, fast):
     module = importlib.import_module("ucan_fast.ops.lora")

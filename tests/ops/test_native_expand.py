@@ -365,6 +365,15 @@ def test_a_narrow_base_is_overwritten_too(layer, adapter, with_moments):
         torch.testing.assert_close(sums / 2, exact(delta, groups), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lazily_negated_base_is_made_plain(layer, dtype):
+    base, z, b = (t.to(dtype) for t in layer)
+    negated = torch._neg_view(base.clone())
+    y = ops.expand(negated, z, b, 0.5, overwrite=True)
+    assert torch.equal(y, ops.expand(-base, z, b, 0.5))
+    assert not y.is_neg()
+
+
 def test_under_autocast_y_takes_b_rounded_and_moments_in_full():
     base, z, b = torch.randn(64, 24).bfloat16(), torch.randn(64, 16).bfloat16(), torch.randn(24, 16)
     groups, sums = random_groups(64), totals(24)

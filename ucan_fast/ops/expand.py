@@ -41,8 +41,10 @@ def expand(
 
     The product is that of z's dtype (B and the bias are rounded to it), sums are in fp32 (fp64 for
     fp64), and y is rounded once to ``base_out``'s dtype. The reference rounds a narrow product too,
-    as torch's products do; Triton and C++ do not. What C++ does not compute as this says goes to
-    the reference, also under ``native`` by name (see :mod:`ucan_fast.ops.backend`).
+    as torch's products do; Triton and C++ do not, so that the last bits of a narrow product depend
+    on which of them runs: on the CPU C++ from 32 rows on, where nothing is recorded. What C++ does
+    not compute as this says goes to the reference, also under ``native`` by name (see
+    :mod:`ucan_fast.ops.backend`).
 
     Args:
         base_out: ``[..., N]``, what the base layer returned.
@@ -223,13 +225,16 @@ def _expand_native(
     overwrite: bool,
 ) -> torch.Tensor:
     (n, r), dtype = b.shape, z.dtype
-    if delta_moments is not None and torch.promote_types(b.dtype, dtype) != dtype:
-        # y is of B as it is in z's dtype, δ of B in full.
-        add_moments_(delta_reference(z, b, scaling), groups, only_group, delta_moments)
+    sums = (groups, only_group, delta_moments)
+    # y is of B as it is in z's dtype, δ of B in full.
+    apart = delta_moments is not None and torch.promote_types(b.dtype, dtype) != dtype
+    if apart:
         groups = only_group = delta_moments = None
     wide = dtype if dtype in WIDE else torch.float32
     y_dtype = base_out.dtype if wide == torch.float32 else wide
     in_place = overwrite and base_out.dtype == y_dtype and base_out.is_contiguous()
+    # The dispatcher makes a lazily negated tensor plain by a copy.
+    in_place = in_place and not base_out.is_neg()
     y = base_out if in_place else torch.empty(base_out.shape, dtype=y_dtype, device=z.device)
     totals = None if delta_moments is None else delta_moments.contiguous()
     torch.ops.ucan_fast._expand_native_(
@@ -245,6 +250,8 @@ def _expand_native(
     )
     if totals is not delta_moments:
         delta_moments.copy_(totals)
+    if apart:
+        add_moments_(delta_reference(z, b, scaling), *sums)
     return cast(y, base_out.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import PLAIN, cast, is_unobserved, requested_backend
-from .checks import WIDE
+from .checks import FLOATING, WIDE
 from .expand import NATIVE_ROWS as EXPAND_ROWS
 from .expand import expand
 from .shrink import NATIVE_ROWS as SHRINK_ROWS
@@ -42,13 +42,14 @@ def add_lora(
     if overwrite and bias is None and _is_plain(base_out, x, a, b):
         n, r = b.shape
         rows, casts = base_out.numel() // n, torch.is_autocast_enabled("cpu")
-        if base_out.dtype == dtype and _sums_once(dtype):
+        if base_out.dtype == dtype and _sums_once(dtype, scaling):
             # shrink's own questions take longer than the product of a few tokens.
             few = rows < SHRINK_ROWS and x.dtype == a.dtype == dtype and not casts
             z = F.linear(x, a) if few else shrink(x, a, dtype=dtype)
-            base_out.view(-1, n).addmm_(z.reshape(-1, r), cast(b, dtype).t(), alpha=scaling)
+            base_out.view(rows, n).addmm_(z.reshape(rows, r), cast(b, dtype).t(), alpha=scaling)
             return base_out
-        if rows < EXPAND_ROWS and not casts and dtype in WIDE and _widens(base_out.dtype, dtype):
+        wide = dtype in WIDE and torch.promote_types(base_out.dtype, dtype) == dtype
+        if wide and rows < EXPAND_ROWS and not casts:
             # What both operators compute of so few rows, less their questions.
             product = F.linear(F.linear(cast(x, dtype), cast(a, dtype)), cast(b, dtype))
             return cast(cast(base_out, dtype).add_(product, alpha=scaling), base_out.dtype)
@@ -63,6 +64,8 @@ def _is_plain(base_out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch
         and base_out.is_contiguous()
         and base_out.numel() > 0
         # What does not fit is refused by shrink and expand, in their words.
+        and base_out.dtype in FLOATING
+        and x.dtype in FLOATING
         and base_out.shape[:-1] == x.shape[:-1]
         and a.shape == (b.shape[-1], x.shape[-1])
         and b.shape == (base_out.shape[-1], a.shape[0])
@@ -72,17 +75,13 @@ def _is_plain(base_out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch
     )
 
 
-def _sums_once(dtype: torch.dtype) -> bool:
+def _sums_once(dtype: torch.dtype, scaling: float) -> bool:
     """Whether torch's own ``addmm_`` is the fastest sum there is, and rounds once, as ``expand``.
 
     C++ beats that one only where it takes moments as well, and of one token the two operators' own
-    questions take longer than the products.
+    questions take longer than the products. (Of bf16 torch leaves a factor of 0 to slow code.)
     """
-    return dtype in WIDE or (dtype == torch.bfloat16 and _multiplies_bfloat16())
-
-
-def _widens(dtype: torch.dtype, wide: torch.dtype) -> bool:
-    return dtype.is_floating_point and torch.promote_types(dtype, wide) == wide
+    return dtype in WIDE or (dtype == torch.bfloat16 and scaling != 0 and _multiplies_bfloat16())
 
 
 @functools.cache
