@@ -161,9 +161,10 @@ def draw_roofline(canvas: Canvas, data: Mapping[str, Any]) -> None:
         )
     ax.annotate(
         f"copy bandwidth, {bandwidth * 1e-9:,.0f} GB/s",
-        (span[30], span[30] * bandwidth),
-        xytext=(8, -8),
+        (span[60], span[60] * bandwidth),
+        xytext=(-6, 2),
         textcoords="offset points",
+        ha="right",  # above the line: below it lie the points
         fontsize=8,
         color="0.25",
     )
